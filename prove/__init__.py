@@ -1,1 +1,4 @@
-"""The proof: a crowd that does everything, a schedule of faults, a checker that knows only the wire and the rows."""
+"""`openchat prove`: a crowd that uses every frame, a schedule of faults, and a checker of the results.
+
+The checker knows only the wire format and the rows in PostgreSQL.
+"""

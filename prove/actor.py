@@ -1,4 +1,4 @@
-"""A user who acts at random, loses connections, comes back, and never gives up on what was not acknowledged."""
+"""A simulated user. It acts at random, loses connections, reconnects, and repeats each frame until it is answered."""
 
 import asyncio
 import random
@@ -23,24 +23,24 @@ from prove.mirror import Mirror
 EMOJI = ("👍", "🎉", "❤️")
 TRANSIENT = {ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED}
 EXPECTED = {ErrorCode.NOT_FOUND, ErrorCode.FORBIDDEN, ErrorCode.CONFLICT}
-"""Random actions are refused like this now and then: someone was faster, or has the higher role."""
+"""Errors that random actions cause: another user was faster, or has a higher role."""
 CONNECT_SECONDS = 5.0
 AGAIN_SECONDS = 0.05
 LOOK_SECONDS = 0.2
 ANSWER_SECONDS = 5.0
-"""How long an answer is awaited before the connection is given up and the frame sent again."""
+"""Max wait for an answer, in seconds. After that, the client drops the connection and repeats the frame."""
 SILENT_HEARTBEATS = 2.5
-"""After so many periods without a heartbeat a connection is given up: it may be half-open."""
+"""Max heartbeat periods without any frame. After that, the connection counts as half-open and is dropped."""
 UNAUTHORIZED = 401
 DROPS, JOINS, AT_LARGE, STARTS_TYPING, REPLIES, LONG_ONES = 0.01, 0.5, 0.05, 0.7, 0.3, 0.2
-"""How often, of all times that it could be, a connection drops and one of these is what is done."""
+"""Probabilities, per opportunity, that a connection drops and that one of these actions is chosen."""
 INVITES = 0.7
 POLLS, ANONYMOUS, MARKDOWN, IN_BOTH, QUOTES = 0.1, 0.3, 0.1, 0.3, 0.1
 SCHEDULED_SECONDS = (0.0, 0.5, 86_400.0)
-"""Now, soon, or long after the end."""
+"""Delays of scheduled messages, in seconds: none, short, or until long after the run."""
 ROLES: tuple[Literal["admin", "moderator", "member", "guest"], ...] = ("admin", "moderator", "member", "guest")
 LONG = 8_000
-"""Characters in the few messages that are long."""
+"""Characters of a long message."""
 
 
 class Who(Protocol):
@@ -48,19 +48,19 @@ class Who(Protocol):
 
     @property
     def id(self) -> UserId:
-        """The user."""
+        """The user's id."""
 
     @property
     def name(self) -> str:
-        """What to call it in a report."""
+        """The name in reports."""
 
     @property
     def token(self) -> str:
-        """A session's token."""
+        """The token of a session."""
 
 
 class Tally:
-    """What an actor did since this was begun. Waits are in seconds, from the first try to the answer."""
+    """Counts of an actor's actions in one phase. Waits are in seconds, from the first attempt to the answer."""
 
     def __init__(self) -> None:
         self.sent = 0
@@ -72,11 +72,11 @@ class Tally:
         self.reconnects = 0
         self.unexpected: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
-        """Why connections ended: the server's close code, or what the client noticed."""
+        """Why connections ended: the server's close code, or the client's own reason."""
 
 
 class Actor:
-    """One user with one connection at a time, to any of the workers."""
+    """One user with one connection at a time, to any worker."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Actor:
         *,
         log_in: Callable[[], Awaitable[str]] | None = None,
     ) -> None:
-        """`log_in` returns a new token, for when a session has ended."""
+        """`log_in` returns a new token. It is called when a session has ended."""
         self.who = who
         self.token = who.token
         self._urls = urls
@@ -95,30 +95,30 @@ class Actor:
         self._log_in = log_in
         self._random = random.Random(seed)
         self.others: list[UserId] = []
-        """Whom it may add, write to and watch."""
+        """The users whom it may add, write to and watch."""
         self.mirror = Mirror()
         self.tally = Tally()
         self.client: Client | None = None
         self.asked_at = 0.0
-        """Since when an answer is awaited; 0 while none is."""
+        """When the frame was sent that waits for an answer, or 0."""
         self._status: PresenceStatus = "online"
         self._heard_at = 0.0
         self._back_at = 0.0
         self._ticket: str | None = None
         self._is_behind = False
         self.noticed_losses = 0
-        """How often a heartbeat spoke of something that had not come."""
+        """How often a heartbeat revealed a lost event."""
 
-    # ------------------------------------------------------------------------------------------- coming and going
+    # -------------------------------------------------------------------------------------------------- connection
 
     async def connect(self) -> None:
-        """Connect somewhere and come up to date."""
+        """Connect to any worker and resume."""
         while True:
             await asyncio.sleep(max(0.0, self._back_at - time.monotonic()))
             token, self._ticket = self._ticket or self.token, None
             fresh = Client(self._random.choice(self._urls()), token, query="?resume=1", open_timeout=CONNECT_SECONDS)
             fresh.on_event = self._hear
-            # Before there is a connection: on it, the server may speak of what is new before it is asked.
+            # Before the connection is open, because the server may send events on it before `resume`.
             self.mirror.begin_resume()
             try:
                 async with asyncio.timeout(2 * CONNECT_SECONDS):
@@ -153,7 +153,7 @@ class Actor:
             return
 
     async def leave(self) -> None:
-        """Disconnect, in good order."""
+        """Disconnect with a close handshake."""
         if self.client is not None:
             await self.client.close()
             self.client = None
@@ -161,8 +161,8 @@ class Actor:
     async def act(
         self, count: int | None = None, *, rate: float = 0.0, is_over: Callable[[], bool] = lambda: False
     ) -> None:
-        """Do random things, each until it is acknowledged or refused: `count` of them, or until `is_over`; `rate` a
-        second, or as fast as answers come.
+        """Perform random actions, each until it is acknowledged or refused. Ends after `count` of them, or when
+        `is_over` returns true. `rate` is the number per second; 0 means without pauses.
         """
         due = time.monotonic() + self._random.random() / rate if rate else 0.0
         while not is_over() and count != 0:
@@ -178,7 +178,7 @@ class Actor:
                 self.client.events.clear()
 
     async def connected(self) -> Client:
-        """Return the connection, made anew if it is gone or silent."""
+        """Return the connection. Reconnect first if it has ended, is silent or has lost an event."""
         while self.client is None or self.client.is_over or self._is_behind or self._is_silent(self.client):
             if self.client is not None:
                 self.tally.ends[self._end_of(self.client)] += 1
@@ -187,7 +187,7 @@ class Actor:
         return self.client
 
     async def ask(self, frame: Frame, kind: type[Answer] | None = None) -> Answer:
-        """Return the result of a frame, however often it has to be sent. Raises Refused."""
+        """Send a frame until it is answered, and return its result. Raises Refused."""
         while True:
             connection = await self.connected()
             try:
@@ -201,7 +201,7 @@ class Actor:
         return self._status not in {"invisible", "offline"}
 
     async def settle(self, version: Callable[[ConversationId], int], *, seconds: float = 30.0) -> bool:
-        """Wait until what was heard has reached the given clocks; return whether it has."""
+        """Wait until the mirror has reached the given versions. Return whether it has."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             connection = await self.connected()
@@ -215,9 +215,7 @@ class Actor:
         return False
 
     async def _rest(self, until: float, is_over: Callable[[], bool]) -> bool:
-        """Do nothing for a while, but notice, as clients do, when the connection is gone or has gone silent. Return
-        whether it is not over.
-        """
+        """Wait, and reconnect if the connection ends or is silent, as clients do. Return whether to continue."""
         while (left := until - time.monotonic()) > 0 and not is_over():
             await self.connected()
             await asyncio.sleep(min(left, LOOK_SECONDS))
@@ -241,7 +239,7 @@ class Actor:
                 self.tally.scheduled.add(frame.message_id)
             elif isinstance(frame, client.Edit) and frame.edit_id is not None:
                 self.tally.edits.add(frame.edit_id)
-            elif isinstance(frame, client.SetPresence) and frame.status != "away":  # which is the device's
+            elif isinstance(frame, client.SetPresence) and frame.status != "away":  # belongs to the device
                 self._status = frame.status
         finally:
             self.asked_at = 0.0
@@ -283,10 +281,10 @@ class Actor:
                     raise
                 await asyncio.sleep((refused.retry_after_ms or 50) / 1000)
 
-    # --------------------------------------------------------------------------------------------- what is there
+    # ----------------------------------------------------------------------------------------------------- loading
 
     async def _load(self) -> None:
-        """Read the history and the participants of conversations that are new, or begun over."""
+        """Read the history and the participants of conversations that are new or start over."""
         while self.mirror.unloaded and self.client is not None:
             one = next(iter(self.mirror.unloaded))
             connection = self.client
@@ -294,10 +292,10 @@ class Actor:
                 await self._load_one(connection, one)
                 self.mirror.loaded(one)
             except KeyError:
-                continue  # left meanwhile
+                continue  # The user has left the conversation meanwhile.
             except Refused as refused:
                 if refused.code is ErrorCode.NOT_FOUND:
-                    # No longer in it; what says so is on its way.
+                    # The user is no longer a participant. The event about it has not arrived yet.
                     await self._wait_out(connection, one)
                 elif refused.code in TRANSIENT:
                     await asyncio.sleep((refused.retry_after_ms or 50) / 1000)
@@ -332,10 +330,10 @@ class Actor:
             if (after := participants.after) is None:
                 return
 
-    # ------------------------------------------------------------------------------------------------ what to do
+    # ------------------------------------------------------------------------------------------------------ frames
 
     def _frame(self) -> Frame:
-        """Return anything that the wire offers, what people do often more often than what they do rarely."""
+        """Return a random frame. Frames that people send often have higher weights."""
         mine = list(self.mirror.copies)
         channel = self._random.choice(self._channels)
         if channel not in mine and self._now_and_then(JOINS):

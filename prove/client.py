@@ -1,4 +1,4 @@
-"""A client of the wire that knows nothing of the server: what the tests talk through."""
+"""A client of the wire protocol, independent of the server's code. The tests use it, too."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from protocol.limits import MAX_SENT_BYTES
 from protocol.server import Conversations, Error, Ready, Reply, Result, ServerFrame
 
 PATIENCE = 10.0
-"""Seconds until something that should come is given up."""
+"""Max wait for an expected frame or close, in seconds."""
 
 Kind = TypeVar("Kind", bound=ServerFrame)
 Answer = TypeVar("Answer", bound=Result)
 
 
 class Client:
-    """One connection. Frames that are not replies gather in `events` in the order they came."""
+    """One connection. Frames that are not replies are collected in `events`, in the order of arrival."""
 
-    def __init__(self, url: str, token: str | None, **options: Any) -> None:  # noqa: ANN401 - handed on to websockets
+    def __init__(self, url: str, token: str | None, **options: Any) -> None:  # noqa: ANN401 - passed to websockets
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         options.setdefault("subprotocols", [SUBPROTOCOL])
         self._connecting = connect(
@@ -63,24 +63,24 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Leave."""
+        """Close the connection, and wait for its last frames."""
         await self.socket.close()
         if self._reader is not None:
             await self._reader
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether no more frames will arrive."""
         return self._reader is not None and self._reader.done()
 
     async def drop(self) -> None:
-        """Vanish without a word, as in a tunnel."""
+        """Abort the connection without a close handshake, like a lost network."""
         if self._reader is not None:
             self.socket.transport.abort()
             await self._reader
 
     async def settled(self) -> Self:
-        """Wait for all conversations to be said."""
+        """Wait until all conversations have arrived."""
         await self.event(Conversations, lambda event: event.is_last)
         return self
 
@@ -98,21 +98,21 @@ class Client:
             return await future
 
     async def call(self, frame: Frame, kind: type[Answer] | None = None) -> Answer:
-        """Send a frame and return its result. Raises Refused with what the server said."""
+        """Send a frame and return its result. Raises Refused if the server answers with an error."""
         answer = await self.ask(frame)
         if isinstance(answer, Error):
             raise Refused(answer.code, answer.message, path=answer.path, retry_after_ms=answer.retry_after_ms)
-        assert kind is None or isinstance(answer.result, kind), answer  # noqa: S101 - as the protocol says
+        assert kind is None or isinstance(answer.result, kind), answer  # noqa: S101 - the protocol guarantees it
         return answer.result  # type: ignore[return-value]
 
     async def raw(self, data: str | bytes) -> Error:
-        """Send anything and return the error that answers it."""
+        """Send raw data and return the error that answers it."""
         seen = len(self.events)
         await self.socket.send(data)
         return await self.event(Error, start=seen)
 
     async def event(self, kind: type[Kind], where: Callable[[Kind], bool] = lambda _: True, *, start: int = 0) -> Kind:
-        """Return the first event of a kind, whether it has come or is still to come."""
+        """Return the first event of a kind. Wait for it if it has not arrived."""
         async with asyncio.timeout(PATIENCE), self._changed:
             while True:
                 for event in self.events[start:]:
@@ -123,13 +123,13 @@ class Client:
                 await self._changed.wait()
 
     async def closed(self) -> int | None:
-        """Wait for the server to close, and return the code."""
+        """Wait until the server closes the connection, and return the close code."""
         async with asyncio.timeout(PATIENCE):
             await self.socket.wait_closed()
         return self.socket.close_code
 
     async def synced(self) -> None:
-        """Wait until all that this worker had to say before has come."""
+        """Wait until all frames that the worker sent before this call have arrived."""
         await self.call(Ping())
 
     async def _read(self) -> None:
@@ -137,7 +137,7 @@ class Client:
             async for message in self.socket:
                 frame = decode_server(message)
                 if isinstance(frame, (Reply, Error)) and (waiting := self._replies.pop(frame.re, None)) is not None:
-                    if not waiting.done():  # or nobody waits any more
+                    if not waiting.done():  # The caller may have given up.
                         waiting.set_result(frame)
                     continue
                 self.events.append(frame)

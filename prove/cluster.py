@@ -1,4 +1,4 @@
-"""What is put to the proof: an installation of our own, started by `openchat` as anybody would, or somebody's URLs."""
+"""The installation under test: a cluster that is started with `openchat`, or an existing one, given by its URLs."""
 
 import asyncio
 import contextlib
@@ -24,18 +24,18 @@ STOP_SECONDS = 60.0
 POLL_SECONDS = 0.05
 CONNECT_SECONDS = 5.0
 SETTINGS = {
-    # Everyone comes from one address here, and registers in the same minute.
+    # All accounts are registered from one address, within a minute.
     "OPENCHAT_LOGIN_ATTEMPTS_PER_ADDRESS": "100000",
-    # Short, so that silence and slowness are noticed within a phase.
+    # Low, so that silent and slow clients are detected within a phase.
     "OPENCHAT_HEARTBEAT_SECONDS": "2",
     "OPENCHAT_OUTBOX_BYTES": "65536",
-    # The actors are strangers to each other.
+    # The actors are not friends of each other.
     "OPENCHAT_ADD_PEOPLE": "anyone",
 }
 
 
 class Checked(msgspec.Struct):
-    """A line of what `openchat check` says."""
+    """One line of the output of `openchat check`."""
 
     check: str
     is_good: bool
@@ -43,7 +43,7 @@ class Checked(msgspec.Struct):
 
 
 class Cluster:
-    """An OpenChat, its PostgreSQL and its Redis or Valkey, by their URLs."""
+    """An installation of OpenChat, with the URLs of the server, of PostgreSQL and of Redis or Valkey."""
 
     def __init__(self, url: str, database_url: str, redis_url: str) -> None:
         self.url = url
@@ -52,7 +52,7 @@ class Cluster:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens."""
+        """The server's host and port."""
         parts = urlsplit(self.url)
         return parts.hostname or "127.0.0.1", parts.port or 80
 
@@ -63,7 +63,7 @@ class Cluster:
         pass
 
     async def database(self) -> "asyncpg.Connection[asyncpg.Record]":
-        """Connect to PostgreSQL, as soon as it is there."""
+        """Connect to PostgreSQL, and retry until it accepts connections."""
         async with asyncio.timeout(START_SECONDS):
             while True:
                 try:
@@ -72,7 +72,7 @@ class Cluster:
                     await asyncio.sleep(POLL_SECONDS)
 
     async def end_database_sessions(self) -> None:
-        """Have PostgreSQL end every connection but this one."""
+        """Terminate all connections to PostgreSQL except this one."""
         db = await self.database()
         try:
             await db.execute(
@@ -83,13 +83,13 @@ class Cluster:
             await db.close()
 
     async def flush_redis(self) -> None:
-        """Empty it."""
+        """Delete all keys of Redis."""
         redis = Redis.from_url(self.redis_url)
         await redis.flushall()
         await redis.aclose()
 
     async def check(self) -> list[Checked]:
-        """Have `openchat check` count everything again, and return what it says. Raises Unusable if it cannot."""
+        """Run `openchat check`, and return its results. Raises Unusable if it fails to run."""
         checking = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "server.cli.main", "check", "--json",
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -99,10 +99,10 @@ class Cluster:
         try:
             return msgspec.json.decode(said, type=list[Checked])
         except msgspec.MsgspecError:
-            raise Unusable(f"openchat check does not answer: {problem.decode().strip()}") from None
+            raise Unusable(f"openchat check failed: {problem.decode().strip()}") from None
 
     async def ready(self) -> None:
-        """Wait until it says that it is ready. Raises TimeoutError."""
+        """Wait until /readyz reports success. Raises TimeoutError."""
         async with asyncio.timeout(START_SECONDS), httpx.AsyncClient(trust_env=False) as http:
             while True:
                 with contextlib.suppress(httpx.HTTPError):
@@ -112,24 +112,24 @@ class Cluster:
 
 
 class OwnCluster(Cluster):
-    """One that is started for the proof, in a folder of its own, and gone afterwards. Its processes can be hurt."""
+    """A cluster that is started for a run, in its own folder, and deleted after it. Faults may act on its processes."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._folder = Path(tempfile.mkdtemp(prefix="openchat-prove-"))
         self._folder.chmod(0o755)
         data = self._folder / "data"
-        run = quote(str(data / "run"))  # as docs/operations.md says
+        run = quote(str(data / "run"))  # see docs/operations.md
         super().__init__("", f"postgresql://openchat@/openchat?host={run}", f"unix://{data}/run/valkey.sock")
         self._data = data
         self.log = self._folder / "openchat.log"
         self._process: subprocess.Popen[bytes]
 
     async def __aenter__(self) -> Self:
-        """Start it. Raises Unusable, with the end of its log, if it does not start."""
+        """Start the cluster. Raises Unusable, with its log, if it does not start."""
         outside = {name: value for name, value in os.environ.items() if name not in {"DATABASE_URL", "REDIS_URL"}}
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: S603, ASYNC220 - our own program, which returns at once
+            self._process = subprocess.Popen(  # noqa: S603, ASYNC220 - our own program, without a wait
                 [sys.executable, "-P", "-m", "server.cli.main", "--port", "0", "--workers", str(self._workers),
                  "--data-dir", str(self._data)],
                 stdout=log, stderr=subprocess.STDOUT, env=outside | SETTINGS, process_group=0,
@@ -149,7 +149,7 @@ class OwnCluster(Cluster):
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 await asyncio.to_thread(self._process.wait, STOP_SECONDS)
-        finally:  # also if somebody grows impatient
+        finally:  # also after Ctrl-C
             self._process.kill()
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -166,7 +166,7 @@ class OwnCluster(Cluster):
         return self._child(b"valkey-server")
 
     def roll(self) -> None:
-        """Have it replace its workers, one after the other."""
+        """Replace the workers one after the other."""
         self._process.send_signal(signal.SIGHUP)
 
     def _child(self, program: bytes) -> int:

@@ -1,4 +1,4 @@
-"""`openchat prove`: a crowd, a schedule of faults, and a table that says whether the promises held."""
+"""`openchat prove`: runs a crowd and a schedule of faults, and prints a table of violated guarantees."""
 
 import asyncio
 import random
@@ -35,7 +35,7 @@ COLUMNS = (
 
 
 class Options(NamedTuple):
-    """What `openchat prove` is asked for."""
+    """The options of `openchat prove`."""
 
     faults: tuple[str, ...]
     only: tuple[str, ...]
@@ -62,25 +62,25 @@ class Options(NamedTuple):
         openchat prove --minutes 60 --seed 7 --report proof
     """,
 )
-@click.argument("faults", nargs=-1, metavar="[FAULT]...", help="Only faults whose names begin like this.")
+@click.argument("faults", nargs=-1, metavar="[FAULT]...", help="Only faults whose names begin with FAULT.")
 @click.option("--only", multiple=True, metavar="FAULT", help="The same, for scripts.", hidden=True)
 @click.option("--list", "is_list", is_flag=True, help="Print the faults.")
 @click.option(
-    "--seed", type=Number(int, 0, 2**32), default=1, metavar="NUMBER", help="Repeats a schedule of faults. [1]"
+    "--seed", type=Number(int, 0, 2**32), default=1, metavar="NUMBER", help="Seed of the schedule of faults. [1]"
 )
 @click.option(
     "--minutes",
     type=Number(float, 0, 100_000),
     default=0.0,
     metavar="MINUTES",
-    help="Go on with more rounds for so long.",
+    help="Run more rounds for at least this time.",
 )
 @click.option(
     "--rate",
     type=Number(float, 0.1, 100_000),
     default=100.0,
     metavar="RATE",
-    help="Acts per second, of all people. [100]",
+    help="Actions per second, of all people. [100]",
 )
 @click.option(
     "--people", type=Number(int, 2, 100_000), default=40, metavar="COUNT", help="Accounts, one connection each. [40]"
@@ -93,21 +93,22 @@ class Options(NamedTuple):
     metavar="SECONDS",
     help="Min time per fault. [15]",
 )
-@click.option("--url", metavar="URL", help="An installation that is there, instead of a new cluster.")
-@click.option("--database-url", metavar="URL", help="Its PostgreSQL.")
-@click.option("--redis-url", metavar="URL", help="Its Redis or Valkey.")
+@click.option("--url", metavar="URL", help="An existing installation, instead of a new cluster.")
+@click.option("--database-url", metavar="URL", help="PostgreSQL of the existing installation.")
+@click.option("--redis-url", metavar="URL", help="Redis or Valkey of the existing installation.")
 @click.option("--report", type=File(), metavar="FOLDER", help="Folder for a report, as JSON and as HTML.")
 def prove(**given: Any) -> int:  # noqa: ANN401 - the options
-    """Break a cluster in every way while a crowd uses it.
+    """Cause faults in a cluster while a crowd uses it.
 
-    After each fault, what everybody saw is compared with what is stored.
+    After each fault, the command compares what each client received with the database.
 
-    With --url, --database-url and --redis-url it proves an installation that is there, with those faults that need no
-    access to its processes. It makes accounts and conversations and leaves them there: never use it where people chat.
+    With --url, --database-url and --redis-url it tests an existing installation, with the faults that need no access to
+    its processes. It creates accounts and conversations and leaves them there. Do not use an installation in which
+    people chat.
     """
     options = Options(**given)
     console = Console()
-    # What it started ends with it.
+    # Processes that it started end with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.is_list:
         console.print(_list())
@@ -127,7 +128,7 @@ def _list() -> Table:
     for column in ("fault", "what happens", "needs"):
         table.add_column(column)
     for one in FAULTS:
-        table.add_row(one.name, one.about, "a cluster of our own" if one.needs_processes else "")
+        table.add_row(one.name, one.about, "its own cluster" if one.needs_processes else "")
     return table
 
 
@@ -142,7 +143,7 @@ async def _prove(options: Options, console: Console) -> int:
     try:
         await _run(faults, proof, options, console)
     finally:
-        # However it ends: what is known by then is worth knowing.
+        # Also after an error, because the results until then are useful.
         if proof.outcomes:
             console.print(_table(proof.outcomes))
     return _conclude(proof, options, console)
@@ -150,7 +151,7 @@ async def _prove(options: Options, console: Console) -> int:
 
 async def _run(faults: Sequence[Fault], proof: Proof, options: Options, console: Console) -> None:
     with Screen(console, proof) as screen:
-        screen.tell("starting a cluster …" if options.url is None else f"looking at {options.url} …")
+        screen.tell("starting a cluster …" if options.url is None else f"connecting to {options.url} …")
         async with _cluster(options) as cluster, Proxy(*cluster.address) as proxy:
             run = Run(cluster, proxy, proof, tell=screen.tell, tick=screen.show)
             await run.prepare()
@@ -168,12 +169,12 @@ async def _run(faults: Sequence[Fault], proof: Proof, options: Options, console:
 
 def _chosen(options: Options) -> list[Fault]:
     if options.url and not (options.database_url and options.redis_url):
-        raise Unusable("with --url, say where its data is: --database-url and --redis-url.")
+        raise Unusable("--url requires --database-url and --redis-url.")
     faults = [one for one in FAULTS if not (options.url and one.needs_processes)]
     if wanted := tuple(one.lower() for one in options.faults + options.only):
         faults = [one for one in faults if one.name.lower().startswith(wanted)]
     if not faults:
-        raise Unusable("there is no such fault; --list says which there are.")
+        raise Unusable("no fault matches. Print all with --list.")
     return faults
 
 
@@ -184,7 +185,7 @@ def _cluster(options: Options) -> Cluster:
 
 
 def _schedule(faults: Sequence[Fault], seed: int) -> Iterator[Fault]:
-    """Every fault in order, and then again and again in an order of the seed's."""
+    """Yield all faults in order, and then repeatedly in random orders, which the seed determines."""
     yield from faults
     shuffled = list(faults)
     chance = random.Random(seed)
@@ -220,7 +221,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 
 
 class Screen:
-    """The table as it grows, where there is a terminal; otherwise a line for each thing that begins."""
+    """Shows progress: a live table on a terminal, and a line per step elsewhere."""
 
     def __init__(self, console: Console, proof: Proof) -> None:
         self._console = console
@@ -237,7 +238,7 @@ class Screen:
         self._live.stop()
 
     def tell(self, what: str) -> None:
-        """Say what is going on now."""
+        """Show the current step."""
         self._now = what
         if self._console.is_terminal:
             self.show()
@@ -245,14 +246,14 @@ class Screen:
             self._console.print(visible(what))
 
     def show(self) -> None:
-        """Show how it goes."""
+        """Redraw the table."""
         if not self._console.is_terminal:
             return
         table = _table(self._proof.outcomes)
         caption = self._now
         if self._proof.moments:
             last = self._proof.moments[-1]
-            caption += f"   {last.answers:.0f} answers a second, {last.connected} connected, "
-            caption += f"{last.waiting:.1f} s waited for the slowest"
+            caption += f"   {last.answers:.0f} answers per second, {last.connected} connected, "
+            caption += f"longest wait {last.waiting:.1f} s"
         table.caption = visible(caption)
         self._live.update(table, refresh=True)

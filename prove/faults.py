@@ -1,4 +1,4 @@
-"""What goes wrong, on purpose: each fault is done while people talk, and everything has to be right again after it."""
+"""The faults. Each is injected while people chat, and the cluster has to recover completely."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ LOOK_SECONDS = 0.1
 
 
 class Stage(NamedTuple):
-    """What a fault can get at."""
+    """The objects on which a fault can act."""
 
     cluster: Cluster
     proxy: Proxy
@@ -31,18 +31,18 @@ class Stage(NamedTuple):
 
     @property
     def own(self) -> OwnCluster:
-        """The cluster, where its processes are ours to hurt."""
-        assert isinstance(self.cluster, OwnCluster)  # noqa: S101 - only asked by faults that need it
+        """The cluster, if its processes were started by this run."""
+        assert isinstance(self.cluster, OwnCluster)  # noqa: S101 - used only by faults that need it
         return self.cluster
 
     def some(self) -> list[Pipe]:
-        """Return a quarter of the connections, at least one if there is any."""
+        """Return a random quarter of the connections, rounded up."""
         pipes = [pipe for pipe in self.proxy.pipes if not pipe.is_black_hole]
         return self.random.sample(pipes, -(-len(pipes) // 4))
 
 
 class Fault(NamedTuple):
-    """One line of the schedule."""
+    """One fault of the schedule."""
 
     name: str
     about: str
@@ -121,13 +121,15 @@ async def _slow_network(stage: Stage) -> None:
         pipe.delay = DELAY_SECONDS
     await asyncio.sleep(BAD_SECONDS)
     stage.proxy.delay = 0.0
-    # Not those that are: what is on its way would be overtaken.
+    # Existing connections keep their delay, because data without delay would overtake earlier data. They are cut.
     for pipe in stage.proxy.pipes:
         pipe.is_cut_short = True
 
 
 async def _expire_sessions(stage: Stage) -> None:
-    """As if the clock had stepped by a month for some; the users' own clocks tell the workers to look."""
+    """Expire the sessions of some users, as a clock that steps by a month would. The new user versions make the workers
+    check them.
+    """
     db = await stage.cluster.database()
     try:
         some = [actor.who.id for actor in stage.actors][::4]
@@ -160,21 +162,21 @@ async def _replaced(stage: Stage, before: set[int]) -> None:
 
 
 FAULTS = (
-    Fault("no fault", "people talk", _nothing),
+    Fault("no fault", "people chat", _nothing),
     Fault("worker killed", "SIGKILL to one of the workers", _kill_worker, needs_processes=True),
     Fault("worker frozen", "SIGSTOP to one of the workers for 8 s", _freeze_worker, needs_processes=True),
     Fault("rolling restart", "all workers are replaced, one after the other", _roll, needs_processes=True),
-    Fault("PostgreSQL restarted", "a fast shutdown, and started again", _restart_postgres, needs_processes=True),
-    Fault("PostgreSQL killed", "SIGKILL, and recovered", _kill_postgres, needs_processes=True),
-    Fault("database sessions ended", "PostgreSQL ends every connection", _end_database_sessions),
+    Fault("PostgreSQL restarted", "fast shutdown and restart", _restart_postgres, needs_processes=True),
+    Fault("PostgreSQL killed", "SIGKILL and recovery", _kill_postgres, needs_processes=True),
+    Fault("database sessions ended", "PostgreSQL terminates all connections", _end_database_sessions),
     Fault("new epoch", "as after a restore: all workers end, and clients start over", _new_epoch, needs_processes=True),
-    Fault("Valkey killed", "SIGKILL, and started empty", _kill_valkey, needs_processes=True),
+    Fault("Valkey killed", "SIGKILL and an empty restart", _kill_valkey, needs_processes=True),
     Fault("Valkey frozen", "SIGSTOP for 8 s", _freeze_valkey, needs_processes=True),
     Fault("Valkey flushed", "FLUSHALL", _flush_redis),
     Fault("sockets cut", "a quarter of the sockets, mid-frame, twice a second for 8 s", _cut_sockets),
     Fault("slow clients", "a quarter of the clients read 2 kB/s for 8 s", _slow_clients),
-    Fault("half-open sockets", "a quarter of the sockets carry nothing more, without a word", _half_open),
-    Fault("slow network", "300 ms in each direction for 8 s, then everyone is cut off", _slow_network),
+    Fault("half-open sockets", "a quarter of the sockets stop transmitting, without a close", _half_open),
+    Fault("slow network", "300 ms in each direction for 8 s, then all connections are cut", _slow_network),
     Fault("sessions expired", "a quarter of the sessions end, and people log in again", _expire_sessions),
 )
-"""The schedule, in the order in which the first round does them; later rounds are shuffled by the seed."""
+"""All faults, in the order of the first round. The seed shuffles later rounds."""

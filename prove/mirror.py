@@ -1,4 +1,4 @@
-"""What a client knows, built from nothing but what it was told, and what of that came twice, late or not at all."""
+"""A client's replica of its data, built only from received frames. It counts duplicated, late and lost events."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -25,13 +25,13 @@ replace = msgspec.structs.replace
 
 @dataclass
 class Copy:
-    """One conversation. `missing` are the versions before `version` that never came."""
+    """One conversation. `missing` are the versions before `version` that have not arrived."""
 
     version: int
     conversation: Conversation
     participants: dict[UserId, Participant] = field(default_factory=dict)
     left: dict[UserId, int] = field(default_factory=dict)
-    """Versions at which users left, so that a page of participants from before does not bring them back."""
+    """Versions at which users left, so that an older page of participants does not add them again."""
     messages: dict[MessageId, Message] = field(default_factory=dict)
     ignored: list[DurableEvent] = field(default_factory=list)
     missing: set[int] = field(default_factory=set)
@@ -40,8 +40,8 @@ class Copy:
 class Mirror:
     """All conversations of one user.
 
-    `wrong` counts what should never happen: `duplicated` and `out of order` events, and `unknown` ones of
-    conversations that the user is not in. What is lost is in the copies, as `missing`.
+    `wrong` counts violations: `duplicated` and `out of order` events, and `unknown` ones of conversations in which the
+    user does not participate. Lost events are in `missing` of the copies.
     """
 
     def __init__(self) -> None:
@@ -56,21 +56,23 @@ class Mirror:
         self.stars: set[MessageId] = set()
         self.drafts: dict[ConversationId, str] = {}
         self.scheduled: dict[MessageId, str] = {}
-        """What became of messages that wait for their time."""
+        """The status of each scheduled message."""
         self.follows: dict[MessageId, bool] = {}
-        """Threads of which it was told whether they are followed; whoever replies follows without being told."""
+        """Whether threads are followed, as received in events. A reply follows a thread without an event."""
         self.wrong: Counter[str] = Counter()
         self.shown: set[MessageId] = set()
-        """Messages that events brought since whoever checks them looked."""
+        """Messages received in events since the last check."""
 
     def begin_resume(self) -> None:
-        """Forget what is not complete: a `resume` does not name it, so it is told anew, or was left meanwhile."""
+        """Forget incomplete conversations. `resume` does not name them, so the server sends them again, unless the user
+        has left them meanwhile.
+        """
         for one in list(self.unloaded):
             self.forget(one)
 
     @property
     def versions(self) -> dict[ConversationId, int]:
-        """What a `resume` names: those that are complete."""
+        """The versions for `resume`, of complete conversations only."""
         return {one: copy.version for one, copy in self.copies.items() if one not in self.unloaded}
 
     def hear(self, frame: ServerFrame) -> None:
@@ -86,10 +88,10 @@ class Mirror:
             self._hear_news(frame)
 
     def _hear_news(self, frame: ServerFrame) -> None:
-        """Apply what begins, ends or continues the copy of a conversation."""
+        """Apply a frame that begins, ends or continues the copy of a conversation."""
         match frame:
             case server.Ready():
-                # That of a later `ready` counts from when its `resume` is answered.
+                # The epoch of a later `ready` takes effect when its `resume` is answered.
                 self.epoch = self.epoch or frame.epoch
             case server.Conversations():
                 for view in frame.conversations:
@@ -105,7 +107,7 @@ class Mirror:
                 pass
 
     def _hear_own(self, event: OwnEvent) -> None:
-        """Apply what is this user's alone: the present state of one thing, whatever came before."""
+        """Apply an event about data of this user only. It contains the current state."""
         self.user_version = max(self.user_version, event.user_version)
         match event:
             case server.MeChanged():
@@ -129,7 +131,7 @@ class Mirror:
                 self.preferences[event.conversation_id] = event.preferences
 
     def _start_own_over(self, event: server.OwnStartOver) -> None:
-        """Drop the user's own rows: from here on there is what is told anew, or read."""
+        """Drop the user's own rows. The server sends them again, or the client reads them."""
         self.user_version = event.user_version
         for rows in (
             self.invitations, self.relationships, self.stars, self.drafts, self.scheduled, self.follows,
@@ -137,21 +139,21 @@ class Mirror:
             rows.clear()
 
     def forget(self, conversation_id: ConversationId) -> None:
-        """Know nothing of a conversation any more."""
+        """Delete the copy of a conversation."""
         self.copies.pop(conversation_id, None)
         self.unloaded.discard(conversation_id)
 
     def loaded(self, conversation_id: ConversationId) -> None:
-        """Take a conversation for complete: its history and participants have been loaded."""
+        """Mark a conversation as complete, after its history and participants were loaded."""
         self.unloaded.discard(conversation_id)
         self.copies[conversation_id].ignored.clear()
 
     def is_behind(self, beat: server.Heartbeat) -> bool:
-        """Return whether a heartbeat speaks of something that should have come and did not."""
+        """Return whether a heartbeat reveals a lost event."""
         return any(one in self.copies and self.copies[one].version < version for one, version in beat.versions.items())
 
     def load(self, conversation_id: ConversationId, page: server.MessagePage) -> None:
-        """Take over a page of history."""
+        """Add a page of history."""
         copy = self.copies[conversation_id]
         new = [message for message in page.messages if message.id not in copy.messages]
         copy.messages.update({message.id: message for message in new})
@@ -161,7 +163,7 @@ class Mirror:
                 self._apply_to_messages(copy, event)
 
     def load_participants(self, conversation_id: ConversationId, entries: Iterable[server.ParticipantEntry]) -> None:
-        """Take over a page of participants."""
+        """Add a page of participants."""
         copy = self.copies[conversation_id]
         for entry in entries:
             there = copy.participants.get(entry.participant.user_id)
@@ -243,7 +245,7 @@ class Mirror:
                         there, poll_counts=event.poll_counts, poll_voters=event.poll_voters
                     )
             case server.MessageChanged():
-                # What it says now has to be asked for.
+                # The event does not contain the message. The client has to request it.
                 self.unloaded.add(event.conversation_id)
             case server.MessageReacted() | server.MessageUnreacted():
                 if (there := copy.messages.get(event.message_id)) is not None:

@@ -1,4 +1,4 @@
-"""A TCP proxy between the crowd and the server, which can make a network as bad as networks get."""
+"""A TCP proxy between the crowd and the server, which simulates a bad network."""
 
 import asyncio
 import socket
@@ -6,29 +6,28 @@ from collections.abc import Callable
 from typing import Self, cast
 
 BUFFER_BYTES = 8 * 1024
-"""What a kernel may take from the server for a client that does not read: little, so that the server notices."""
-
-
+"""Receive buffer toward the server, in bytes. It is small, so that the server notices a client that does not read."""
 CUT_SECONDS = 0.01
+"""Delay between the last data of a connection and its abort, in seconds."""
 
 
 class Pipe:
-    """One client's connection: its two sides, and what is wrong with it."""
+    """One client's connection, with its two sides and its simulated defects."""
 
     def __init__(self) -> None:
         self.sides: list[Side] = []
         self.delay = 0.0
-        """Seconds that everything takes longer, in both directions."""
+        """Added latency in each direction, in seconds."""
         self.bytes_per_second = 0.0
-        """How fast the server's words come through; 0 is at once."""
+        """Bandwidth from the server to the client; 0 means no limit."""
         self.is_black_hole = False
-        """Nothing comes through any more, in either direction, and nobody is told."""
+        """Whether all data in both directions is dropped, without closing the connection."""
         self.is_cut_short = False
-        """What comes next comes half, and that is the end."""
+        """Whether the next data is truncated to half, and the connection aborted after it."""
         self._is_ending = False
 
     def take(self, side: "Side", data: bytes) -> None:
-        """Carry what came from one side to the other."""
+        """Forward data from one side to the other."""
         other = self.sides[1 - self.sides.index(side)]
         loop = asyncio.get_running_loop()
         if self.is_black_hole or self._is_ending:
@@ -36,7 +35,7 @@ class Pipe:
         if self.is_cut_short:
             self._is_ending = True
             data = data[: len(data) // 2]
-            # After what is on its way: a network loses what comes last, and never turns it around.
+            # After delayed data has arrived, because TCP never reorders.
             loop.call_later(self.delay + CUT_SECONDS, self.cut)
         if self.bytes_per_second and side is self.sides[1]:
             side.pause()
@@ -48,7 +47,7 @@ class Pipe:
             other.write(data)
 
     def cut(self) -> None:
-        """End it without a word."""
+        """Abort the connection on both sides."""
         for side in self.sides:
             side.abort()
 
@@ -64,17 +63,17 @@ class Side(asyncio.Protocol):
         pipe.sides.append(self)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Say what was said before there was a connection."""
+        """Write data that arrived before the connection was open."""
         self._transport = cast(asyncio.Transport, transport)
         for data in self._early:
             self._transport.write(data)
 
     def data_received(self, data: bytes) -> None:
-        """Carry it over."""
+        """Forward the data."""
         self._pipe.take(self, data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the other side too, after what is on its way, unless nothing gets through."""
+        """Close the other side too, after delayed data, unless the pipe is a black hole."""
         del exc
         self._gone(self._pipe)
         if not self._pipe.is_black_hole:
@@ -83,29 +82,29 @@ class Side(asyncio.Protocol):
                     asyncio.get_running_loop().call_later(self._pipe.delay, side.close)
 
     def write(self, data: bytes) -> None:
-        """Say something to whoever is at this end."""
+        """Write data to the peer, or buffer it until the connection is open."""
         if self._transport is None:
             self._early.append(data)
         elif not self._transport.is_closing():
             self._transport.write(data)
 
     def close(self) -> None:
-        """End in good order."""
+        """Close after all data was written."""
         if self._transport is not None:
             self._transport.close()
 
     def abort(self) -> None:
-        """End at once."""
+        """Close immediately, without writing buffered data."""
         if self._transport is not None:
             self._transport.abort()
 
     def pause(self) -> None:
-        """Read no more for now."""
+        """Stop reading."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
 
     def resume(self) -> None:
-        """Read on."""
+        """Continue reading."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
@@ -119,7 +118,7 @@ class Proxy:
         self._connecting: set[asyncio.Task[None]] = set()
         self.pipes: set[Pipe] = set()
         self.delay = 0.0
-        """What new connections are delayed by."""
+        """The delay of new connections, in seconds."""
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.get_running_loop().create_server(self._accept, "127.0.0.1", 0)

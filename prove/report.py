@@ -1,4 +1,4 @@
-"""What came of it, as cells of a table, as a sentence, and as one HTML file with a timeline."""
+"""The results, as cells of a table, as a sentence, and as one HTML file with a timeline."""
 
 import time
 from html import escape
@@ -13,7 +13,7 @@ WIDE = "body { max-width: 62rem } th { text-align: right; font-weight: 600 } th:
 
 
 def cells(outcome: Outcome) -> list[str]:
-    """Return the figures of one line of the table, without its name."""
+    """Return the figures of one row of the table, without its name."""
     counts = (
         outcome.sent, outcome.acknowledged, outcome.lost, outcome.duplicated, outcome.out_of_order, outcome.phantom,
         outcome.wrong, outcome.reconnects,
@@ -26,15 +26,15 @@ def verdict(proof: Proof) -> str:
     acknowledged = sum(one.acknowledged for one in proof.outcomes)
     if proof.is_good:
         return (
-            f"{acknowledged:,} frames were answered through {len(proof.outcomes)} phases: "
-            "nothing was lost, duplicated, out of order, phantom or wrong."
+            f"{acknowledged:,} frames were answered in {len(proof.outcomes)} phases. "
+            "Nothing was lost, duplicated, out of order, phantom or wrong."
         )
     broken = [one.name for one in proof.outcomes if not one.is_good]
-    return f"Promises were broken by: {', '.join(dict.fromkeys(broken))}." if broken else "Nothing was proven."
+    return f"Guarantees were violated in: {', '.join(dict.fromkeys(broken))}." if broken else "No phase was completed."
 
 
 def page(proof: Proof) -> str:
-    """Return the report as HTML, in one file with nothing to load."""
+    """Return the report as one self-contained HTML file."""
     rows = "".join(
         f"<tr><td title='{escape(one.about)}'>{escape(one.name)}<td>{one.begin:.0f} s"
         + "".join(f"<td>{cell}" for cell in cells(one))
@@ -49,13 +49,13 @@ def page(proof: Proof) -> str:
             f"<p class='verdict {'good' if proof.is_good else 'bad'}'>{escape(verdict(proof))}</p>",
             _timeline(proof),
             "<h2>Faults</h2><table><tr>" + "".join(f"<th>{head}" for head in HEADS) + rows + "</table>",
-            f"<h2>What was wrong</h2><ul>{words}</ul>" if words else "",
+            f"<h2>Violations</h2><ul>{words}</ul>" if words else "",
         ]
     )
 
 
 def _circumstances(proof: Proof) -> str:
-    return f"{proof.people} people, {proof.rate:,.0f} frames a second, seed {proof.seed}, {proof.where}."
+    return f"{proof.people} people, {proof.rate:,.0f} frames per second, seed {proof.seed}, {proof.where}."
 
 
 def _timeline(proof: Proof) -> str:
@@ -65,8 +65,8 @@ def _timeline(proof: Proof) -> str:
     seconds = axis("seconds", [one.at for one in moments])
     spans = [(one.begin, max(one.end, one.begin + 0.5), one.name) for one in proof.outcomes if one.begin]
     plots = (
-        ("answers a second", [one.answers for one in moments]),
-        ("s that the slowest answer is awaited", [one.waiting for one in moments]),
+        ("answers per second", [one.answers for one in moments]),
+        ("longest current wait, in seconds", [one.waiting for one in moments]),
         ("connected", [float(one.connected) for one in moments]),
     )
     return "<h2>Timeline</h2>" + "".join(

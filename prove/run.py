@@ -1,4 +1,6 @@
-"""The proof: people act, a fault happens, everything comes to rest, what each saw is compared with the rows."""
+"""A run. In each phase people act, a fault is injected, the people pause, and what each received is compared with the
+rows.
+"""
 
 import asyncio
 import random
@@ -28,19 +30,19 @@ from prove.proxy import Proxy
 CHANNELS = 6
 HTTP_SECONDS = 30.0
 BEFORE_SECONDS = 2.0
-"""How long people talk before a fault happens."""
+"""Time before a fault, in seconds."""
 PATIENCE_SECONDS = 60.0
-"""How long after a phase someone may wait for an answer before that is given up and counted as lost."""
+"""Max wait for an answer after a phase, in seconds. After that, it counts as lost."""
 PRESENCE_SECONDS = 20.0
-"""How long presence may be wrong after a fault: docs/operations.md says 15."""
+"""Max time until presence is correct after a fault, in seconds. docs/operations.md promises 15."""
 SAMPLE = 10
-"""How many people's unread counts are recounted after each phase: one by one, the slow way."""
+"""Number of people whose unread counts are recounted after each phase."""
 MAX_WORDS, MAX_CHARACTERS = 20, 500
-"""How much is said about what was wrong in a phase, and about each thing."""
+"""Max violations reported per phase, and max characters of each."""
 
 
 class Outcome(msgspec.Struct, kw_only=True):
-    """One line of the table. Waits are in seconds: of each person, the longest for an answer, from the first try."""
+    """One row of the table. `waits` has each person's longest time from the first attempt to the answer, in seconds."""
 
     name: str
     about: str
@@ -58,25 +60,25 @@ class Outcome(msgspec.Struct, kw_only=True):
     ends: dict[str, int] = {}
     """Why connections ended."""
     words: list[str] = []
-    """What exactly was wrong."""
+    """Descriptions of the violations."""
 
     @property
     def is_good(self) -> bool:
-        """Whether everything that must be zero is."""
+        """Whether there was no violation."""
         return not (self.lost or self.duplicated or self.out_of_order or self.phantom or self.wrong)
 
     @property
     def wait_p50(self) -> float:
-        """The median of the waits."""
+        """The median wait."""
         return statistics.median(self.waits) if self.waits else 0.0
 
     @property
     def wait_max(self) -> float:
-        """The longest of the waits."""
+        """The longest wait."""
         return max(self.waits, default=0.0)
 
     def blame(self, kind: str, count: int, words: str) -> None:
-        """Count something that must not be."""
+        """Count violations of a kind, and describe them."""
         if count:
             setattr(self, kind, getattr(self, kind) + count)
             if len(self.words) < MAX_WORDS:
@@ -84,12 +86,12 @@ class Outcome(msgspec.Struct, kw_only=True):
 
 
 class Moment(msgspec.Struct):
-    """How it went in one second of the run."""
+    """The state of the run after one second."""
 
     at: float
     answers: float
     waiting: float
-    """Seconds that the answer which is awaited longest has been awaited."""
+    """The longest time that a client has been waiting for an answer, in seconds."""
     connected: int
 
 
@@ -105,7 +107,7 @@ class Proof(msgspec.Struct, kw_only=True):
 
     @property
     def is_good(self) -> bool:
-        """Whether the promises held."""
+        """Whether there was no violation."""
         return bool(self.outcomes) and all(one.is_good for one in self.outcomes)
 
 
@@ -120,12 +122,12 @@ class Account(NamedTuple):
 
 
 class Run:
-    """Everyone who takes part in a proof, and what has come of it."""
+    """The actors of a run, and its results."""
 
     def __init__(
         self, cluster: Cluster, proxy: Proxy, proof: Proof, *, tell: Callable[[str], None], tick: Callable[[], None]
     ) -> None:
-        """`tell` is told what is going on now, `tick` that a second has passed."""
+        """`tell` shows the current step, and `tick` is called every second."""
         self._cluster = cluster
         self._proxy = proxy
         self.proof = proof
@@ -138,8 +140,8 @@ class Run:
         self._ticking: asyncio.Task[None] | None = None
 
     async def prepare(self) -> None:
-        """Make accounts and channels, and have everyone connect. Raises Unusable if that is refused."""
-        self._tell("making accounts …")
+        """Create accounts and channels, and connect all actors. Raises Unusable if the server refuses."""
+        self._tell("creating accounts …")
         accounts = await some_at_once(self._register(number) for number in range(self.proof.people))
         for number, account in enumerate(accounts):
             actor = Actor(
@@ -154,7 +156,7 @@ class Run:
         await asyncio.gather(*(actor.connect() for actor in self._actors))
         founder = self._actors[0].client
         if founder is None:
-            raise Unusable("nobody can connect.")
+            raise Unusable("no client can connect.")
         for number in range(CHANNELS):
             made = ConversationId(uuid7())
             await founder.call(client.CreateChannel(conversation_id=made, title=f"Channel {number}", is_public=True))
@@ -162,7 +164,7 @@ class Run:
         self._ticking = asyncio.create_task(self._watch())
 
     async def phase(self, fault: Fault, seconds: float) -> Outcome:
-        """Have people act for at least so long while a fault happens, come to rest, and compare."""
+        """Inject a fault while people act for at least `seconds`, then pause and compare."""
         outcome = Outcome(name=fault.name, about=fault.about)
         self.proof.outcomes.append(outcome)
         for actor in self._actors:
@@ -177,7 +179,7 @@ class Run:
         outcome.end = time.monotonic() - self._began
         await asyncio.sleep(max(BEFORE_SECONDS, end - time.monotonic()))
         is_over.set()
-        self._tell(f"{fault.name}: coming to rest …")
+        self._tell(f"{fault.name}: waiting for answers …")
         _, stuck = await asyncio.wait(acting, timeout=PATIENCE_SECONDS)
         for task in stuck:
             task.cancel()
@@ -190,8 +192,8 @@ class Run:
         return outcome
 
     async def leave(self) -> None:
-        """Half of the people leave, and are seen to have left."""
-        outcome = Outcome(name="people leave", about="half of them disconnect, and are seen offline")
+        """Disconnect half of the people, and check that the others see them offline."""
+        outcome = Outcome(name="people leave", about="half of them disconnect, and others see them offline")
         self.proof.outcomes.append(outcome)
         self._tell(outcome.about)
         gone, left = self._actors[::2], self._actors[1::2]
@@ -199,15 +201,15 @@ class Run:
         await self._check_presence(outcome, left, gone)
 
     async def check(self) -> None:
-        """Everything is counted again by `openchat check`."""
-        outcome = Outcome(name="check", about="openchat check: everything is counted again from the rows")
+        """Run `openchat check`."""
+        outcome = Outcome(name="check", about="openchat check recounts everything from the rows")
         self.proof.outcomes.append(outcome)
         self._tell(outcome.about)
         for line in await self._cluster.check():
             outcome.blame("wrong", not line.is_good, f"{line.check}: {', '.join(line.some or ())}")
 
     async def stop(self) -> None:
-        """End it: everyone leaves."""
+        """Disconnect everyone."""
         if self._ticking is not None:
             self._ticking.cancel()
         await asyncio.gather(*(actor.leave() for actor in self._actors))
@@ -232,12 +234,12 @@ class Run:
             clocks = {row[0]: row[1] for row in await db.fetch("SELECT id, version FROM conversation")}
             settled = await asyncio.gather(*(actor.settle(clocks.__getitem__) for actor in self._actors))
             for actor, is_settled in zip(self._actors, settled, strict=True):
-                outcome.blame("lost", not is_settled, f"{actor.who.name} does not hear what is there")
+                outcome.blame("lost", not is_settled, f"{actor.who.name} does not receive the current versions")
             truths = {one: await truth.read_conversation(db, one) for one in self._everywhere()}
             for actor in self._actors:
                 await self._compare_one(db, outcome, actor, truths)
             for words in await truth.recount(db):
-                outcome.blame("wrong", 1, f"the number of {words}")
+                outcome.blame("wrong", 1, f"a recount differs: {words}")
             for actor in self._random.sample(self._actors, min(SAMPLE, len(self._actors))):
                 await self._recount_unread(db, outcome, actor)
         finally:
@@ -245,11 +247,11 @@ class Run:
         await self._check_presence(outcome, self._actors, [])
 
     async def _wait_for_scheduled(self, db: "asyncpg.Connection[asyncpg.Record]", outcome: Outcome) -> None:
-        """Have what was scheduled for now be sent: a worker that died leaves it to another one after a while."""
+        """Wait until due scheduled messages are sent. After a worker died, another one sends its messages later."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (left := await truth.waiting(db)) and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's
             await asyncio.sleep(0.25)
-        outcome.blame("lost", left, f"{left} messages that were scheduled are not sent")
+        outcome.blame("lost", left, f"{left} scheduled messages are not sent")
 
     def _everywhere(self) -> set[ConversationId]:
         return set().union(*(actor.mirror.copies for actor in self._actors))
@@ -263,25 +265,30 @@ class Run:
     ) -> None:
         name, mirror = actor.who.name, actor.mirror
         absent = await truth.absent(db, "message", actor.tally.messages)
-        outcome.blame("lost", absent, f"{absent} messages that {name} had an answer for are not stored")
+        outcome.blame("lost", absent, f"{absent} acknowledged messages of {name} are not stored")
         absent = await truth.absent(db, "message_edit", actor.tally.edits)
-        outcome.blame("lost", absent, f"{absent} edits that {name} had an answer for are not stored")
+        outcome.blame("lost", absent, f"{absent} acknowledged edits of {name} are not stored")
         for words in await truth.unsent(db, actor.tally.scheduled):
-            outcome.blame("lost", 1, f"the message that {name} scheduled, {words}")
+            outcome.blame("lost", 1, f"a scheduled message of {name}: {words}")
         absent = await truth.absent(db, "message", mirror.shown)
         outcome.blame("phantom", absent, f"{absent} messages that {name} saw are not stored")
-        outcome.blame("lost", actor.noticed_losses, f"{name} heard by heartbeat that something had not come")
+        outcome.blame("lost", actor.noticed_losses, f"a heartbeat revealed events that {name} did not receive")
         for kind, count in mirror.wrong.items():
             outcome.blame({"out of order": "out_of_order", "duplicated": "duplicated"}.get(kind, "wrong"), count,
                           f"{count} {kind} events for {name}")  # fmt: skip
         there = await truth.memberships(db, actor.who.id)
-        outcome.blame("wrong", len(there ^ mirror.copies.keys()), f"{name} is in other conversations than told")
+        outcome.blame(
+            "wrong", len(there ^ mirror.copies.keys()), f"{name} participates in other conversations than received"
+        )
         for one, copy in list(mirror.copies.items()):
-            outcome.blame("lost", len(copy.missing), f"versions {sorted(copy.missing)} of {one} never came to {name}")
+            outcome.blame(
+                "lost", len(copy.missing), f"{name} did not receive the versions {sorted(copy.missing)} of {one}"
+            )
             found = truth.differences(copy, truths[one])
             outcome.blame("wrong", len(found), f"{name}: {'; '.join(found[:2])}")
             if copy.missing or found:
-                mirror.forget(one)  # and be told anew: what was wrong in this phase is not the next one's fault
+                # The server sends the conversation again, so the next phase does not report this violation again.
+                mirror.forget(one)
                 await actor.leave()
         mirror.wrong, mirror.shown, actor.noticed_losses = Counter(), set(), 0
 
@@ -297,12 +304,13 @@ class Run:
         )  # fmt: skip
 
     async def _check_presence(self, outcome: Outcome, there: Sequence[Actor], gone: Sequence[Actor]) -> None:
-        """Everyone is seen as they are, within the bound."""
+        """Check that everyone's presence is shown correctly within `PRESENCE_SECONDS`."""
         expected = {actor.who.id: actor.is_visible for actor in there} | {actor.who.id: False for actor in gone}
         await asyncio.gather(*(actor.connected() for actor in there))
         deadline = time.monotonic() + PRESENCE_SECONDS
         watcher = there[0]
-        # Who blocks the watcher is not in the list, and whom the watcher blocks is not seen (docs/privacy.md).
+        # The list omits users who block the watcher, and shows users whom the watcher blocks as offline
+        # (docs/privacy.md).
         blocked = {
             one.user_id
             for one in watcher.mirror.relationships.values()
@@ -345,7 +353,7 @@ class Run:
         email, password = f"{secrets.token_hex(6)}@prove.example", secrets.token_urlsafe(12)
         made = await self._post("/v1/auth/register", Register(name=name, email=email, password=password))
         if made is None:
-            raise Unusable("the server makes no account; see what it limits (docs/prove.md).")
+            raise Unusable("the server refuses to create accounts. Check its limits (docs/prove.md).")
         return Account(made.user.id, name, made.token, email, password)
 
     async def _log_in(self, account: Account) -> str:

@@ -1,4 +1,4 @@
-"""What PostgreSQL holds, read from its tables by statements that the server does not have, and compared."""
+"""Reads the rows from PostgreSQL, with statements of its own, and compares them with what clients received."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
@@ -29,12 +29,12 @@ _GRANTS = {
     "can_delete_messages": "moderator",
     "can_pin_messages": "moderator",
 }
-"""The least role that has each permission without a grant (docs/decisions/0001)."""
+"""The lowest role that has each permission without a grant (docs/decisions/0001)."""
 _JSON = {"reactions", "metadata", "settings", "payload", "link_preview"}
 _TYPES: dict[str, Any] = {"settings": ConversationSettings, "payload": Payload, "link_preview": LinkPreview}
 _RANKS = ("guest", "member", "moderator", "admin", "owner")
 UNREAD_WINDOW = 100
-"""How many of the newest messages an unread count looks at (protocol/values.py, ConversationView)."""
+"""Max messages that an unread count reads, newest first (protocol/values.py, ConversationView)."""
 
 RECOUNT = """
 SELECT 'participants of ' || c.id FROM conversation c WHERE participant_count <> (
@@ -57,7 +57,7 @@ SELECT 'votes of ' || m.id FROM message m WHERE m.poll_counts IS NOT NULL AND (
         FROM generate_subscripts(m.poll_counts, 1) n ORDER BY n
     ))
 UNION ALL
-SELECT 'what is found of ' || m.id FROM message m LEFT JOIN message_search s ON s.message_id = m.id
+SELECT 'search words of ' || m.id FROM message m LEFT JOIN message_search s ON s.message_id = m.id
 WHERE (s.message_id IS NOT NULL) <> (NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message)
 UNION ALL
 SELECT 'reactions to ' || m.id FROM message m WHERE reactions <> coalesce((
@@ -66,7 +66,7 @@ SELECT 'reactions to ' || m.id FROM message m WHERE reactions <> coalesce((
         WHERE r.message_id = m.id AND NOT r.is_removed AND NOT m.is_deleted GROUP BY emoji
     ) counted), '{}')
 UNION ALL
-SELECT 'clock of ' || c.id FROM conversation c WHERE c.version <> greatest(
+SELECT 'version of ' || c.id FROM conversation c WHERE c.version <> greatest(
     settings_version,
     (SELECT max(version) FROM message m WHERE m.conversation_id = c.id),
     (SELECT max(version) FROM message_reaction r WHERE r.conversation_id = c.id),
@@ -83,11 +83,11 @@ WHERE m.conversation_id <> p.conversation_id OR m.sent_version > p.last_read_ver
 UNION ALL
 SELECT 'place of ' || min(m.id::text) FROM message m GROUP BY conversation_id, sent_version HAVING count(*) > 1
 """
-"""Every count that is kept, beside the rows that it counts; every clock, beside the last change; every place, once."""
+"""Counts that differ from the counted rows, versions that differ from the last change, and versions used twice."""
 
 
 async def read_conversation(db: Db, conversation_id: ConversationId) -> Copy:
-    """Return a conversation as PostgreSQL has it. Raises LookupError if it has not."""
+    """Return a conversation from PostgreSQL. Raises LookupError if it does not exist."""
     async with db.transaction(isolation="repeatable_read", readonly=True):
         row = await db.fetchrow(_CONVERSATION, conversation_id)
         if row is None:
@@ -125,12 +125,12 @@ SELECT 'thread', root_id::text, is_following::text FROM thread_follow WHERE user
 
 
 async def own(db: Db, user_id: UserId) -> set[tuple[str, str, str | None]]:
-    """Return what is a user's alone: profile, relationships, invitations, and what they keep for themselves."""
+    """Return a user's own data: profile, relationships, invitations, pins, stars, drafts and the like."""
     return {tuple(row) for row in await db.fetch(_OWN, user_id)}
 
 
 def own_of(mirror: Mirror) -> set[tuple[str, str, str | None]]:
-    """Return the same as a client knows it."""
+    """Return the same data from a client's mirror."""
     found: set[tuple[str, str, str | None]] = {("bio", "", None if mirror.me is None else mirror.me.bio)}
     found |= {("relationship", str(one.id), one.status) for one in mirror.relationships.values()}
     found |= {("invitation", str(one), "") for one in mirror.invitations}
@@ -146,12 +146,12 @@ def own_of(mirror: Mirror) -> set[tuple[str, str, str | None]]:
 
 
 async def recount(db: Db) -> list[str]:
-    """Return which of the kept numbers differ from the rows."""
+    """Return the stored counts and versions that differ from the rows."""
     return [row[0] for row in await db.fetch(RECOUNT)]
 
 
 async def memberships(db: Db, user_id: UserId) -> set[ConversationId]:
-    """Return the conversations that a user takes part in."""
+    """Return the conversations in which a user participates."""
     rows = await db.fetch(
         "SELECT conversation_id FROM conversation_participant WHERE user_id = $1 AND status = 'active'", user_id
     )
@@ -159,8 +159,8 @@ async def memberships(db: Db, user_id: UserId) -> set[ConversationId]:
 
 
 async def unread(db: Db, user_id: UserId, conversation_id: ConversationId) -> int:
-    """Return how many messages are unread, by looking at them one by one: of the newest 100 that stand in the
-    conversation itself past the read position, those that count.
+    """Count a user's unread messages one by one, among the newest `UNREAD_WINDOW` in the conversation after the read
+    position. Messages that are deleted, hidden, silenced, or from the user or the system do not count.
     """
     me = await db.fetchrow(
         "SELECT last_read_version, unread_from_version FROM conversation_participant"
@@ -193,13 +193,15 @@ async def unread(db: Db, user_id: UserId, conversation_id: ConversationId) -> in
 
 
 async def waiting(db: Db) -> int:
-    """Return how many messages should have been sent by now and are still to be."""
+    """Return how many scheduled messages are due within a minute and not sent."""
     query = "SELECT count(*) FROM scheduled_message WHERE status = 'waiting' AND send_at < now() + interval '1 minute'"
     return int(await db.fetchval(query))
 
 
 async def unsent(db: Db, ids: Collection[MessageId]) -> list[str]:
-    """Return what is wrong with messages that were scheduled for a time that has come: each is sent, or has failed."""
+    """Return the violations among scheduled messages: one is unknown, or stored without the status `sent`, or the
+    reverse.
+    """
     rows = await db.fetch(
         "SELECT s.id, s.status, EXISTS (SELECT FROM message m WHERE m.id = s.id) FROM scheduled_message s"
         " WHERE s.id = ANY($1)",
@@ -210,13 +212,13 @@ async def unsent(db: Db, ids: Collection[MessageId]) -> list[str]:
 
 
 async def absent(db: Db, table: str, ids: Collection[MessageId | EditId]) -> int:
-    """Return how many ids are not in `table`, one of this file's callers' own."""
+    """Return how many ids are not in `table`, which is a constant of the caller."""
     there = await db.fetchval(f"SELECT count(*) FROM {table} WHERE id = ANY($1)", list(ids))  # noqa: S608 - a constant
     return len(ids) - int(there)
 
 
 def differences(copy: Copy, truth: Copy) -> list[str]:
-    """Return how a complete copy differs from the truth, in words."""
+    """Return descriptions of how a complete copy differs from the rows."""
     found: list[str] = []
     if copy.version != truth.version:
         found.append(f"version {copy.version} is {truth.version}")
@@ -229,8 +231,8 @@ def differences(copy: Copy, truth: Copy) -> list[str]:
 
 
 def assert_same(copy: Copy, truth: Copy) -> None:
-    """Raise AssertionError, with words that help, unless a copy is whole and the same."""
-    assert not copy.missing, f"these versions never came: {sorted(copy.missing)}"  # noqa: S101 - what it is for
+    """Raise AssertionError with a description unless a copy is complete and equal to the rows."""
+    assert not copy.missing, f"these versions did not arrive: {sorted(copy.missing)}"  # noqa: S101 - an assertion
     assert not (found := differences(copy, truth)), "\n".join(found)  # noqa: S101 - as above
 
 

@@ -221,7 +221,7 @@ def test_prove_from_the_command_line(tmp_path: Path) -> None:
     size = ("--people", "8", "--rate", "60", "--seconds", "3")
     status, said = prove(*size, "--only", "worker killed", "--report", str(tmp_path))
     assert status == 0, said
-    assert "nothing was lost" in said
+    assert "Nothing was lost" in said
     (written,) = tmp_path.glob("*.json")
     proof = msgspec.json.decode(written.read_bytes(), type=Proof)
     assert [one.name for one in proof.outcomes] == ["worker killed", "people leave", "check"]
@@ -236,7 +236,7 @@ def test_prove_from_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--only", "earthquake"], "there is no such fault"),
+        (["--only", "earthquake"], "no fault matches"),
         (["--url", "http://127.0.0.1:9"], "--database-url and --redis-url"),
     ],
 )
