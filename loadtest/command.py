@@ -93,7 +93,7 @@ class Options(NamedTuple):
     "--report", type=File(), default=Path("load-report"), metavar="FOLDER", help="Folder for the report. [load-report]"
 )
 def load(**given: Any) -> int:  # noqa: ANN401 - the options
-    """Put a crowd in front of a server and check every delivery.
+    """Run a load test against a server and check every delivery.
 
     The server limits each user to 50 writing frames a second, and each address to 100 accounts in five minutes. The
     crowd keeps to that: on loopback it comes from many addresses. It keeps its accounts for the next run.

@@ -98,7 +98,7 @@ class Options(NamedTuple):
 @click.option("--redis-url", metavar="URL", help="Redis or Valkey of the existing installation.")
 @click.option("--report", type=File(), metavar="FOLDER", help="Folder for a report, as JSON and as HTML.")
 def prove(**given: Any) -> int:  # noqa: ANN401 - the options
-    """Cause faults in a cluster while a crowd uses it.
+    """Inject faults into a cluster while a crowd uses it.
 
     After each fault, the command compares what each client received with the database.
 

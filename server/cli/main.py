@@ -47,8 +47,8 @@ SECTIONS = {
         "import": Entry("server.cli.maintenance:import_", "Import an export of OpenChat, Slack or Mattermost."),
     },
     "Prove": {
-        "load": Entry("loadtest.command:load", "Put a crowd in front of a server and check every delivery."),
-        "prove": Entry("prove.command:prove", "Break a cluster in every way while a crowd uses it."),
+        "load": Entry("loadtest.command:load", "Run a load test against a server and check every delivery."),
+        "prove": Entry("prove.command:prove", "Inject faults into a cluster while a crowd uses it."),
     },
     "Shell": {
         "completion": Entry("server.cli.completion:completion", "Print a script that completes commands on Tab."),
