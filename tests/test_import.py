@@ -25,7 +25,7 @@ from protocol.ids import ConversationId, MessageId
 from server.cli import maintenance
 from server.core.terminal import plain
 from server.ops.progress import Progress
-from server.ops.transfer import archive, load, reading
+from server.ops.transfer import load, plan, reading
 from server.ops.transfer.mattermost import read as mattermost_read
 from server.ops.transfer.origin import Origin
 from server.ops.transfer.slack import read as slack_read
@@ -573,7 +573,7 @@ async def test_erased_user_is_not_imported_again(shell: Shell, world: World, tmp
     assert [line for line in await shell.json("check") if not line["is_good"]] == []
     # A user who is erased between the plan and the import is not imported either.
     found = mattermost_read(Path(mattermost(tmp_path / "c", *people, *channel("three", "Third"))))
-    planned = await archive.plan(world.db, found)
+    planned = await plan.plan(world.db, found)
     bob = await world.db.fetchval("""SELECT id FROM "user" WHERE email = 'bob@a.example'""")
     await shell.run("erase", str(bob), "--yes")
     with pytest.raises(ValueError, match="a user was erased during the import"):
@@ -693,7 +693,7 @@ async def test_imported_fields_have_the_bounds_of_client_frames(world: World, tm
              "reactions": reactions, "edited": {"ts": "1700000009.0"}}
             for number, words in enumerate(["\0", "", long, "<@U1> " + "#a1 " * 99 + long, "\0<@U9>"])]  # fmt: skip
     (path / "C1" / "2023.json").write_text(json.dumps(said))
-    planned = await archive.plan(world.db, slack_read(path))
+    planned = await plan.plan(world.db, slack_read(path))
     seen = set()
     for line in planned.rows:
         row = msgspec.json.decode(line.row.row)

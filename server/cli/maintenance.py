@@ -24,9 +24,11 @@ from server.db.database import Db
 from server.ops.check import run_checks
 from server.ops.progress import Progress
 from server.ops.reindex import rebuild_search_index
-from server.ops.transfer import archive, dump, load, mattermost, reading, slack
-from server.ops.transfer.archive import Archive, UnconfirmedMatches, Unnamed
+from server.ops.transfer import dump, load, matches, mattermost, plan, reading, slack
+from server.ops.transfer.archive import Archive
 from server.ops.transfer.lines import Lines
+from server.ops.transfer.matches import UnconfirmedMatches
+from server.ops.transfer.plan import Unnamed
 from server.processes.embedded.reach import reached
 from server.queries import accounts, delivery_report, transfers
 from server.queries.audit import Deed
@@ -286,7 +288,7 @@ async def _import(db: Db, options: Import) -> int:
         else:
             with _reading(options.path):
                 found = FOREIGN[options.format](options.path)
-            lines, notes = await archive.plan(db, found, source=options.source, confirmed=options.match_accounts)
+            lines, notes = await plan.plan(db, found, source=options.source, confirmed=options.match_accounts)
         summary = await load.load(db, _read(options.path, lines), progress, is_whole=is_whole, deed=deed)
     except Unnamed as unnamed:
         raise Fatal(f"{plain(str(unnamed))} Nothing was imported.") from None
@@ -322,10 +324,10 @@ def _ask(unconfirmed: UnconfirmedMatches, given: str | None) -> str:
     """Print the matches, and return how to answer. `given` is a code that confirms other matches."""
     for person, account in unconfirmed.matches:
         complain(f"{person.name} ({person.key}) = {account.name}, {account.email} ({account.id})")
-    code = archive.confirmation(unconfirmed.matches)
+    code = matches.confirmation(unconfirmed.matches)
     refused = "" if given is None else f"`--match-accounts {given}` is not the code of this list. "
     return (
         f"{refused}These accounts have unverified e-mail addresses that people in the export have, too. Nothing was "
         f"imported. If each account is the same person, use --match-accounts {code}. It gives each account that "
-        f"person's conversations. To keep all of them apart, use --match-accounts {archive.OTHERS}."
+        f"person's conversations. To keep all of them apart, use --match-accounts {matches.OTHERS}."
     )

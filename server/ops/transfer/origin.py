@@ -11,7 +11,9 @@ from uuid import UUID
 
 import msgspec
 
+from protocol.ids import MessageId
 from server.db.database import Db
+from server.ops.transfer.archive import ArchivePlace, ArchivePost
 from server.queries import push
 
 KEY = "import"
@@ -39,3 +41,11 @@ class Origin(NamedTuple):
         random = int.from_bytes(hmac.digest(self.secret.encode(), words, "sha256")[:10])
         high = (at_ms & 0xFFFF_FFFF_FFFF) << 80
         return UUID(int=high | 0x7 << 76 | (random >> 68) << 64 | 0b10 << 62 | random & 0x3FFF_FFFF_FFFF_FFFF)
+
+    def message_id(self, place: ArchivePlace, post: ArchivePost) -> MessageId:
+        """Return the id of the message that a post becomes."""
+        return MessageId(self.made_id(post.at_ms, place.key, post.key))
+
+    def participant_id(self, place: ArchivePlace, key: str) -> UUID:
+        """Return the id of the participation of the person `key` in a conversation."""
+        return self.made_id(0, "participant", place.key, key)
