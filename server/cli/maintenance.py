@@ -190,7 +190,8 @@ async def _reindex(db: Db) -> int:
 def export(file: Path, user: str | None, data_dir: str | None) -> int:
     """Export the whole installation, or the data of one user.
 
-    The file contains all messages. docs/transfer.md has its format.
+    An export of the installation contains everything in the database, password hashes included. docs/transfer.md has
+    the format.
     """
     target = None if file == STANDARD_OUTPUT else file
     if user is not None:

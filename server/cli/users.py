@@ -207,7 +207,7 @@ async def export_user(db: Db, who: str) -> AsyncIterator[bytes]:
 def erase(user: str, data_dir: str | None, *, is_meant: bool, is_verified: bool, is_json: bool) -> None:
     """Erase a user. Their messages stay, without a name.
 
-    No other data of the user stays. This cannot be undone.
+    All other data of the user is deleted. For 90 days, ended relationships keep the ids of both users.
     """
     # Changes that a failed attempt has committed are published, too.
     work = partial(erase_user, user=user, is_meant=is_meant, is_verified=is_verified, changes=[])
