@@ -1,1 +1,1 @@
-"""A crowd that speaks the protocol."""
+"""`openchat load`: load tests over the wire protocol."""

@@ -1,4 +1,4 @@
-"""`openchat load`: a crowd in front of a server, what it sees while it is there, and a report."""
+"""`openchat load`: runs a load test, shows its progress, and writes a report."""
 
 import asyncio
 import os
@@ -27,19 +27,19 @@ from server.core.terminal import complain
 
 MS = 1_000
 STEP = 1.5
-"""How much more is offered from one step of --find-limit to the next."""
+"""Factor between the rates of two steps of --find-limit."""
 NARROWER = 3
-"""How often the last step is halved after the bound was passed."""
+"""Number of bisections of the last step after the bound was exceeded."""
 STEP_SECONDS = 6.0
 COUNT = Number(int, 1, 1_000_000)
 RATE = Number(float, 0.01, 1_000_000)
 SECONDS = Number(float, 0.1, 1_000_000)
 KEPT_UP = 0.97
-"""A server that answered less than this share of what was offered was too slow, whatever the percentiles say."""
+"""Min share of the offered frames that a server must answer. With less it is too slow, whatever the percentiles are."""
 
 
 class Options(NamedTuple):
-    """What `openchat load` is asked for."""
+    """The options of `openchat load`."""
 
     scenario: str
     url: str
@@ -67,14 +67,14 @@ class Options(NamedTuple):
     """,
 )
 @click.argument(
-    "scenario", type=OneOf(list(SCENARIOS)), default="teams", metavar="[SCENARIO]", help="What happens. [teams]"
+    "scenario", type=OneOf(list(SCENARIOS)), default="teams", metavar="[SCENARIO]", help="Scenario to run. [teams]"
 )
 @click.option("--list", "is_list", is_flag=True, help="Print the scenarios.")
 @click.option("--url", default="http://127.0.0.1:8000", help="The server. [http://127.0.0.1:8000]", metavar="URL")
-@click.option("--rate", type=RATE, metavar="RATE", help="Acts per second, whatever the server does.")
+@click.option("--rate", type=RATE, metavar="RATE", help="Actions per second, independent of the server's speed.")
 @click.option("--seconds", type=SECONDS, default=20.0, metavar="SECONDS", help="Duration. [20]")
 @click.option("--people", type=COUNT, metavar="COUNT", help="Accounts.")
-@click.option("--connections", type=COUNT, metavar="COUNT", help="Connections, if more than one for each account.")
+@click.option("--connections", type=COUNT, metavar="COUNT", help="Connections, if not one per account.")
 @click.option("--group", type=COUNT, metavar="COUNT", help="People in each conversation.")
 @click.option(
     "--messages", type=Number(int, 1, 1_000_000_000), default=1_000_000, metavar="COUNT",
@@ -84,10 +84,10 @@ class Options(NamedTuple):
     "--processes", type=Number(int, 1, 256), default=os.cpu_count() or 1, metavar="COUNT",
     help="Processes of the crowd. [one per core]",
 )  # fmt: skip
-@click.option("--find-limit", "is_limit_wanted", is_flag=True, help="Offer more and more until p99 passes --bound.")
+@click.option("--find-limit", "is_limit_wanted", is_flag=True, help="Raise the rate until p99 exceeds --bound.")
 @click.option(
     "--bound", type=Number(float, 1, 1_000_000), default=250.0, metavar="MS",
-    help="For --find-limit, in milliseconds. [250]",
+    help="Max p99 for --find-limit, in milliseconds. [250]",
 )  # fmt: skip
 @click.option(
     "--report", type=File(), default=Path("load-report"), metavar="FOLDER", help="Folder for the report. [load-report]"
@@ -96,7 +96,7 @@ def load(**given: Any) -> int:  # noqa: ANN401 - the options
     """Run a load test against a server and check every delivery.
 
     The server limits each user to 50 writing frames a second, and each address to 100 accounts in five minutes. The
-    crowd keeps to that: on loopback it comes from many addresses. It keeps its accounts for the next run.
+    clients respect these limits, and on loopback they use many addresses. Their accounts are kept for the next run.
     """
     options = Options(**given)
     console = Console()
@@ -117,7 +117,7 @@ def _list() -> Table:
     for column in ("scenario", "what happens", "at"):
         table.add_column(column)
     for one in SCENARIOS.values():
-        table.add_row(one.name, one.about, f"{one.rate:,.0f} {one.unit} a second" if one.rate else "")
+        table.add_row(one.name, one.about, f"{one.rate:,.0f} {one.unit} per second" if one.rate else "")
     return table
 
 
@@ -152,7 +152,7 @@ async def _load(options: Options, console: Console) -> int:
 
 
 async def _write_history(run: Run, target: OpenChat, count: int, screen: "Screen") -> None:
-    """Write what is missing of the long conversation, which is kept between runs."""
+    """Write the missing messages of the long conversation, which is kept between runs."""
     about = str(target.purse.history)
     async for written in run.fill(about, target.purse.written, count):
         target.purse.written = written
@@ -161,7 +161,7 @@ async def _write_history(run: Run, target: OpenChat, count: int, screen: "Screen
 
 
 async def find_limit(run: Run, rate: float, bound: float, *, seconds: float = STEP_SECONDS) -> None:
-    """Offer more and more until it is too much, then look between the last two. `bound` is in seconds."""
+    """Raise the rate until the server exceeds `bound`, in seconds, then bisect between the last two rates."""
     good, bad = 0.0, 0.0
     while not bad or (bad - good) / bad > (STEP - 1) / 2**NARROWER:
         phase = await run.drive(seconds, rate)
@@ -169,25 +169,25 @@ async def find_limit(run: Run, rate: float, bound: float, *, seconds: float = ST
             good, rate = rate, rate * STEP if not bad else (rate + bad) / 2
         else:
             bad, rate = rate, (good + rate) / 2
-        run.watch.tell(f"{phase.rate:,.0f} a second: p99 {slowest(phase) * MS:.0f} ms")
+        run.watch.tell(f"{phase.rate:,.0f} per second: p99 {slowest(phase) * MS:.0f} ms")
         if bad and good < 1:
             return
 
 
 def is_fine(phase: Phase, bound: float) -> bool:
-    """Return whether a step of --find-limit was carried."""
+    """Return whether the server sustained the rate of a step of --find-limit."""
     tally = phase.tally
     return slowest(phase) <= bound and tally.answered >= tally.sent * KEPT_UP and not tally.wrong and not tally.errors
 
 
 def best(result: Result, bound: float) -> Phase | None:
-    """Return the step of --find-limit with the highest rate that was carried, if any was."""
+    """Return the step of --find-limit with the highest sustained rate, or None."""
     fine = (phase for phase in result.phases[1:] if is_fine(phase, bound))
     return max(fine, key=lambda phase: phase.rate, default=None)
 
 
 def slowest(phase: Phase) -> float:
-    """Return the p99 of a step, in seconds: of deliveries, or of answers where nothing is delivered."""
+    """Return the p99 of a step's deliveries, in seconds, or of its answers if the scenario has no deliveries."""
     return Histogram(phase.tally.deliveries or phase.tally.answers).percentile(0.99)
 
 
@@ -201,15 +201,15 @@ def _conclude(result: Result, options: Options, console: Console) -> int:
         write(report.page(result).encode())
     is_good, sentence = figures.verdict(result)
     if bound is not None:
-        # The last steps were meant to be too much: only what is lost counts against a search for the limit.
+        # The last steps exceed the limit on purpose, so only lost, duplicated and reordered events are failures.
         is_good = not result.wrong
         ceiling = best(result, bound)
         if ceiling is None:
-            console.print(f"Even {result.phases[1].rate:,.0f} a second was too much.")
+            console.print(f"The server did not sustain {result.phases[1].rate:,.0f} per second, the first rate.")
         else:
             delivered = ceiling.tally.delivered / ceiling.load_seconds
             console.print(
-                f"[bold]The ceiling: {ceiling.rate:,.0f} a second, {delivered:,.0f} deliveries a second, "
+                f"[bold]Limit: {ceiling.rate:,.0f} per second, {delivered:,.0f} deliveries per second, "
                 f"with p99 at {slowest(ceiling) * MS:.0f} ms[/] (bound {options.bound:.0f} ms)."
             )
     console.print(visible(sentence, f"bold {'green' if is_good else 'red'}"))
@@ -231,7 +231,7 @@ def _tables(result: Result, bound: float | None) -> Table:
                 f"{phase.rate:,.0f}", f"{tally.sent / seconds:,.0f}", f"{tally.delivered / seconds:,.0f}",
                 f"{spans.percentile(0.5) * MS:.1f}", f"{spans.percentile(0.99) * MS:.1f}",
                 f"{phase.cpu_seconds / tally.delivered * 1e6:.1f}" if phase.cpu and tally.delivered else "",
-                "[green]carried[/]" if is_fine(phase, bound) else "[red]too much[/]",
+                "[green]sustained[/]" if is_fine(phase, bound) else "[red]exceeded[/]",
             )  # fmt: skip
         return table
     table.add_column("")
@@ -258,13 +258,13 @@ class Screen(Watch):
         self._live.stop()
 
     def tell(self, line: str) -> None:
-        """Say what is being done."""
+        """Show the current step."""
         self._live.update(visible(line, "dim"))
         if not self._console.is_terminal:
             self._console.print(visible(line))
 
     def see(self, phase: str, moment: Moment, total: Tally) -> None:
-        """Show the last second."""
+        """Show the figures of the last second."""
         table = Table.grid(padding=(0, 2))
         table.add_row(
             "[bold]" + phase, f"{moment.at:.0f} s", f"{total.connected:,} connected" if total.connected else ""

@@ -1,6 +1,6 @@
-"""One process of the crowd: its connections, and what they do. The command starts it and gives it orders.
+"""One process of the crowd, with its connections and their actions. The command starts it and sends it orders.
 
-`python -m loadtest.crowd` reads orders, one line of JSON each, from standard input and ends when that closes.
+`python -m loadtest.crowd` reads orders from standard input, one line of JSON each, and ends when the input closes.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from protocol.ids import ConversationId
 
 TICK_SECONDS = 0.5
 PATIENCE = 30.0
-"""Seconds until something that should come is given up."""
+"""Max wait for an answer or a connection, in seconds."""
 FILL_AT_ONCE = 256
 LOOK_SECONDS = 0.02
 AGAIN_SECONDS = 0.1
@@ -37,7 +37,7 @@ _orders = msgspec.json.Decoder(Order)
 
 
 class Crowd:
-    """The lines of this process."""
+    """The connections of this process."""
 
     def __init__(self) -> None:
         self.ledger = Ledger()
@@ -50,13 +50,13 @@ class Crowd:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self, orders: asyncio.StreamReader) -> None:
-        """Carry out orders until there are no more."""
+        """Carry out orders until the input ends."""
         ticking = asyncio.create_task(self._tick())
         while line := await orders.readline():
             try:
                 say(await self._obey(_orders.decode(line)))
             except (OSError, TimeoutError) as error:
-                say(Done(failed=str(error) or "it took too long"))
+                say(Done(failed=str(error) or "timed out"))
         ticking.cancel()
 
     async def _obey(self, order: Order) -> Done:
@@ -106,7 +106,7 @@ class Crowd:
             if wait > 0:
                 await asyncio.sleep(wait / 1e9)
                 continue
-            # Open loop: what is late is done at once, and counted from when it was due.
+            # Open loop. A late action runs immediately, and its latency counts from its due time.
             self._behind = -wait / 1e9
             scenario.act(due)
             count += 1
@@ -170,7 +170,7 @@ class Crowd:
         return versions
 
     def reconnect(self, line: Line, due: int) -> None:
-        """Have a line come back, when that is due (monotonic, in nanoseconds)."""
+        """Reconnect a line at `due`, in nanoseconds of the monotonic clock."""
         self._spawn(self._reconnect(line, due))
 
     async def _reconnect(self, line: Line, due: int) -> None:
@@ -180,16 +180,16 @@ class Crowd:
             try:
                 await self._arrive(line, due=max(due / 1e9, line.began))
             except ConnectionError:
-                await asyncio.sleep(AGAIN_SECONDS)  # nobody is there just now
+                await asyncio.sleep(AGAIN_SECONDS)  # no server listens at the moment
             except (OSError, TimeoutError):
                 break
             else:
                 return
         line.is_parting = False
-        self.ledger.errors["could not come back"] += 1
+        self.ledger.errors["could not reconnect"] += 1
 
     async def _arrive(self, line: Line, *, due: float | None = None) -> None:
-        """Connect a line, as soon as the server lets it in."""
+        """Connect a line, and retry as long as the server asks to connect later."""
         while True:
             try:
                 await asyncio.wait_for(line.connect(due=due), PATIENCE)
@@ -211,13 +211,13 @@ class Crowd:
 
 
 def say(report: Report) -> None:
-    """Tell the command something."""
+    """Write a report to the command."""
     sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
     sys.stdout.buffer.flush()
 
 
 async def main() -> None:
-    """Serve the command."""
+    """Raise the limit of open files and serve the command."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,4 @@
-"""What one process of the crowd counted: what it sent, what came, how long that took, what is wrong."""
+"""The counts of one process of the crowd: frames sent and received, durations and errors."""
 
 from collections import Counter
 
@@ -8,36 +8,36 @@ from loadtest.histogram import Histogram
 
 
 class Tally(msgspec.Struct):
-    """Counts since the last one; two of them add up."""
+    """Counts since the last tally. Tallies can be added."""
 
     sent: int = 0
-    """Frames that ask for an answer."""
+    """Frames that expect an answer."""
     answered: int = 0
     delivered: int = 0
-    """Durable events, once for each socket that they came to."""
+    """Durable events, once per socket that received them."""
     ephemeral: int = 0
-    """Typing, presence, receipts."""
+    """Typing, presence and receipts."""
     connected: int = 0
     resumed: int = 0
     turned_away: int = 0
-    """Times that the server said to connect later."""
+    """Connection attempts that the server asked to repeat later."""
     duplicated: int = 0
-    """Events that came to a socket that was there or further already."""
+    """Events with a version that the socket already had."""
     skipped: int = 0
-    """Events that a socket should have had before the one that came: lost, or out of order."""
+    """Versions missing before a received event: lost or out of order."""
     lost: int = 0
-    """Events that had not come when all had been given time."""
+    """Events that had not arrived at the end of the wait after a phase."""
     errors: dict[str, int] = {}
     """Refusals by code, and connections that ended by close code."""
     answers: dict[int, int] = {}
-    """How long answers took, from the moment the frame was due."""
+    """Histogram of the time from a frame's due time to its answer."""
     deliveries: dict[int, int] = {}
-    """How long events took to reach each socket, from the moment the message was due."""
+    """Histogram of the time from a message's due time to each delivery."""
     opened: dict[int, int] = {}
-    """How long it took to connect, authenticate and read the first page; or to resume."""
+    """Histogram of the time to connect, authenticate and read the first page, or to resume."""
 
     def add(self, other: "Tally") -> "Tally":
-        """Take another one in."""
+        """Add another tally to this one."""
         for field in self.__struct_fields__:
             mine, theirs = getattr(self, field), getattr(other, field)
             setattr(self, field, dict(Counter(mine) + Counter(theirs)) if isinstance(mine, dict) else mine + theirs)
@@ -45,12 +45,12 @@ class Tally(msgspec.Struct):
 
     @property
     def wrong(self) -> int:
-        """How many events did not come once and in order."""
+        """The number of events that did not arrive once and in order."""
         return self.duplicated + self.skipped + self.lost
 
 
 class Ledger:
-    """A tally that is being kept."""
+    """The counters of a running process."""
 
     def __init__(self) -> None:
         self._begin()
@@ -63,7 +63,7 @@ class Ledger:
         self.answers, self.deliveries, self.opened = Histogram(), Histogram(), Histogram()
 
     def take(self) -> Tally:
-        """Return what was counted, and begin again."""
+        """Return the counts, and reset them."""
         counted = {k: one.counts if isinstance(one, Histogram) else one for k, one in vars(self).items()}
         self._begin()
         return msgspec.convert(counted, Tally)

@@ -1,7 +1,7 @@
-"""One WebSocket of the crowd: as little Python as checking every delivery takes.
+"""One WebSocket of the crowd, with as little Python per delivery as a complete check allows.
 
-It knows the wire (`protocol/`) and nothing of the server. What comes is either compared, a chunk at a time, with what
-another socket of this process read already (`stream.py`), or taken apart frame by frame.
+It uses only the wire format (`protocol/`). Received bytes are compared, a chunk at a time, with those that another
+socket of this process has already checked (`stream.py`). Otherwise they are parsed frame by frame.
 """
 
 import asyncio
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 TEXT, CLOSE, PING = 0x1, 0x8, 0x9
 SHORT, MEDIUM = 126, 127
-"""What a length of these says: it follows, in two bytes or in eight (RFC 6455, section 5.2)."""
+"""Length codes: the length follows in two or in eight bytes (RFC 6455, section 5.2)."""
 RETRY_AFTER = re.compile(rb'"retry_after_ms":(\d+)')
 SOON_NS = 500_000_000
-"""Within which time clients come back when they lost a connection without a word."""
+"""Max delay before a client reconnects after a lost connection, in nanoseconds."""
 FILLING = "and about as long as what people write to each other when they have something to say"
 
 
 class Seat(msgspec.Struct):
-    """Who connects, from where, and in which conversations they talk."""
+    """A user to connect: the source address, and the conversations in which the user sends messages."""
 
     token: str
     user_id: str
@@ -43,27 +43,27 @@ class Seat(msgspec.Struct):
 
 
 class Said(msgspec.Struct):
-    """A message, as far as the crowd looks at it."""
+    """The fields of a message that the crowd reads."""
 
     content: str = ""
     id: str = ""
 
 
 class View(msgspec.Struct):
-    """A conversation, as far as the crowd looks at it."""
+    """The fields of a conversation that the crowd reads."""
 
     version: int
     me: "Me"
 
 
 class Me(msgspec.Struct):
-    """The caller's part in it, which names it."""
+    """The user's own participation, which contains the conversation's id."""
 
     conversation_id: str
 
 
 class Head(msgspec.Struct):
-    """What of all kinds of frames the crowd looks at."""
+    """The fields of all kinds of frames that the crowd reads."""
 
     type: str
     conversation_id: str | None = None
@@ -85,19 +85,19 @@ _head = msgspec.json.Decoder(Head)
 
 
 Answered = Callable[[Head], None]
-"""Who waits for an answer."""
+"""Callback for an answer."""
 
 
 class Later(ConnectionError):  # noqa: N818 - an answer, not a fault
-    """The server said to come in so many seconds."""
+    """The server asked to connect again after `seconds`."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(f"the server asked to come later, in {seconds:.1f} s")
+        super().__init__(f"the server asked to connect again in {seconds:.1f} s")
         self.seconds = seconds
 
 
 class Asked(NamedTuple):
-    """A frame without an answer: since when it is due (monotonic, in nanoseconds; 0 is not counted), and itself."""
+    """A frame without an answer. `due` is in nanoseconds of the monotonic clock; 0 means that it is not measured."""
 
     due: int
     answered: Answered | None
@@ -108,10 +108,10 @@ NOTHING = Asked(0, None, b"")
 
 
 class Line(asyncio.Protocol):
-    """One connection to OpenChat. Subclasses speak to other servers."""
+    """One connection to OpenChat. Subclasses connect to other servers."""
 
     is_ordered = True
-    """Whether every conversation has a clock, and its events come in its order."""
+    """Whether events have versions and arrive in their order."""
 
     def __init__(self, crowd: "Crowd", seat: Seat) -> None:
         self.seat = seat
@@ -135,14 +135,14 @@ class Line(asyncio.Protocol):
         self._ticket: str | None = None
         self._returns_at = 0
         self.is_parting = False
-        """Whether the server said that it goes away, and the line is to come back."""
+        """Whether the connection ends and the line will reconnect."""
 
-    # ------------------------------------------------------------------------------------------- coming and going
+    # ------------------------------------------------------------------------------------------------- connection
 
     async def connect(self, *, due: float | None = None) -> None:
-        """Connect, and return when the first page (or the difference, after `drop`) is there.
+        """Connect, and return when the first page has arrived, or after `drop`, the missed changes.
 
-        `due` is when that should have begun. Raises OSError, and ConnectionError if it ends before that.
+        `due` is when the connection should have begun. Raises OSError, and ConnectionError if it ends before that.
         """
         loop = asyncio.get_running_loop()
         self.began = time.monotonic() if due is None else due
@@ -160,13 +160,13 @@ class Line(asyncio.Protocol):
         self._resuming = None
         self.is_open = True
         if self.is_parting:
-            # What had no answer is asked again: an id makes it one thing.
+            # Frames without an answer are sent again. Their ids make that idempotent.
             for asked in self._waiting.values():
                 self.write(asked.payload)
         self.is_parting = False
 
     def drop(self) -> None:
-        """Vanish without a word, and remember where we were, to `connect` again from there."""
+        """Abort the connection, and keep the versions for the next `connect`."""
         self.leave_stream()
         self._resuming = dict(self.positions)
         self.is_open = False
@@ -174,7 +174,7 @@ class Line(asyncio.Protocol):
         self.transport.abort()
 
     def request(self) -> bytes:
-        """Return what asks for the WebSocket."""
+        """Return the HTTP upgrade request."""
         head = (
             "GET /v1/ws HTTP/1.1",
             f"Host: {self.crowd.name}",
@@ -210,10 +210,10 @@ class Line(asyncio.Protocol):
         else:
             self._waiting.clear()
 
-    # ------------------------------------------------------------------------------------------------- what we say
+    # ----------------------------------------------------------------------------------------------------- sending
 
     def ask(self, frame: client.Frame, due: int, answered: Answered | None = None) -> None:
-        """Send a frame that was due at a time (monotonic, in nanoseconds), and count how long its answer takes."""
+        """Send a frame, and measure the time from `due` (monotonic, in nanoseconds) to its answer."""
         self._next += 1
         frame.id = self._next
         asked = self._waiting[self._next] = Asked(due, answered, encode(frame))
@@ -222,22 +222,22 @@ class Line(asyncio.Protocol):
             self.write(asked.payload)
 
     async def answer(self, frame: client.Frame) -> Head:
-        """Send a frame and return its answer, if it is not refused."""
+        """Send a frame and return its answer. Never returns if the frame is refused."""
         answered: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
         self.ask(frame, time.monotonic_ns(), answered.set_result)
         return await answered
 
     def send(self, conversation_id: str, due: int) -> MessageId:
-        """Send a message that says when it was due, and return its id."""
+        """Send a message that contains its due time, and return its id."""
         message_id = MessageId(uuid7())
         about = ConversationId(UUID(conversation_id))
         self.ask(client.Send(conversation_id=about, message_id=message_id, content=f"{due} {FILLING}"), due)
         return message_id
 
     def write(self, payload: bytes) -> None:
-        """Send one text frame, masked with zeros: a mask's purpose is to protect proxies, and there are none."""
+        """Send one text frame, masked with zeros. Masks protect proxies, and there is none."""
         if self.transport.is_closing():
-            return  # which is counted where it is noticed
+            return  # `connection_lost` counts it
         size = len(payload)
         if size < SHORT:
             head = struct.pack("!BB", 0x80 | TEXT, 0x80 | size)
@@ -247,7 +247,7 @@ class Line(asyncio.Protocol):
             head = struct.pack("!BBQ", 0x80 | TEXT, 0x80 | MEDIUM, size)
         self.transport.write(head + bytes(4) + payload)
 
-    # ------------------------------------------------------------------------------------------------ what we hear
+    # --------------------------------------------------------------------------------------------------- receiving
 
     def data_received(self, data: bytes) -> None:
         stream = self.stream
@@ -255,29 +255,29 @@ class Line(asyncio.Protocol):
             self._advance(stream, self._offset + len(data))
             return
         if stream is not None and not self._tail and (begin := stream.begin_of_frame(self._offset)) < self._offset:
-            # In the middle of a frame: take it apart from its beginning.
+            # The difference is inside a frame. Parse the frame from its beginning.
             data = bytes(stream.log[begin : self._offset]) + data
             self._offset = begin
         self._take_apart(self._tail + data if self._tail else data)
 
     def join_stream(self, conversation_id: str, stream: Stream) -> None:
-        """Compare what comes from here on with what others read in this conversation."""
+        """Compare further data with the stream that other lines read in this conversation."""
         self._conversation, self.stream, self._offset = conversation_id, stream, len(stream.log)
 
     @property
     def is_waiting(self) -> bool:
-        """Whether an answer is still to come."""
+        """Whether a frame has no answer yet."""
         return bool(self._waiting)
 
     def leave_stream(self) -> None:
-        """Look at every frame by itself from here on."""
+        """Parse every further frame."""
         if self.stream is not None:
             self._offset = self.stream.begin_of_frame(self._offset)
             self.positions[self._conversation] = self.stream.version_at(self._offset)
             self.stream = None
 
     def position(self, conversation_id: str) -> int:
-        """Return the version that this line is at in a conversation."""
+        """Return the version of a conversation that this line has reached."""
         if self.stream is not None and conversation_id == self._conversation:
             return self.stream.version_at(self._offset)
         return self.positions.get(conversation_id, 0)
@@ -342,10 +342,10 @@ class Line(asyncio.Protocol):
             code = int.from_bytes(frame[first : first + 2])
             self.crowd.ledger.errors[f"closed with {code}"] += 1
 
-    # ------------------------------------------------------------------------------------ what it means (OpenChat)
+    # -------------------------------------------------------------------------------------------- OpenChat's frames
 
     def welcomed(self) -> None:
-        """The WebSocket is open."""
+        """Handle the opening of the WebSocket. Sends `resume` after a reconnection."""
         if self._resuming is not None:
             versions = {ConversationId(UUID(about)): version for about, version in self._resuming.items()}
             self._next += 1
@@ -353,7 +353,7 @@ class Line(asyncio.Protocol):
             self._resume = self._next
 
     def heard(self, payload: bytes, frame: bytes) -> None:
-        """Take in a frame."""
+        """Handle a received frame."""
         head = _head.decode(payload)
         if head.re is not None:
             self._answer(head)
@@ -431,6 +431,6 @@ class Line(asyncio.Protocol):
 
 
 def due_of(content: str) -> int:
-    """Return when a message was due by its own words, in nanoseconds of the monotonic clock; 0 if it does not say."""
+    """Return the due time that a message contains, in nanoseconds of the monotonic clock, or 0."""
     word = content.partition(" ")[0]
     return int(word) if word.isdecimal() else 0

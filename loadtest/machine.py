@@ -1,4 +1,4 @@
-"""What the server's processes take from this machine, when it runs on it: from /proc (Linux)."""
+"""CPU time and memory of the server's processes, if they run on this machine. Read from /proc (Linux)."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 PROC = Path("/proc")
 KINDS = {"postgres": "PostgreSQL", "valkey-server": "Valkey", "redis-server": "Redis"}
 LISTENING = "0A"
-"""How /proc/net/tcp writes that state."""
+"""The state LISTEN in /proc/net/tcp."""
 
 
 class Usage(NamedTuple):
@@ -23,18 +23,18 @@ class Usage(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """All of the CPU time."""
+        """The total CPU time, in seconds."""
         return sum(self.cpu.values())
 
 
 class Machine:
-    """The processes under some roots, and their children's children."""
+    """Some processes and all of their descendants."""
 
     def __init__(self, roots: Collection[int]) -> None:
         self._roots = set(roots)
 
     def usage(self, *, memory: bool = False) -> Usage:
-        """Return what they have used until now, and with `memory` what they hold."""
+        """Return the CPU time used until now, and with `memory` also the memory in use."""
         stats = _stats()
         ours = set(self._roots)
         grew = True
@@ -47,7 +47,7 @@ class Machine:
         for pid in ours & stats.keys():
             one = stats[pid]
             kind = KINDS.get(one.name, "server")
-            # What children used that are gone is their parent's; the server's own are counted while they live.
+            # The CPU time of ended children belongs to their parent. The server's children are counted while they live.
             cpu[kind] += one.seconds + (one.ended_seconds if kind == "PostgreSQL" else 0)
             if memory:
                 held[kind] += _pss(pid)
@@ -81,7 +81,7 @@ def _pss(pid: int) -> int:
 
 
 def behind(port: int) -> Machine:
-    """Return the processes of whoever listens on a port of this machine; none if that cannot be seen."""
+    """Return the processes that listen on a port of this machine, or none if /proc does not show them."""
     inodes = set()
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
@@ -99,7 +99,7 @@ def behind(port: int) -> Machine:
 
 
 def is_here(host: str) -> bool:
-    """Return whether a host's address is one of this machine's own."""
+    """Return whether an address belongs to this machine."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.bind((host, 0))

@@ -1,4 +1,4 @@
-"""What the command and its processes say to each other: lines of JSON on standard input and output."""
+"""The messages between the command and its processes: lines of JSON on standard input and output."""
 
 import msgspec
 
@@ -8,11 +8,11 @@ from loadtest.scenario import Size
 
 
 class _Order(msgspec.Struct, tag_field="order", kw_only=True):
-    """What a process is to do; it says `Done` afterwards."""
+    """An order to a process, which answers it with `Done`."""
 
 
 class Connect(_Order, tag="connect", kw_only=True):
-    """Take these seats, `at_once` of them at a time."""
+    """Connect these seats, max `at_once` of them concurrently."""
 
     line: str
     host: str
@@ -22,11 +22,11 @@ class Connect(_Order, tag="connect", kw_only=True):
     members: dict[str, list[str]]
     at_once: int
     is_quiet: bool = False
-    """Take the seats without counting that: more of them come, to be measured."""
+    """Whether these connections are not counted, because only later ones are measured."""
 
 
 class Drive(_Order, tag="drive", kw_only=True):
-    """Do `rate` things a second, from one time of the monotonic clock to another (nanoseconds)."""
+    """Perform `rate` actions per second from `begin` to `end`, in nanoseconds of the monotonic clock."""
 
     scenario: str
     size: Size
@@ -37,14 +37,14 @@ class Drive(_Order, tag="drive", kw_only=True):
 
 
 class Settle(_Order, tag="settle", kw_only=True):
-    """Wait for all that is still to come, at most so many seconds; then count what has not come as lost."""
+    """Wait at most `seconds` until all events up to `versions` have arrived. Events that have not count as lost."""
 
     versions: dict[str, int]
     seconds: float
 
 
 class Fill(_Order, tag="fill", kw_only=True):
-    """Write the messages of one conversation from one number to another, as fast as it goes."""
+    """Write the messages of one conversation from `first` up to `last`, as fast as possible."""
 
     conversation_id: str
     first: int
@@ -55,17 +55,17 @@ Order = Connect | Drive | Settle | Fill
 
 
 class Tick(msgspec.Struct, tag="tick", tag_field="what", kw_only=True):
-    """What was counted since the last one."""
+    """The counts since the last tick."""
 
     tally: Tally
     open: int
-    """How many lines there are now."""
+    """Number of open connections."""
     behind: float = 0.0
-    """How late, in seconds, the process is with what it should do."""
+    """Lateness of the process's actions, in seconds."""
 
 
 class Done(msgspec.Struct, tag="done", tag_field="what", kw_only=True):
-    """An order has been carried out; `versions` are how far each conversation has come."""
+    """An order was carried out. `versions` are the highest versions received, by conversation."""
 
     versions: dict[str, int] = {}
     failed: str = ""

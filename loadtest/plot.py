@@ -1,4 +1,4 @@
-"""Line plots as SVG, without anything to load: for a report that is one file."""
+"""Line plots as SVG, without external resources, for a report in one file."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Series(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """What an axis says, and how far it goes."""
+    """An axis, with its title and range."""
 
     title: str
     low: float
@@ -26,17 +26,17 @@ class Axis(NamedTuple):
     is_log: bool = False
 
     def place(self, value: float) -> float:
-        """Return where a value is, from 0 to 1."""
+        """Return the position of a value, from 0 to 1."""
         low, high, value = (max(1e-9, one) for one in (self.low, self.high, value))
         if self.is_log:
             low, high, value = math.log(low), math.log(high), math.log(value)
         return min(1.0, max(0.0, (value - low) / (high - low)))
 
     def ticks(self) -> list[float]:
-        """Return round values along it."""
+        """Return round values along the axis."""
         if self.is_log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            steps = STEPS if last - first <= 2 else (1,)  # noqa: PLR2004 - decades that have room for more
+            steps = STEPS if last - first <= 2 else (1,)  # noqa: PLR2004 - few decades have room for more ticks
             ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
         else:
             rough = (self.high - self.low) / 4
@@ -47,14 +47,14 @@ class Axis(NamedTuple):
 
 
 def axis(title: str, values: Sequence[float], *, is_log: bool = False) -> Axis:
-    """Return an axis that has room for all values: from zero, unless it is logarithmic."""
+    """Return an axis that includes all values. It begins at zero unless it is logarithmic."""
     positive = [value for value in values if value > 0] or [1.0]
     high = max(positive) * (1.3 if is_log else 1.08)
     return Axis(title, min(positive) / 1.3 if is_log else 0.0, high, is_log)
 
 
 def svg(series: Sequence[Series], x: Axis, y: Axis, *, spans: Sequence[tuple[float, float, str]] = ()) -> str:
-    """Return a plot; `spans` are shaded from one x to another, and have a name."""
+    """Return a plot. `spans` are shaded ranges of x values with names."""
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y.title)} by {escape(x.title)}">']
     for begin, end, name in spans:
         left, right = _across(x, begin), _across(x, end)

@@ -1,4 +1,4 @@
-"""The report: one HTML file with tables and plots, nothing to load, light or dark as the reader likes it."""
+"""The report: one self-contained HTML file with tables and plots, in a light or dark color scheme."""
 
 import time
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def page(result: Result) -> str:
 
 
 def _limit(phases: list[Phase]) -> str:
-    """How late things are, by how much was offered."""
+    """Return a plot of latency by offered rate."""
     rates = sorted(phases, key=lambda phase: phase.rate)
     spans = [(phase.rate, Histogram(phase.tally.deliveries or phase.tally.answers)) for phase in rates]
     series = [
@@ -55,12 +55,12 @@ def _limit(phases: list[Phase]) -> str:
         for name, share in (("p50", 0.5), ("p99", 0.99))
     ]
     values = [value for one in series for _, value in one.points]
-    plot = svg(series, axis("offered a second", [rate for rate, _ in spans]), axis("ms", values, is_log=True))
-    return "<h2>Looking for the limit</h2>" + plot
+    plot = svg(series, axis("offered per second", [rate for rate, _ in spans]), axis("ms", values, is_log=True))
+    return "<h2>Search for the limit</h2>" + plot
 
 
 def _phase(phase: Phase, result: Result) -> str:
-    title = phase.name + (f" at {phase.rate:,.0f} a second" if phase.rate else "")
+    title = phase.name + (f" at {phase.rate:,.0f} per second" if phase.rate else "")
     rows = "".join(f"<tr><td>{escape(one.name)}<td>{escape(one.value)}" for one in figures.of_phase(phase, result))
     plots = "".join(_over_time(phase.moments, phase.tally) + _distributions(phase.tally))
     return f"<h2>{escape(title)}</h2><table>{rows}</table>{plots}"
@@ -76,7 +76,7 @@ def _over_time(moments: Sequence[Moment], tally: Tally) -> list[str]:
         if tally.delivered:
             flow.append(Series("delivered", [(one.at, one.delivered) for one in moments]))
         values = [value for one in flow for _, value in one.points]
-        plots.append(svg(flow, seconds, axis("a second", values, is_log=max(values) > 20 * min(values))))
+        plots.append(svg(flow, seconds, axis("per second", values, is_log=max(values) > 20 * min(values))))
         late = [
             Series("answer p50", [(one.at, one.answer_p50 * MS) for one in moments if one.answer_p50]),
             Series("answer p99", [(one.at, one.answer_p99 * MS) for one in moments if one.answer_p99]),
@@ -85,8 +85,8 @@ def _over_time(moments: Sequence[Moment], tally: Tally) -> list[str]:
         late = [one for one in late if one.points]
         plots.append(svg(late, seconds, axis("ms", [value for one in late for _, value in one.points], is_log=True)))
     if any(one.returned for one in moments):
-        back = Series("came back", [(one.at, one.returned) for one in moments])
-        plots.append(svg([back], seconds, axis("came back a second", [one.returned for one in moments])))
+        back = Series("reconnected", [(one.at, one.returned) for one in moments])
+        plots.append(svg([back], seconds, axis("reconnected per second", [one.returned for one in moments])))
     if any(one.cpu for one in moments):
         kinds = sorted({kind for one in moments for kind in one.cpu})
         used = [Series(kind, [(one.at, one.cpu.get(kind, 0.0)) for one in moments]) for kind in kinds]
@@ -103,6 +103,6 @@ def _distributions(tally: Tally) -> list[str]:
     ]
     if not curves:
         return []
-    slow = axis("one in so many is slower", [1 / (1 - share) for share in SHARES], is_log=True)
+    slow = axis("one in this many is slower", [1 / (1 - share) for share in SHARES], is_log=True)
     values = [value for one in curves for _, value in one.points]
-    return [svg(curves, slow, axis("ms at most", values, is_log=True))]
+    return [svg(curves, slow, axis("max ms", values, is_log=True))]

@@ -1,4 +1,4 @@
-"""One run: people, connections, a scenario at a rate, and what came of it."""
+"""One run of a scenario: connections, actions at a rate, and results."""
 
 import asyncio
 import contextlib
@@ -20,51 +20,51 @@ from loadtest.scenarios import SCENARIOS
 from loadtest.target import Target, Unusable
 
 SETTLE_SECONDS = 30.0
-"""How long what was sent may take to come before it counts as lost."""
+"""Max wait for events after a phase, in seconds. After that, they count as lost."""
 START_SECONDS = 0.5
-"""From saying when to begin to beginning: by then every process knows."""
+"""Delay between the orders to the processes and the common start, in seconds."""
 REST_SECONDS = 1.0
-"""Between phases: what the server still has to do for the one before is not the next one's cost."""
+"""Pause between phases, in seconds, so that remaining work of the server is not counted in the next phase."""
 FILL_BLOCK = 5_000
 
 _reports: msgspec.json.Decoder[Report] = msgspec.json.Decoder(Report)
 
 
 class Moment(msgspec.Struct, kw_only=True):
-    """A second of a run, for the plots."""
+    """One second of a run, for the plots."""
 
     at: float
     """Seconds since the phase began."""
     sent: float
-    """A second, as everything that follows."""
+    """Rate per second, like the other rates."""
     delivered: float
     answer_p50: float
     answer_p99: float
     delivery_p50: float
     delivery_p99: float
     returned: float
-    """Lines that came back."""
+    """Reconnections."""
     cpu: dict[str, float]
-    """Cores that each kind of server process used; empty if the server is elsewhere."""
+    """Cores used by each kind of server process; empty if the server is on another machine."""
 
 
 class Phase(msgspec.Struct, kw_only=True):
-    """What a part of a run did and what that cost."""
+    """The results and costs of one part of a run."""
 
     name: str
     rate: float
     seconds: float
     load_seconds: float
-    """How much of that something was offered."""
+    """The part of the duration in which frames were offered."""
     tally: Tally
     cpu: dict[str, float]
-    """CPU seconds by kind of server process; empty if the server is elsewhere."""
+    """CPU seconds by kind of server process; empty if the server is on another machine."""
     memory: dict[str, int]
-    """Bytes at its end, by kind of server process."""
+    """Bytes at the end, by kind of server process."""
     crowd_cpu: float
     """CPU seconds of the crowd's own processes."""
     behind: float
-    """The latest that the crowd itself ever was, in seconds: what is above a few milliseconds is not the server's."""
+    """Max lateness of the crowd itself, in seconds. More than a few milliseconds distorts the latencies."""
     moments: list[Moment]
 
     @property
@@ -81,17 +81,17 @@ class Result(msgspec.Struct, kw_only=True):
     people: int
     connections: int
     base_memory: dict[str, int]
-    """Bytes before anyone connected."""
+    """Bytes before the measured connections, by kind of server process."""
     phases: list[Phase]
 
     @property
     def wrong(self) -> int:
-        """How many events did not come once and in order."""
+        """The number of events that did not arrive once and in order."""
         return sum(phase.tally.wrong for phase in self.phases)
 
     @property
     def errors(self) -> dict[str, int]:
-        """What else went wrong."""
+        """The number of errors, by kind."""
         total = Tally()
         for phase in self.phases:
             total.add(Tally(errors=phase.tally.errors))
@@ -99,7 +99,7 @@ class Result(msgspec.Struct, kw_only=True):
 
 
 class Process:
-    """One process of the crowd, from the outside."""
+    """A child process of the crowd."""
 
     def __init__(self, process: asyncio.subprocess.Process, heard: Callable[[Tick], None]) -> None:
         self._process = process
@@ -109,21 +109,21 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """The process id."""
         return self._process.pid
 
     async def obey(self, order: Order) -> Done:
-        """Have an order carried out. Raises Unusable if it cannot be."""
+        """Send an order and wait until it is done. Raises Unusable if it fails."""
         self._done = asyncio.get_running_loop().create_future()
         assert self._process.stdin is not None  # noqa: S101 - asked for
         self._process.stdin.write(msgspec.json.encode(order) + b"\n")
         done = await self._done
         if done.failed:
-            raise Unusable(f"the crowd could not go on: {done.failed}")
+            raise Unusable(f"the crowd failed: {done.failed}")
         return done
 
     async def stop(self) -> None:
-        """End it."""
+        """Kill the process."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         await self._process.wait()
@@ -142,7 +142,7 @@ class Process:
 
 
 class Run:
-    """The crowd in front of one target. An async context: its processes end with it."""
+    """A crowd for one target. It is an async context manager, and its processes end with it."""
 
     def __init__(self, target: Target, scenario: str, size: Size, *, processes: int, watch: "Watch") -> None:
         self._target = target
@@ -174,7 +174,7 @@ class Run:
 
     @property
     def result(self) -> Result:
-        """What was done until now."""
+        """The results until now."""
         return Result(
             scenario=self._scenario.name,
             where=f"{self._target.host}:{self._target.port}",
@@ -185,12 +185,12 @@ class Run:
         )
 
     async def connect(self, *, at_once: int = 64) -> Phase:
-        """Have everyone connect, as fast as it goes with `at_once` under way."""
+        """Connect everyone as fast as possible, with max `at_once` connections pending."""
         seats, members = await self._target.prepare(self._scenario.layout(self._size), self.watch.tell)
         seats = [seats[number % len(seats)] for number in range(self._size.connections)]
         self._seats = len(seats)
         target = self._target
-        # Whoever shares a conversation is spread over all processes, and every process has some who talk.
+        # The participants of a conversation are spread over all processes, so every process has some senders.
         self._hands = [seats[number :: self._count] for number in range(self._count)]
 
         def order(seats: list[Seat], at_once: int) -> Connect:
@@ -200,7 +200,7 @@ class Run:
                 members={one: members[one] for one in mine}, at_once=at_once,
             )  # fmt: skip
 
-        # What the first ones alone bring into memory is not the next one's cost.
+        # The first connections allocate memory only once, so they are not measured.
         await asyncio.gather(
             *(
                 process.obey(msgspec.structs.replace(order(hand[:1], 1), is_quiet=True))
@@ -220,7 +220,7 @@ class Run:
         return self._phases[-1]
 
     async def drive(self, seconds: float, rate: float) -> Phase:
-        """Do the scenario's acts at a rate, wait for what is still to come, and return what it was."""
+        """Perform the scenario's actions at a rate, wait for remaining events, and return the results."""
         await asyncio.sleep(REST_SECONDS)
         async with self._phase(self._scenario.name, rate, seconds):
             begin = time.monotonic_ns() + int(START_SECONDS * 1e9)
@@ -234,7 +234,7 @@ class Run:
                 )
                 for number, (process, share) in enumerate(zip(self._processes, talking, strict=True))
             ))  # fmt: skip
-            # Two rounds: the first one waits for the last answers, and what was answered must come to everyone.
+            # Two rounds. The first one waits for the last answers, and the second for the events of these answers.
             for _ in range(2):
                 versions: dict[str, int] = {}
                 for one in done:
@@ -246,7 +246,7 @@ class Run:
         return self._phases[-1]
 
     async def fill(self, conversation_id: str, first: int, last: int) -> AsyncIterator[int]:
-        """Write messages of a conversation as fast as it goes, and yield how far that is."""
+        """Write messages of a conversation as fast as possible, and yield the number after each block."""
         for start in range(first, last, FILL_BLOCK * self._count):
             ends = [min(last, start + FILL_BLOCK * (number + 1)) for number in range(self._count)]
             orders = [
@@ -266,7 +266,7 @@ class Run:
         last, at = before, began
 
         def look() -> None:
-            """Make a moment of what was ticked since the last one."""
+            """Append a moment with the ticks since the last one."""
             nonlocal last, at, behind
             now, usage = time.monotonic(), machine.usage()
             tally = Tally()
@@ -308,13 +308,13 @@ class Run:
 
 
 class Watch:
-    """Who is told how a run is going."""
+    """Receives the progress of a run. This one ignores it."""
 
     def tell(self, line: str) -> None:
-        """Say what is being done."""
+        """Receive a description of the current step."""
 
     def see(self, phase: str, moment: Moment, total: Tally) -> None:
-        """Show the last second."""
+        """Receive the figures of the last second."""
 
 
 def _moment(at: float, seconds: float, tally: Tally, usage: Usage, last: Usage) -> Moment:

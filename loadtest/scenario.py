@@ -1,4 +1,4 @@
-"""What a scenario is: who there is, and what one of them does each time something is due."""
+"""The base class of scenarios: the people and conversations, and the next action when one is due."""
 
 import random
 from collections.abc import Sequence
@@ -13,30 +13,30 @@ if TYPE_CHECKING:
 
 
 class Size(msgspec.Struct, kw_only=True):
-    """How large a run is to be. What is not said takes the scenario's own figure."""
+    """The size of a run."""
 
     people: int
     connections: int
     group: int
     rate: float
     messages: int = 1_000_000
-    """How many messages the conversation of `history` has."""
+    """Number of messages in the conversation of `history`."""
 
 
 class Layout(msgspec.Struct, kw_only=True):
-    """Who there is: people by number, the conversations they have, and how many of each one's members talk."""
+    """The people, by number, their conversations, and how many members of each conversation send messages."""
 
     people: int
     groups: list[list[int]] = []
     talkers: int = 0
-    """How many members of each conversation talk; 0 is all of them."""
+    """Number of members of each conversation who send messages; 0 means all."""
     is_direct: bool = False
     is_kept: bool = False
     """Whether the (one) conversation is kept for the next run."""
 
     def fill(self, seats: list[Seat], conversations: Sequence[str]) -> dict[str, list[str]]:
-        """Note on everyone's seat where they take part and talk; return who is in each of the conversations,
-        which are given by their ids in the order of `groups`.
+        """Fill the conversations and `talks` of each seat, and return the users of each conversation. `conversations`
+        are ids in the order of `groups`.
         """
         members: dict[str, list[str]] = {}
         for about, group in zip(conversations, self.groups, strict=True):
@@ -48,19 +48,19 @@ class Layout(msgspec.Struct, kw_only=True):
 
 
 class Scenario:
-    """The base of all scenarios: nothing happens in it."""
+    """The base of all scenarios, without actions."""
 
     name: ClassVar[str]
     about: ClassVar[str]
     unit: ClassVar[str] = "messages"
-    """What `rate` counts."""
+    """The unit of `rate`."""
     people: ClassVar[int] = 1_000
     group: ClassVar[int] = 10
     connections: ClassVar[int] = 0
-    """How many there are, if more than one for each of the people."""
+    """Number of connections; 0 means one per person."""
     rate: ClassVar[float] = 0.0
     is_broadcast: ClassVar[bool] = False
-    """Whether everyone is in one conversation only, and hears nothing but its messages."""
+    """Whether everyone is in one conversation and receives only its messages. Then lines compare streams of bytes."""
 
     def __init__(self, crowd: "Crowd", size: Size, seed: int) -> None:
         self.crowd = crowd
@@ -69,16 +69,16 @@ class Scenario:
 
     @classmethod
     def layout(cls, size: Size) -> Layout:
-        """Return who there is: by default groups of `size.group`."""
+        """Return the people and conversations, by default groups of `size.group`."""
         return Layout(people=size.people, groups=split(range(size.people), size.group))
 
     def begin(self) -> None:
-        """Everyone is connected; the clock is about to start."""
+        """Prepare the actions, after all connections are open."""
 
     def act(self, due: int) -> None:
-        """Do the next thing, which was due at a time of the monotonic clock, in nanoseconds."""
+        """Perform the next action. `due` is its due time, in nanoseconds of the monotonic clock."""
 
 
 def split(people: Sequence[int], size: int) -> list[list[int]]:
-    """Return people in groups of `size`; the last one is as small as it comes out."""
+    """Return people in groups of `size`. The last group may be smaller."""
     return [list(people[start : start + size]) for start in range(0, len(people), size)]

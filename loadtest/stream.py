@@ -1,9 +1,8 @@
-"""One conversation's events as bytes, as the first socket of this process that read them checked them.
+"""The bytes of one conversation's events. The first socket of this process that receives them checks them.
 
-The server sends the same bytes to every socket that follows a conversation. So one socket of a process takes each
-frame apart and checks its version, and every other one compares what it reads with that, a chunk at a time:
-a byte lost, repeated or moved shows, at the cost of a memcmp. This is what lets two processes check millions of
-deliveries a second.
+The server sends the same bytes to every socket in a conversation. So one socket of a process parses each frame and
+checks its version. Every other socket compares its data with these bytes, a chunk at a time, with one memcmp. It
+detects each lost, repeated or reordered byte. In this way two processes check millions of deliveries a second.
 """
 
 from bisect import bisect_right
@@ -16,11 +15,11 @@ class Stream:
     __slots__ = ("dues", "ends", "log", "version")
 
     def __init__(self, version: int) -> None:
-        """`version` is the conversation's clock before the first frame."""
+        """`version` is the conversation's version before the first frame."""
         self.version = version
         self.log = bytearray()
         self.ends: list[int] = []
-        # When each message was due to be sent, in nanoseconds of the monotonic clock; 0 if nobody knows.
+        # The due time of each message, in nanoseconds of the monotonic clock; 0 if it is unknown.
         self.dues: list[int] = []
 
     def append(self, frame: bytes, due: int) -> None:
@@ -30,18 +29,19 @@ class Stream:
         self.dues.append(due)
 
     def version_at(self, offset: int) -> int:
-        """Return the version that a reader is at who has read this far."""
+        """Return the version that a reader has reached at an offset."""
         return self.version + bisect_right(self.ends, offset)
 
     def begin_of_frame(self, offset: int) -> int:
-        """Return where the frame begins that a reader is in the middle of, or `offset` between two."""
+        """Return where the frame at `offset` begins, or `offset` itself between two frames."""
         before = bisect_right(self.ends, offset)
         return self.ends[before - 1] if before else 0
 
     def completed(self, before: int, after: int) -> Iterator[tuple[int, int]]:
-        """Yield when the frames were due that a reader completed between two offsets, each with how many.
+        """Yield the due times and counts of the frames that a reader completed between two offsets.
 
-        Few of them one by one; of many only the oldest, for all: so spans are never made shorter than they were.
+        Up to four frames are yielded one by one. For more, all count with the oldest due time, so latencies are never
+        underestimated.
         """
         first, last = bisect_right(self.ends, before), bisect_right(self.ends, after)
         if last - first <= 4:  # noqa: PLR2004

@@ -1,4 +1,4 @@
-"""The server under load, and the people and conversations that a run needs there: made by the wire alone."""
+"""The server under load. Creates the people and conversations that a run needs, by the wire protocol only."""
 
 import asyncio
 import secrets
@@ -24,7 +24,7 @@ from protocol.server import Added, Error, OneConversation, Reply
 from server.core.atomic_file import aside, require_folder
 
 PER_ADDRESS = 80
-"""Accounts made from each loopback address: a server allows 100 in five minutes unless told otherwise."""
+"""Max accounts registered from each loopback address. By default a server allows 100 in five minutes."""
 AT_ONCE = 8
 SECONDS = 30.0
 TOO_MANY_REQUESTS = 429
@@ -33,8 +33,8 @@ TOO_MANY_REQUESTS = 429
 Outcome = TypeVar("Outcome")
 
 
-class Unusable(Exception):  # noqa: N818 - what the user is told
-    """The run cannot be made, and why."""
+class Unusable(Exception):  # noqa: N818 - the message for the user
+    """The run is impossible, with the reason."""
 
 
 class Person(msgspec.Struct):
@@ -45,48 +45,48 @@ class Person(msgspec.Struct):
 
 
 class Purse(msgspec.Struct):
-    """What is kept between runs: accounts, because a password costs the server tens of milliseconds, and the
-    long conversation of `history`, because it takes minutes to write.
+    """The data kept between runs. It has the accounts, because each registration costs the server tens of milliseconds.
+    It has the long conversation of `history`, because writing it takes minutes.
     """
 
     people: list[Person] = []
     history: ConversationId | None = None
     readers: int = 0
-    """How many of the people are in it."""
+    """Number of people in `history`."""
     written: int = 0
 
 
 class Target(Protocol):
-    """A server that takes the crowd."""
+    """A server under load."""
 
     line: str
-    """What of ours speaks to it, as `module:class`."""
+    """The class of its connections, as `module:class`."""
     host: str
     port: int
     address: str
     machine: Machine
 
     async def prepare(self, layout: Layout, tell: Callable[[str], None]) -> tuple[list[Seat], dict[str, list[str]]]:
-        """Return a seat for each of the people, and who is in each conversation."""
+        """Return a seat per person, and the users of each conversation."""
 
     async def leave(self) -> None:
-        """Take away what `prepare` made."""
+        """Remove what `prepare` created."""
 
 
 class OpenChat:
-    """An OpenChat at a URL. Raises Unusable if nothing answers there."""
+    """An OpenChat server at a URL. Raises Unusable if the URL is invalid or its host is unknown."""
 
     line = "loadtest.line:Line"
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
         if parts.scheme != "http" or not parts.hostname:
-            raise Unusable(f"{url} is not understood: give something like http://127.0.0.1:8000, without TLS.")
+            raise Unusable(f"{url} is not supported. Use a URL such as http://127.0.0.1:8000, without TLS.")
         self.host, self.port = parts.hostname, parts.port or 80
         try:
             self.address = str(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0][4][0])
         except OSError as error:
-            raise Unusable(f"{self.host} is not known here: {error.strerror}.") from None
+            raise Unusable(f"cannot resolve {self.host}: {error.strerror}.") from None
         self.machine = behind(self.port) if is_here(self.address) else Machine([])
         self._url = f"http://{self.host}:{self.port}"
         self._is_loopback = self.address.startswith("127.")
@@ -96,14 +96,14 @@ class OpenChat:
         self.purse = Purse()
 
     async def prepare(self, layout: Layout, tell: Callable[[str], None]) -> tuple[list[Seat], dict[str, list[str]]]:
-        """Make the people and conversations that are not there yet."""
+        """Create the missing people, and the conversations."""
         await self._open()
         people = await self._people(layout.people, tell)
         seats = [
             Seat(token=one.token, user_id=str(one.user_id), source=self._source(number), conversations=[], talks=False)
             for number, one in enumerate(people)
         ]
-        tell(f"making {len(layout.groups)} conversations …")
+        tell(f"creating {len(layout.groups)} conversations …")
         async with self._client() as http:
             made = await some_at_once(
                 self._conversation(http, [people[one] for one in group], layout) for group in layout.groups
@@ -111,7 +111,7 @@ class OpenChat:
         return seats, layout.fill(seats, [str(one) for one in made])
 
     async def leave(self) -> None:
-        """Everyone leaves what was made for this run, so that the next one finds people without a past."""
+        """Make everyone leave the conversations of this run, so that the next one starts without them."""
         async with self._client() as http:
             leaves = (
                 self.call(http, one, client.Leave(conversation_id=about))
@@ -122,7 +122,7 @@ class OpenChat:
         self._made.clear()
 
     async def call(self, http: httpx.AsyncClient, person: Person, frame: client.Frame) -> Reply:
-        """Do one frame as a person, and wait as the server asks. Raises Unusable when it is refused."""
+        """Send one frame as a person, and retry when the server asks to wait. Raises Unusable if it is refused."""
         while True:
             answer = decode_server(
                 (
@@ -138,13 +138,13 @@ class OpenChat:
             await asyncio.sleep(answer.retry_after_ms / 1000)
 
     def save(self) -> None:
-        """Keep what is kept."""
+        """Write the kept data to its file."""
         require_folder(self._path.parent)
         with aside(self._path, replaces=True) as write:
             write(msgspec.json.encode(self.purse))
 
     async def _open(self) -> None:
-        """Take out the accounts of earlier runs, if the server still knows them."""
+        """Read the accounts of earlier runs, if the server still accepts them."""
         if self._path.exists() and not self.purse.people:
             self.purse = msgspec.json.decode(self._path.read_bytes(), type=Purse)
         async with self._client() as http:
@@ -154,7 +154,7 @@ class OpenChat:
                     await self.call(http, self.purse.people[0], client.Ping())
             except httpx.HTTPError:
                 raise Unusable(
-                    f"nothing answers at {self._url}. Start a server with `openchat`, or give another one with --url."
+                    f"cannot connect to {self._url}. Start a server with `openchat`, or name another one with --url."
                 ) from None
             except Unusable:
                 self.purse = Purse()
@@ -164,7 +164,7 @@ class OpenChat:
         for start in range(len(known), count, PER_ADDRESS):
             async with self._client(self._source(start)) as http:
                 known += await some_at_once(self._register(http) for _ in range(start, min(start + PER_ADDRESS, count)))
-            tell(f"making accounts: {len(known)} of {count} …")
+            tell(f"creating accounts: {len(known)} of {count} …")
             self.save()
         return known[:count]
 
@@ -174,11 +174,11 @@ class OpenChat:
         answer = await http.post("/v1/auth/register", content=encode(body))
         if answer.status_code == TOO_MANY_REQUESTS:
             raise Unusable(
-                "the server limits how many accounts an address may make; start it with "
-                "OPENCHAT_LOGIN_ATTEMPTS_PER_ADDRESS=100000 for load tests, or give fewer --people."
+                "the server limits accounts per address. Start it with OPENCHAT_LOGIN_ATTEMPTS_PER_ADDRESS=100000 for "
+                "load tests, or reduce --people."
             )
         if not answer.is_success:
-            raise Unusable(f"the server makes no account: {answer.text}")
+            raise Unusable(f"the server refused to create an account: {answer.text}")
         made = msgspec.json.decode(answer.content, type=LoggedIn)
         return Person(made.user.id, made.token)
 
@@ -188,7 +188,7 @@ class OpenChat:
             return self.purse.history
         if layout.is_direct:
             reply = await self.call(http, first, client.CreateDirect(user_id=others[0].user_id))
-            assert isinstance(reply.result, OneConversation)  # noqa: S101 - as the protocol says
+            assert isinstance(reply.result, OneConversation)  # noqa: S101 - the protocol guarantees it
             return reply.result.view.conversation.id
         made = ConversationId(uuid7())
         ids = [one.user_id for one in others]
@@ -205,15 +205,17 @@ class OpenChat:
         return made
 
     async def _follow(self, http: httpx.AsyncClient, about: ConversationId, reply: Reply, people: list[Person]) -> None:
-        """Have those join whom a server with the default of OPENCHAT_ADD_PEOPLE has invited: they are strangers."""
-        assert isinstance(reply.result, Added | OneConversation)  # noqa: S101 - as the protocol says
+        """Make the invited people join. With the default of OPENCHAT_ADD_PEOPLE, a server invites strangers instead of
+        adding them.
+        """
+        assert isinstance(reply.result, Added | OneConversation)  # noqa: S101 - the protocol guarantees it
         invited = set(reply.result.invited)
         for one in people:
             if one.user_id in invited:
                 await self.call(http, one, client.Join(conversation_id=about))
 
     def _source(self, number: int) -> str:
-        """Return the address that a person comes from: on loopback there are many."""
+        """Return the source address of a person. Loopback has many, elsewhere the system chooses."""
         place = number // PER_ADDRESS
         return f"127.1.{place // 250 % 250}.{place % 250 + 1}" if self._is_loopback else ""
 
@@ -223,7 +225,7 @@ class OpenChat:
 
 
 async def some_at_once(work: Iterable[Coroutine[None, None, Outcome]]) -> list[Outcome]:
-    """Return the outcomes, in order, of work that is done some at a time."""
+    """Run coroutines, max `AT_ONCE` concurrently, and return their results in order."""
     turn = asyncio.Semaphore(AT_ONCE)
 
     async def one(coroutine: Coroutine[None, None, Outcome]) -> Outcome:

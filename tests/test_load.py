@@ -97,7 +97,7 @@ async def test_load_reports_exactly_the_faults_of_the_network(cluster: Cluster, 
 async def test_load_reports_a_missing_server(tmp_path: Path) -> None:
     status, said, _ = await load(9, tmp_path, "idle")
     assert status == 1
-    assert "nothing answers at http://127.0.0.1:9" in said
+    assert "cannot connect to http://127.0.0.1:9" in said
 
 
 @pytest.mark.parametrize("command", ["load", "prove"])

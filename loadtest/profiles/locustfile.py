@@ -1,11 +1,11 @@
-"""OpenChat under Locust, for those who have their load tests there.
+"""A load test of OpenChat with Locust.
 
     pip install locust websocket-client
     locust -f loadtest/profiles/locustfile.py --host http://127.0.0.1:8000 --headless -u 50 -r 10 -t 30s
 
-Everyone joins one channel and talks. `send` is from a message to its durable answer, `delivery` from a message to
-each of those who hear it. Locust waits for answers before it goes on (a closed loop), so a server that stalls is
-asked less; `openchat load` is not so kind, and checks what it receives.
+Everyone joins one channel and sends messages. `send` is the time from a message to its durable answer, and `delivery`
+the time from a message to each receiver. Locust waits for answers before it continues (a closed loop), so a stalled
+server receives fewer frames. `openchat load` keeps its rate, and checks what it receives.
 """
 
 import json
@@ -31,12 +31,12 @@ def uuid7() -> str:
 
 
 class Talker(HttpUser):
-    """Someone who says something every second or two."""
+    """A user who sends a message every second or two."""
 
     wait_time = between(1, 2)
 
     def on_start(self) -> None:
-        """Register, connect, and join the channel, which whoever is first makes."""
+        """Register, connect, and join the channel. The first user creates it."""
         name = f"locust-{secrets.token_hex(8)}"
         account = {"name": name, "email": f"{name}@crowd.example", "password": secrets.token_hex(16)}
         token = self.client.post("/v1/auth/register", data=json.dumps(account), name="register").json()["token"]
@@ -50,11 +50,11 @@ class Talker(HttpUser):
         self._listener = gevent.spawn(self._listen)
         if self._ask({"type": "join", "conversation_id": CHANNEL})["type"] == "error":
             made = {"type": "create_channel", "conversation_id": CHANNEL, "title": "Locust", "is_public": True}
-            if self._ask(made)["type"] == "error":  # somebody else was first
+            if self._ask(made)["type"] == "error":  # another user was first
                 self._ask({"type": "join", "conversation_id": CHANNEL})
 
     def on_stop(self) -> None:
-        """Leave."""
+        """Close the connection."""
         self._listener.kill()
         self._socket.close()
 

@@ -1,4 +1,4 @@
-"""The scenarios: THE table of what `openchat load` can do."""
+"""The table of the scenarios of `openchat load`."""
 
 from loadtest.scenario import Scenario
 from loadtest.scenarios.history import History

@@ -8,12 +8,12 @@ from protocol import client
 from protocol.ids import ConversationId, MessageId
 
 TALKERS = 50
-"""How many write the conversation, before the run."""
+"""Number of people who write the conversation before the run."""
 EPOCH_MS = 1_700_000_000_000
 
 
 class History(Scenario):
-    """Each act reads a page around a message that nobody has looked at before."""
+    """Each action reads a page around a random message."""
 
     name = "history"
     about = "random pages in a conversation of 1,000,000"
@@ -35,7 +35,7 @@ class History(Scenario):
 
 
 def message_id(conversation_id: str, number: int) -> MessageId:
-    """Return the id of a conversation's message by its number: known without being kept. It is a UUIDv7."""
+    """Return the id of a conversation's message by its number, a UUIDv7. It is computed, so no run has to store it."""
     high = (EPOCH_MS + number) << 80 | 0x7 << 76
     low = int.from_bytes(hashlib.blake2b(f"{conversation_id} {number}".encode(), digest_size=8).digest())
     return MessageId(UUID(int=high | 0b10 << 62 | low & 0x3FFF_FFFF_FFFF_FFFF))

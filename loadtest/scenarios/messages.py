@@ -1,4 +1,4 @@
-"""People who reply in threads, vote, put aside, search, and look at what concerns them."""
+"""People who reply in threads, vote, star, search, and read their feeds."""
 
 from uuid import UUID
 
@@ -14,16 +14,16 @@ OPTIONS = ["Yes", "No", "Later"]
 
 
 class Messages(Scenario):
-    """What is done, and how often, is in the table below."""
+    """The actions and their weights are in `_frame`."""
 
     name = "messages"
-    about = "500 people in teams of 10 who reply in threads, vote, put aside, search, and look at what concerns them"
-    unit = "acts"
+    about = "500 people in teams of 10 who reply in threads, vote, star, search, and read their feeds"
+    unit = "actions"
     people = 500
     rate = 200.0
 
     def begin(self) -> None:
-        # Voted in is the last poll but one of each conversation, which is certainly there.
+        # Votes are for the second to last poll of each conversation, which is certainly stored.
         self._asked: dict[str, str] = {}
         self._polls: dict[str, str] = {}
 

@@ -1,4 +1,4 @@
-"""A believable day: people in several conversations, who mostly read."""
+"""A typical day of people in several conversations, who mostly read."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +12,15 @@ from protocol.ids import ConversationId, MessageId
 BREAK_SECONDS = 2.0
 EMOJI = ("👍", "❤️", "😂", "🎉", "👀")
 OF_EACH = 5
-"""Everyone is in a team, in up to this many others with other people, and in one room."""
+"""Max conversations per person besides the common room: a team, and larger groups with other people."""
 
 
 class Mixed(Scenario):
-    """What is done, and how often, is in SHARES."""
+    """The actions and their weights are in `TABLE`."""
 
     name = "mixed"
-    about = "a believable day of 500 people in teams, pairs of teams, and a room"
-    unit = "acts"
+    about = "a typical day of 500 people in teams, larger groups, and a room"
+    unit = "actions"
     people = 500
     rate = 300.0
 
@@ -28,7 +28,7 @@ class Mixed(Scenario):
     def layout(cls, size: Size) -> Layout:
         people = list(range(size.people))
         groups = split(people, size.group)
-        # The same people, dealt differently: whoever shares a team shares no other one.
+        # The same people in other combinations, so that members of a team share no other group.
         for step in range(1, OF_EACH):
             dealt = sorted(people, key=lambda one: ((one * step + one // size.group) % size.group, one))
             groups += split(dealt, size.group * 2)
@@ -41,35 +41,35 @@ class Mixed(Scenario):
             act(self, line, self.random.choice(line.seat.conversations), due)
 
     def send(self, line: Line, about: str, due: int) -> None:
-        """Say something; a few think again."""
+        """Send a message, and edit a few of them."""
         message_id = line.send(about, due)
         if self.random.random() < 0.05:  # noqa: PLR2004 - one in twenty
             line.ask(client.Edit(**at(about, str(message_id)), content="I meant to say something else"), due)
 
     def read(self, line: Line, about: str, due: int) -> None:
-        """Read what is there."""
+        """Mark the latest message as read."""
         if about in line.latest:
             line.ask(client.Read(**at(about, line.latest[about])), due)
 
     def type(self, line: Line, about: str, due: int) -> None:
-        """Begin to write."""
+        """Send a typing indicator."""
         line.ask(client.Typing(conversation_id=ConversationId(UUID(about))), due)
 
     def react(self, line: Line, about: str, due: int) -> None:
-        """Put an emoji on what was said last."""
+        """React to the latest message."""
         if about in line.latest:
             line.ask(client.React(**at(about, line.latest[about]), emoji=self.random.choice(EMOJI)), due)
 
     def look_back(self, line: Line, about: str, due: int) -> None:
-        """Read the newest page."""
+        """Read the newest page of history."""
         line.ask(client.History(conversation_id=ConversationId(UUID(about))), due)
 
     def be_seen(self, line: Line, _: str, due: int) -> None:
-        """Be away, or back."""
+        """Change the presence to away or online."""
         line.ask(client.SetPresence(status=self.random.choice(("online", "away"))), due)
 
     def go(self, line: Line, _: str, due: int) -> None:
-        """Walk through a tunnel."""
+        """Lose the connection, and reconnect after `BREAK_SECONDS`."""
         line.drop()
         self.crowd.reconnect(line, due + int(BREAK_SECONDS * 1e9))
 
@@ -84,10 +84,10 @@ TABLE: dict[Act, int] = {
     Mixed.be_seen: 4,
     Mixed.go: 3,
 }
-"""What people do, in parts of a hundred."""
+"""Weights of the actions, in per cent."""
 ACTS, SHARES = list(TABLE), list(TABLE.values())
 
 
 def at(about: str, message: str) -> dict[str, Any]:
-    """Return what names a message, in a frame about it."""
+    """Return the fields that name a message in a frame."""
     return {"conversation_id": ConversationId(UUID(about)), "message_id": MessageId(UUID(message))}

@@ -1,4 +1,4 @@
-"""People who look each other up, ask for friendship, follow, and arrange their conversations."""
+"""People who look each other up, send friend requests, follow each other, and arrange their conversations."""
 
 from uuid import UUID
 
@@ -10,13 +10,13 @@ from protocol.ids import ConversationId, UserId
 
 
 class People(Scenario):
-    """What is done, and how often, is in the table below."""
+    """The actions and their weights are in `_frame`."""
 
     name = "people"
     about = (
-        "500 people in teams of 10 who look each other up, befriend and follow each other, and arrange what they have"
+        "500 people in teams of 10 who look each other up, befriend and follow each other, and arrange conversations"
     )
-    unit = "acts"
+    unit = "actions"
     people = 500
     rate = 200.0
 

@@ -1,4 +1,4 @@
-"""People who come and go, type, and watch each other."""
+"""People who connect and disconnect, type, and watch each other."""
 
 from uuid import UUID
 
@@ -8,15 +8,15 @@ from protocol.client import SetPresence, Typing, Watch
 from protocol.ids import ConversationId, UserId
 
 BREAK_SECONDS = 1.0
-"""How long someone who goes stays away."""
+"""Time between a disconnection and the reconnection, in seconds."""
 
 
 class Presence(Scenario):
-    """Six of ten times someone types, two of ten they change how they are seen, two of ten they go and come back."""
+    """Of ten actions, six are typing indicators, two change the presence, and two disconnect and reconnect."""
 
     name = "presence"
-    about = "100 teams of 10 who come and go, type, and watch each other"
-    unit = "acts"
+    about = "100 teams of 10 who connect and disconnect, type, and watch each other"
+    unit = "actions"
     rate = 100.0
 
     def begin(self) -> None:

@@ -1,22 +1,22 @@
-"""Connections that do nothing, and connections that come all at once."""
+"""Idle connections, and many connections in a short time."""
 
 from loadtest.scenario import Scenario
 
 
 class Idle(Scenario):
-    """What it costs to be there."""
+    """Measures the cost of idle connections."""
 
     name = "idle"
-    about = "5,000 authenticated connections and silence"
+    about = "5,000 authenticated connections without frames"
     people = 1_000
     connections = 5_000
     unit = ""
 
 
 class Storm(Scenario):
-    """Connect and authenticate as fast as it goes; everything there is to measure is over when all are there."""
+    """Connect and authenticate as fast as possible. The scenario ends when all connections are open."""
 
     name = "storm"
-    about = "2,000 connect and authenticate as fast as it goes"
+    about = "2,000 connections, opened and authenticated as fast as possible"
     people = 2_000
     unit = ""

@@ -1,4 +1,4 @@
-"""Connections that drop, miss a thousand events, and come back for them."""
+"""Connections that drop, miss almost a thousand events, and resume."""
 
 from collections import deque
 
@@ -6,16 +6,16 @@ from loadtest.line import Line
 from loadtest.scenario import Layout, Scenario, Size, split
 
 MISSED = 950
-"""How many events each one misses: more than 1,000 may be answered with `start_over`, and some come meanwhile."""
+"""Events that each connection misses. More than 1,000 may be answered with `start_over`, and some arrive meanwhile."""
 DROP_EVERY = 50
-"""One connection drops for each so many messages."""
+"""Messages per dropped connection."""
 
 
 class Resume(Scenario):
-    """Messages flow; now and then someone drops, and comes back when they have missed enough."""
+    """Messages are sent at a rate. Connections drop, and resume after they have missed `MISSED` events."""
 
     name = "resume"
-    about = f"5 rooms of 100: drop, miss {MISSED} events, come back"
+    about = f"5 rooms of 100: drop, miss {MISSED} events, resume"
     people = 500
     group = 100
     rate = 500.0

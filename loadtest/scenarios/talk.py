@@ -1,4 +1,4 @@
-"""Conversations in which people talk: one large, many small, pairs."""
+"""Conversations in which people send messages: one large, many small, or pairs."""
 
 from itertools import cycle
 from typing import TYPE_CHECKING
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from loadtest.crowd import Crowd
 
 MESSAGES_PER_TALKER = 25
-"""No one says more than this a second: servers limit that."""
+"""Max messages per sender and second, below the server's rate limit."""
 
 
 class Talk(Scenario):
-    """Those who talk take turns."""
+    """Senders take turns."""
 
     is_broadcast = True
 
@@ -30,10 +30,10 @@ class Talk(Scenario):
 
 
 class Room(Talk):
-    """One conversation of many, of whom a few talk."""
+    """One conversation of many, of whom a few send messages."""
 
     name = "room"
-    about = "one conversation of 1,000, a few talk"
+    about = "one conversation of 1,000, in which a few send messages"
     group = 1_000
     rate = 20.0
 
@@ -47,7 +47,7 @@ class Room(Talk):
 
 
 class Teams(Talk):
-    """Many small conversations, in all of which people talk."""
+    """Many small conversations, in which everyone sends messages."""
 
     name = "teams"
     about = "200 conversations of 10"
@@ -56,7 +56,7 @@ class Teams(Talk):
 
 
 class Direct(Talk):
-    """Pairs."""
+    """Direct conversations of two."""
 
     name = "direct"
     about = "500 pairs"
