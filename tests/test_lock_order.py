@@ -1,7 +1,7 @@
-"""Everything that writes locks in one order (server/queries/__init__.py), so that nothing ever waits in a circle.
+"""All writes lock rows in one order (server/queries/__init__.py), so that transactions do not deadlock.
 
-The handlers are run as Dispatch runs them, on the same few rows, by several connections of the same people. A deadlock
-is retried and therefore hidden: that is why the test reads PostgreSQL's own count.
+Handlers run as `Dispatch` runs them, on the same few rows, on several connections of the same users. The server
+retries deadlocks, which hides them, so the tests read PostgreSQL's own count.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ NOT_NOW = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.INTERNAL})
 
 
 class Quarrel:
-    """Ada and Charles, who share a group and a direct conversation, and all that can be done to them there."""
+    """Ada and Charles, who share a group and a direct conversation, and all writes that can affect them."""
 
     def __init__(self, world: World, http: httpx.AsyncClient) -> None:
         self.world, self.http = world, http
@@ -72,7 +72,7 @@ class Quarrel:
         await self.furnish()
 
     async def furnish(self) -> None:
-        """Make a group for all later acts. Both have a draft, a star and a thread that they replied in."""
+        """Make a group for all later writes. Both have a draft, a star and a thread in which they replied."""
         group = ConversationId(uuid7())
         await self.run(self.ada, client.CreateGroup(conversation_id=group, title="Engines", is_public=True,
                                                        participants=[]))  # fmt: skip
@@ -91,7 +91,7 @@ class Quarrel:
         return client.CreateGroup(conversation_id=group, title="Engines", participants=[self.charles], is_public=True)
 
     async def run(self, who: UserId, frame: client.Frame) -> object:
-        """Run a frame of somebody's on either worker. What is refused is no matter; what cannot be done is."""
+        """Run a frame of a user on either worker. A refusal is ignored, but a failure is not."""
         user = User(id=who, name="UserSession")
         services = self.app._services  # noqa: SLF001
         context = Context(services=services, user=user, session_id=self.sessions[who])
@@ -100,11 +100,11 @@ class Quarrel:
         except Refused as refused:
             assert refused.code not in NOT_NOW, refused
         except asyncpg.TransactionRollbackError:
-            pass  # PostgreSQL has counted it
+            pass  # PostgreSQL counted it
         return None
 
     def frames(self) -> list[client.Frame]:
-        """Return every frame that writes, about the same few rows."""
+        """Return every frame that writes, for the same few rows."""
         one: Any = {"conversation_id": self.group, "message_id": self._said[1]}
         root: Any = {"conversation_id": self.group, "message_id": self._root}
         poll: Any = {"conversation_id": self.group, "message_id": self._poll}
@@ -172,7 +172,7 @@ class Quarrel:
         ]  # fmt: skip
 
     def acts(self) -> dict[str, Act]:
-        """Return all that can be done, by name: frames of either, accounts, administration, jobs."""
+        """Return all writes by name: frames of either user, accounts, administration and jobs."""
 
         def framed(who: UserId, index: int) -> Act:
             other = {self.ada: self.charles, self.charles: self.ada}
@@ -207,14 +207,14 @@ class Quarrel:
         }
 
     async def delete(self) -> None:
-        """Delete the group, and make another one."""
+        """Delete the group and create another one."""
         group = self.group
-        for who in (self.ada, self.charles):  # one of them owns it
+        for who in (self.ada, self.charles):  # one of them owns the group
             await self.run(who, client.DeleteConversation(conversation_id=group))
         await self.furnish()
 
     async def reconcile(self) -> None:
-        """Undo what may keep either from acting in a new group."""
+        """Undo what could prevent either user from acting in a new group."""
         await self.world.db.execute("DELETE FROM user_relationship")
         await self.world.db.execute("UPDATE conversation SET created_at = '2000-01-01'")
         await self.furnish()
@@ -256,7 +256,7 @@ class Quarrel:
         await self.on_database(lambda db: accounts.give_password(db, self.charles, CHEAP.hash(PASSWORD)))
 
     async def erase(self) -> None:
-        """Erase somebody new who is in the group, and in a thread there."""
+        """Erase a new user who takes part in the group and in a thread there."""
         guests: list[UserId] = []
 
         async def made(db: Db) -> None:
@@ -270,7 +270,7 @@ class Quarrel:
 
     @property
     def app(self) -> App:
-        """One of the workers."""
+        """Return one of the workers."""
         return random.choice(self.world.workers).app
 
     async def on_database(self, work: Callable[[Db], Awaitable[object]]) -> None:
@@ -302,17 +302,17 @@ async def quarrel(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     monkeypatch.setattr(passwords, "hashed", _cheap)
     admin = await asyncpg.connect(settings.database_url)
     name = await admin.fetchval("SELECT current_database()")
-    # A circle is found at once, and broken, and does not hold up the rest.
+    # PostgreSQL detects a deadlock immediately, so that the rest does not wait.
     await admin.execute(f"ALTER DATABASE {name} SET deadlock_timeout = '5ms'")
     settings = msgspec.structs.replace(settings, login_attempts_per_address=1_000_000, login_attempts=1_000_000)
     async with World(settings) as world, http_client(world.url, timeout=30) as http:
-        # One worker adds whom the other one invites, so that both branches run.
+        # One worker adds the users that the other one invites, so that both branches run.
         invites = world.workers[1].app
         invites._services = msgspec.structs.replace(invites._services, anyone_adds=False)  # noqa: SLF001
         quarrel = Quarrel(world, http)
         await quarrel.begin()
         yield quarrel
-    # The connections are closed: what their processes have counted is told.
+    # The connections are closed, so that their processes have reported their counts.
     for _ in range(200):
         if not await admin.fetchval(OTHERS):
             break
@@ -341,21 +341,26 @@ SELECT array_agg(pid ORDER BY pid) FILTER (WHERE wait_event_type = 'Lock'),
     pg_snapshot_xmax(pg_current_snapshot())::text
 FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> $1
 """
-"""Who waits for locks, whether one of them waits for the connection $1, how many others are in the middle of a write,
-and which write ended last."""
+"""Ids of the backends that wait for locks, and whether one of them waits for connection $1.
+
+Also the number of other backends that are in a write, and the latest finished transaction.
+"""
 
 
-def held(table: str) -> str:
-    """Return a statement that counts the rows of a table that somebody else holds."""
+def locked_rows(table: str) -> str:
+    """Return a subquery that counts the rows of a table that other transactions have locked."""
     return f"(SELECT count(*) FROM {table}) - (SELECT count(*) FROM (SELECT FROM {table} FOR UPDATE SKIP LOCKED) free)"
 
 
 WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
 
 
-async def held_by_who_waits(quarrel: Quarrel, connection: asyncpg.Connection, later: list[str]) -> list[str] | None:
-    """Return which tables have rows that somebody holds who waits for a connection; None if nobody waits, or it cannot
-    be told: the job of a worker that holds rows for a moment, and waits for nobody, may come and go meanwhile.
+async def locked_by_waiting_backends(
+    quarrel: Quarrel, connection: asyncpg.Connection, later: list[str]
+) -> list[str] | None:
+    """Return the tables with rows that are locked while a backend waits for a connection.
+
+    Return None if no backend waits, or if it is uncertain. A job may lock rows for a moment without waiting.
     """
     before = await quarrel.world.db.fetchrow(STATE, connection.get_server_pid())
     assert before is not None
@@ -363,7 +368,7 @@ async def held_by_who_waits(quarrel: Quarrel, connection: asyncpg.Connection, la
         return None
     probe = connection.transaction()
     await probe.start()
-    counts = await connection.fetchrow(f"SELECT {', '.join(held(table) for table in later)}") or ()
+    counts = await connection.fetchrow(f"SELECT {', '.join(locked_rows(table) for table in later)}") or ()
     after = await quarrel.world.db.fetchrow(STATE, connection.get_server_pid())
     await probe.rollback()
     return [table for table, count in zip(later, counts, strict=True) if count] if after == before else None
@@ -373,12 +378,12 @@ async def held_by_who_waits(quarrel: Quarrel, connection: asyncpg.Connection, la
     ("rank", "mode"),
     [(0, "UPDATE"), (1, "NO KEY UPDATE"), pytest.param(0, "NO KEY UPDATE", marks=pytest.mark.long)],
 )
-async def test_whoever_waits_for_a_lock_holds_none_of_a_later_rank(quarrel: Quarrel, rank: int, mode: str) -> None:
-    """Every act in turn meets a transaction that holds all rows of a rank, as a deletion holds its conversation."""
+async def test_lock_order_is_respected_while_waiting(quarrel: Quarrel, rank: int, mode: str) -> None:
+    """Each write meets a transaction that locks all rows of a rank, as a deletion locks its conversation."""
     connection = await asyncpg.connect(quarrel.world.settings.database_url)
     later = [table for tables in RANKS[rank + 1 :] for table in tables]
     if mode == "NO KEY UPDATE" and rank == 0:
-        later.append("conversation")  # FOR KEY SHARE, which an insert takes, is compatible with that
+        later.append("conversation")  # an insert takes FOR KEY SHARE, which is compatible with `NO KEY UPDATE`
     wrong: dict[str, list[str]] = {}
     met = 0
     for name, act in quarrel.acts().items():
@@ -387,7 +392,7 @@ async def test_whoever_waits_for_a_lock_holds_none_of_a_later_rank(quarrel: Quar
         await connection.execute(f"SELECT FROM {RANKS[rank][0]} FOR {mode}")
         task = asyncio.create_task(act())
         rows = None
-        while not task.done() and (rows := await held_by_who_waits(quarrel, connection, later)) is None:
+        while not task.done() and (rows := await locked_by_waiting_backends(quarrel, connection, later)) is None:
             await asyncio.sleep(0)
         if rows:
             wrong[name] = rows
@@ -398,13 +403,17 @@ async def test_whoever_waits_for_a_lock_holds_none_of_a_later_rank(quarrel: Quar
             await quarrel.reconcile()
     await connection.close()
     assert not wrong
-    assert met > 50, "acts that waited"
+    assert met > 50, "too few writes waited for the lock"
 
 
-@pytest.mark.parametrize("waits_for_it", [True, False])
-async def test_only_who_waits_for_the_connection_is_blamed(quarrel: Quarrel, *, waits_for_it: bool) -> None:
-    """One holds a session and waits for a conversation that is held; or one that holds a session waits for nobody, and
-    is waited for: as a log-out may be by a job, while the transaction of the test holds all conversations.
+@pytest.mark.parametrize("waits_for_connection", [True, False])
+async def test_only_locks_of_backends_that_wait_for_the_connection_are_reported(
+    quarrel: Quarrel, *, waits_for_connection: bool
+) -> None:
+    """A backend has locked a session, and the test has locked all conversations.
+
+    The backend either waits for a conversation, which is reported, or another backend waits for the session, which is
+    not.
     """
     url = quarrel.world.settings.database_url
     connection, holder, waiter = [await asyncpg.connect(url) for _ in range(3)]
@@ -413,14 +422,16 @@ async def test_only_who_waits_for_the_connection_is_blamed(quarrel: Quarrel, *, 
     await holds.start()
     await connection.execute("SELECT FROM conversation FOR UPDATE")
     await holder.execute("SELECT FROM session FOR UPDATE")
-    rest = holder if waits_for_it else waiter
-    task = asyncio.create_task(rest.execute(f"SELECT FROM {'conversation' if waits_for_it else 'session'} FOR UPDATE"))
+    rest = holder if waits_for_connection else waiter
+    task = asyncio.create_task(
+        rest.execute(f"SELECT FROM {'conversation' if waits_for_connection else 'session'} FOR UPDATE")
+    )
     while not await quarrel.world.db.fetchval(WAITS):
         await asyncio.sleep(0)
-    found = [await held_by_who_waits(quarrel, connection, ["session", "account"]) for _ in range(20)]
-    assert {tuple(one) for one in found if one is not None} == ({("session",)} if waits_for_it else set())
+    found = [await locked_by_waiting_backends(quarrel, connection, ["session", "account"]) for _ in range(20)]
+    assert {tuple(one) for one in found if one is not None} == ({("session",)} if waits_for_connection else set())
     await holds_all.rollback()
-    if waits_for_it:
+    if waits_for_connection:
         await task
     await holds.rollback()
     await task
@@ -432,15 +443,15 @@ async def _cheap(password: str) -> str:
     return CHEAP.hash(password)
 
 
-async def test_every_writing_frame_is_tried(quarrel: Quarrel) -> None:
+async def test_every_writing_frame_is_covered(quarrel: Quarrel) -> None:
     assert {one.app._services.anyone_adds for one in quarrel.world.workers} == {True, False}  # noqa: SLF001
     writing = {kind for kind, route in ROUTES.items() if route.rate is Rate.WRITE}
     assert writing - {client.DeleteConversation} <= {type(frame) for frame in quarrel.frames()}
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
-async def test_no_deadlock_when_everything_is_done_concurrently(quarrel: Quarrel, seed: int) -> None:
-    """Four connections do everything, each in another order."""
+async def test_no_deadlock_when_all_writes_run_concurrently(quarrel: Quarrel, seed: int) -> None:
+    """Four connections run all writes, each in another order."""
     random.seed(seed)
     acts = list(quarrel.acts().values())
 
@@ -453,8 +464,8 @@ async def test_no_deadlock_when_everything_is_done_concurrently(quarrel: Quarrel
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-async def test_no_deadlock_between_any_two(quarrel: Quarrel) -> None:
-    """All pairs, several of each at once."""
+async def test_no_deadlock_between_any_two_writes(quarrel: Quarrel) -> None:
+    """All pairs run, several of each concurrently."""
     acts = quarrel.acts()
     for (name, one), (_, other) in itertools.combinations_with_replacement(reversed(acts.items()), 2):
         if name == DELETE:

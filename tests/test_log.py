@@ -1,4 +1,4 @@
-"""The log of the application: what went wrong and where, and no value of a row or a frame."""
+"""The application's log says what failed and where, and contains no value of a row or a frame."""
 
 import ast
 import asyncio
@@ -34,11 +34,11 @@ CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN RAISE EXCEPTION 'refused' USING DETAIL = NEW.content, HINT = NEW.content; END $$;
 CREATE TRIGGER tell BEFORE INSERT ON draft FOR EACH ROW EXECUTE FUNCTION tell()
 """
-"""A constraint and a trigger that the server does not know, so that what they refuse is a defect."""
+"""A constraint and a trigger that the server does not know, so that their errors count as defects."""
 
 
 class Lines:
-    """What this process logs, as the server configures it."""
+    """The log of this process, configured as in the server."""
 
     def __init__(self) -> None:
         self._stream = io.StringIO()
@@ -58,20 +58,20 @@ def lines() -> Lines:
     return Lines()
 
 
-async def test_a_row_that_the_database_refuses_is_not_in_the_log(room: Room, world: World, lines: Lines) -> None:
+async def test_rejected_row_is_not_in_the_log(room: Room, world: World, lines: Lines) -> None:
     await world.db.execute(REFUSING)
     answer = await room.ada.ask(message(room.group, WORDS))
     assert isinstance(answer, server.Error)
     assert answer.code is ErrorCode.INTERNAL
     answer = await room.ada.ask(client.SetDraft(conversation_id=room.group, content=WORDS))
     assert isinstance(answer, server.Error)
-    assert lines.text.count("message_unknown") >= 1, "it says what was violated"
+    assert lines.text.count("message_unknown") >= 1, "the constraint is named"
     assert lines.text.count("Traceback") >= 2
     assert WORDS not in lines.text
     assert "DETAIL" not in lines.text
 
 
-async def test_an_address_that_the_database_refuses_is_not_in_the_log(world: World, lines: Lines) -> None:
+async def test_rejected_address_is_not_in_the_log(world: World, lines: Lines) -> None:
     await world.db.execute('ALTER TABLE "user" ADD CONSTRAINT user_unknown CHECK (email NOT LIKE $$%secret%$$)')
     async with http_client(world.url) as http:
         fields = {"name": "Ada", "email": ADDRESS, "password": "correct horse battery"}
@@ -82,7 +82,7 @@ async def test_an_address_that_the_database_refuses_is_not_in_the_log(world: Wor
 
 
 async def values(db: "asyncpg.Connection[asyncpg.Record]") -> list[Exception]:
-    """Return what is raised about a value, by PostgreSQL and by its client."""
+    """Return the errors about a value that PostgreSQL and its client raise."""
     raised: list[Exception] = []
     await db.execute("CREATE TEMP TABLE thing (words text PRIMARY KEY, CHECK (length(words) < 30))")
     await db.execute("INSERT INTO thing VALUES ($1)", ADDRESS)
@@ -101,7 +101,7 @@ async def values(db: "asyncpg.Connection[asyncpg.Record]") -> list[Exception]:
     return raised
 
 
-async def test_no_way_of_logging_an_error_quotes_a_value(database_url: str, lines: Lines) -> None:
+async def test_no_log_call_quotes_a_value_of_an_error(database_url: str, lines: Lines) -> None:
     db = await asyncpg.connect(database_url)
     raised = await values(db)
     await db.close()
@@ -132,7 +132,7 @@ async def test_no_way_of_logging_an_error_quotes_a_value(database_url: str, line
     assert text.count("it failed: ") == len(raised)
 
 
-async def test_what_the_loop_logs_of_a_forgotten_task_quotes_no_value(database_url: str, lines: Lines) -> None:
+async def test_log_entry_of_the_loop_about_a_failed_task_quotes_no_value(database_url: str, lines: Lines) -> None:
     db = await asyncpg.connect(database_url)
     raised = await values(db)
     await db.close()
@@ -150,21 +150,21 @@ async def test_what_the_loop_logs_of_a_forgotten_task_quotes_no_value(database_u
     assert ADDRESS not in lines.text
 
 
-def test_the_log_is_given_exceptions_and_not_their_texts() -> None:
-    """`told` is asked of an exception, so a text made of one beforehand would pass it by."""
+def test_log_calls_pass_exceptions_and_not_their_texts() -> None:
+    """`told` renders exceptions without values. A text made from an exception beforehand would bypass it."""
     found = [
         f"{path.name}:{call.lineno}"
         for path in sorted((ROOT / "server").rglob("*.py"))
         for call in ast.walk(ast.parse(path.read_text()))
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in WAYS_OF_LOGGING
-        if ast.unparse(call.func.value) != "self"  # a parser's own
-        if any(is_text_of_something(argument) for argument in call.args)
+        if ast.unparse(call.func.value) != "self"  # a method of a parser
+        if any(is_made_into_text(argument) for argument in call.args)
     ]
     assert found == []
 
 
-def test_a_failure_of_any_kind_is_logged_with_its_traceback() -> None:
-    """Where everything is caught, a defect is caught, too: its text alone tells nobody where it is."""
+def test_every_caught_exception_is_logged_with_its_traceback() -> None:
+    """A handler of `Exception` also catches defects, whose text alone does not say where they are."""
     found = [
         f"{path.relative_to(ROOT)}:{call.lineno}"
         for path in sorted(ROOT.glob("server/**/*.py"))
@@ -184,15 +184,15 @@ def is_text_alone(call: ast.Call, error: str | None) -> bool:
     return is_logged and not has_traceback and error in {one.id for one in call.args if isinstance(one, ast.Name)}
 
 
-def is_text_of_something(argument: ast.expr) -> bool:
+def is_made_into_text(argument: ast.expr) -> bool:
     is_made = (
         isinstance(argument, ast.Call) and isinstance(argument.func, ast.Name) and argument.func.id in {"str", "repr"}
     )
     return is_made or isinstance(argument, ast.JoinedStr)
 
 
-def test_what_others_said_is_cut_however_it_is_logged(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer of 60 KB that is no HTTP was a line of 60 KB, and line feeds in it were as many lines."""
+def test_long_texts_from_others_are_truncated_by_every_log_call(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer of 60 KB that is not HTTP was one line of 60 KB, and each line feed in it began a new line."""
     monkeypatch.setattr(log, "MOST_ENTRIES", 1_000)
     logger = logging.getLogger("test")
     longest = len("2026-01-01 00:00:00,000 worker 1 ERROR ") + log.MAX_LINE + log.MAX_TRACEBACK
@@ -215,7 +215,7 @@ def test_what_others_said_is_cut_however_it_is_logged(lines: Lines, monkeypatch:
     assert lines.text.endswith("x" * 1_000 + "\n")
 
 
-def test_an_error_without_words_is_named() -> None:
+def test_error_without_a_message_is_logged_by_its_type() -> None:
     assert told(asyncpg.PostgresError()) == "PostgresError"
 
 
@@ -262,7 +262,7 @@ ACTS = {
     "handshake with a bad token": http("GET /v1/ws?token=x", *UPGRADE, KEY),
     "handshake with a token": http("GET /v1/ws", *UPGRADE, KEY, "Authorization: Bearer TOKEN"),
 }
-"""Bytes that a client sends, whole or not, before it resets the connection."""
+"""Bytes that a client sends, complete or not, before it resets the connection."""
 FRAMES = {
     "half a frame": b"\x81\xfe\x10\x00\x00\x00\x00\x00{",
     "fragments": b"\x01\x81\x00\x00\x00\x00{" + b"\x00\x81\x00\x00\x00\x00x" * 200,
@@ -297,7 +297,7 @@ MOST_CHARACTERS = 200
 
 
 async def act(world: World, data: bytes, frames: bytes = b"", *, reads: bool) -> None:
-    """Send bytes, and reset the connection: as soon as an answer has begun, or immediately."""
+    """Send bytes and reset the connection, either when an answer begins or immediately."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(world.url.rpartition(":")[2]))
     writer.write(data)
     with contextlib.suppress(TimeoutError, ConnectionError):
@@ -305,13 +305,13 @@ async def act(world: World, data: bytes, frames: bytes = b"", *, reads: bool) ->
             await reader.readuntil(b"\r\n\r\n")
             writer.write(frames)
         if reads:
-            async with asyncio.timeout(0.02):  # some are not answered
+            async with asyncio.timeout(0.02):  # some requests get no answer
                 await reader.read(10)
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
 
 
-async def test_no_act_of_a_client_is_logged_each_time(settings: Settings, lines: Lines) -> None:
+async def test_repeated_client_errors_are_not_logged_each_time(settings: Settings, lines: Lines) -> None:
     settings = msgspec.structs.replace(settings, address_rate=10_000, connections_per_address=10_000)
     async with World(settings, workers=1) as world:
         ada = await world.user("Ada")
@@ -325,7 +325,7 @@ async def test_no_act_of_a_client_is_logged_each_time(settings: Settings, lines:
             data = data.replace(b"TOKEN", token)  # noqa: PLW2901
             await asyncio.gather(*(act(world, data, frames, reads=bool(n % 2)) for n in range(2 * REPEATS)))
         await idle(world)
-        gc.collect()  # a task that failed is reported when it is deleted
+        gc.collect()  # a failed task is reported when it is garbage-collected
         assert "Traceback" not in lines.text
         assert lines.text.count("\n") <= len(acts)
         assert max(map(len, lines.text.splitlines()), default=0) < MOST_CHARACTERS
@@ -333,7 +333,7 @@ async def test_no_act_of_a_client_is_logged_each_time(settings: Settings, lines:
             assert (await http.get("/readyz")).status_code == 200
 
 
-def test_a_place_that_logs_again_and_again_is_counted(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_entries_of_one_line_of_code_are_counted(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
     at = 0.0
     monkeypatch.setattr(lines.bound, "_clock", lambda: at)
     logger = logging.getLogger("test")
@@ -360,12 +360,12 @@ def test_a_place_that_logs_again_and_again_is_counted(lines: Lines, monkeypatch:
     assert lines.text.count("more entries") == 2
 
 
-async def test_what_was_held_back_is_counted_though_nothing_else_is_logged(
+async def test_suppressed_entries_are_counted_even_if_nothing_else_is_logged(
     lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log, "WINDOW_SECONDS", 0.3)  # longer than three entries take
     monkeypatch.setattr(log, "MOST_ENTRIES", 1)
-    # The loop counts whole milliseconds: by other clocks it calls too early.
+    # The loop counts whole milliseconds. With another clock it would call too early.
     monkeypatch.setattr(lines.bound, "_clock", lambda: 0.9 * time.monotonic())
     for _ in range(3):
         logging.getLogger("test").warning("again")

@@ -1,4 +1,4 @@
-"""Work under the lock of a conversation does not grow with what participants put there."""
+"""Work under the lock of a conversation does not grow with what participants store there."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -23,11 +23,11 @@ from server.queries import changes, erasure, expiry, remains, users
 from tests.world import World, refused, sent
 
 CROWD = 300
-"""Participants who react, vote and report: more than any transaction may change rows of."""
+"""Participants who react, vote and report, more than a transaction may change rows."""
 MOST_ROWS = 80
-"""Max rows that one transaction changes while it holds a conversation."""
+"""Max rows that a transaction changes while it has locked a conversation."""
 
-# Counts the rows that each transaction changes, in a table that the counted transactions write themselves.
+# Count the rows that each transaction changes, in a table that the transactions themselves write.
 COUNT = """
 CREATE UNLOGGED TABLE change (transaction xid8 NOT NULL, name text NOT NULL);
 CREATE FUNCTION count_change() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -45,7 +45,7 @@ BEGIN
     END LOOP;
 END $$;
 """
-# The largest transaction of those that changed a conversation, and the largest of the others.
+# Max rows of a transaction that changed a conversation, and of the other transactions.
 LARGEST = """
 SELECT coalesce(max(rows) FILTER (WHERE is_locked), 0), coalesce(max(rows) FILTER (WHERE NOT is_locked), 0) FROM (
     SELECT count(*) AS rows, bool_or(name = 'conversation') AS is_locked FROM change GROUP BY transaction
@@ -109,7 +109,7 @@ class Crowd:
         await self.db.execute(COUNT)
 
     async def poll(self) -> MessageId:
-        """Return a poll that everyone has voted in, reacted to and reported, and that was edited often."""
+        """Return a poll on which all participants voted, reacted and reported, and that was edited often."""
         poll = await sent(self.ada, self.about, "Tea?", payload=Poll(options=["Yes", "No"]))
         await self.db.execute(VOTE, poll, CROWD)
         await self.db.execute(REACT, [poll], CROWD)
@@ -119,7 +119,7 @@ class Crowd:
         return poll
 
     async def largest(self) -> tuple[int, int]:
-        """Return the most rows that a transaction has changed with a conversation locked, and without."""
+        """Return the max rows that a transaction changed with a conversation locked, and without."""
         return tuple(await self.db.fetchrow(LARGEST))  # type: ignore[arg-type]
 
 
@@ -132,7 +132,7 @@ async def crowd(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
         yield crowd
 
 
-async def test_no_frame_about_a_message_changes_rows_of_a_crowd_under_the_lock(crowd: Crowd) -> None:
+async def test_frames_about_a_message_change_few_rows_under_the_lock(crowd: Crowd) -> None:
     poll = await crowd.poll()
     frames = (
         client.ClosePoll(conversation_id=crowd.about, message_id=poll),
@@ -150,7 +150,7 @@ async def test_no_frame_about_a_message_changes_rows_of_a_crowd_under_the_lock(c
     assert await crowd.db.fetchval("SELECT count(*) FROM report WHERE status = 'open'") == 0
 
 
-async def test_messages_expire_in_portions_that_do_not_grow_with_a_crowd(crowd: Crowd) -> None:
+async def test_messages_expire_in_batches_of_bounded_size(crowd: Crowd) -> None:
     worker = crowd.world.workers[0].app
     poll = await crowd.poll()
     others = [await sent(crowd.ada, crowd.about, f"Secret {number}") for number in range(3 * expiry.PORTION)]
@@ -163,10 +163,10 @@ async def test_messages_expire_in_portions_that_do_not_grow_with_a_crowd(crowd: 
     for one in (poll, *others):
         event = await crowd.ada.event(server.MessageDeleted, lambda event, one=one: event.message.id == one)  # type: ignore[misc]
         assert (event.message.content, event.message.reactions, event.message.poll_counts) == ("", {}, None)
-    # Words are gone with the message.
+    # The words for search are deleted with the message.
     assert await crowd.db.fetchval("SELECT count(*) FROM message_edit") == 0
     assert await crowd.db.fetchval("SELECT count(*) FROM message WHERE content LIKE 'Secret%'") == 0
-    # What is left is deleted in portions, and not under the lock.
+    # The remaining rows are deleted in batches, not under the lock.
     ids = [poll, *others]
     await crowd.db.execute("TRUNCATE change")
     while await worker.background.clear_remains():
@@ -177,7 +177,7 @@ async def test_messages_expire_in_portions_that_do_not_grow_with_a_crowd(crowd: 
     assert await crowd.db.fetchval("SELECT count(*) FROM message WHERE has_remains") == 0
 
 
-async def test_reactions_and_votes_of_a_deleted_message_are_shown_nowhere_until_the_job_deletes_them(
+async def test_reactions_and_votes_of_a_deleted_message_are_hidden_until_the_job_deletes_them(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
@@ -230,8 +230,8 @@ SELECT p.user_id, $1, 'Secret', 1 FROM conversation_participant p WHERE p.conver
 WRITTEN = "SELECT count(*) FROM draft WHERE content <> ''"
 
 
-async def test_drafts_in_a_deleted_conversation_are_emptied_in_portions_and_shown_nowhere_before(crowd: Crowd) -> None:
-    """Also while the rows of some who wrote them are held, and when the job ends between its commit and its news."""
+async def test_drafts_in_a_deleted_conversation_are_hidden_and_emptied_in_batches(crowd: Crowd) -> None:
+    """Rows of some authors may be locked, and the job may end between its commit and its events."""
     world, worker = crowd.world, crowd.world.workers[0].app
     who = await world.user("Charles")
     charles = await world.connect(who)
@@ -263,7 +263,7 @@ async def test_drafts_in_a_deleted_conversation_are_emptied_in_portions_and_show
             while await worker.background.clear_remains():
                 pass
             locked, free = await crowd.largest()
-            # The row of the user, and the draft.
+            # The row of the user and the draft.
             assert (locked, free <= 2 * remains.USERS_AT_ONCE) == (0, True), (locked, free)
             assert await crowd.db.fetchval(WRITTEN) == 3
     finally:
@@ -276,7 +276,7 @@ async def test_drafts_in_a_deleted_conversation_are_emptied_in_portions_and_show
     assert await crowd.db.fetchval("SELECT count(*) FROM conversation WHERE has_remains") == 0
 
 
-# A user who has a number of everything that a user can have, beside what the constraints forbid.
+# A user with several of everything that a user can have, beside what the constraints forbid.
 HOARD = """
 WITH made AS (
     INSERT INTO conversation (type, title, created_by, settings_version, version, participant_count)
@@ -327,26 +327,26 @@ SELECT (SELECT count(*) FROM draft WHERE user_id = $1) + (SELECT count(*) FROM m
 """
 
 
-class Cut(Exception):  # noqa: N818 - it stands for a crash
-    """The process ends."""
+class Crash(Exception):  # noqa: N818 - it stands for a crash of the process
+    """The process crashes."""
 
 
 class Failing(Single):
-    """A database that a process uses for a number of transactions, and then ends."""
+    """A database that a process uses for a number of transactions before it crashes."""
 
     def __init__(self, db: Db, left: int) -> None:
         super().__init__(db)
         self.left = left
 
     async def atomically(self, what: str, work: Callable[[Db], Awaitable[Any]]) -> Any:
-        """Do work in a transaction, or raise Cut."""
+        """Run `work` in a transaction, or raise `Crash`."""
         if self.left == 0:
-            raise Cut
+            raise Crash
         self.left -= 1
         return await super().atomically(what, work)
 
 
-async def test_erasure_takes_away_a_bounded_number_of_rows_at_a_time_and_goes_on_after_a_crash(
+async def test_erasure_deletes_rows_in_bounded_batches_and_resumes_after_a_crash(
     crowd: Crowd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     who = await crowd.world.user("Charles")
@@ -361,13 +361,13 @@ async def test_erasure_takes_away_a_bounded_number_of_rows_at_a_time_and_goes_on
     while not ended:
         assert not await crowd.db.fetchval(is_erased, who.id)
         try:
-            # It begins at the front each time, so it gets a little further.
+            # Each attempt starts from the beginning, so each gets a little further.
             await erase(Failing(crowd.db, 10 + 15 * crashes), who.id, lambda _: None)
             ended = True
-        except Cut:
+        except Crash:
             crashes += 1
     locked, free = await crowd.largest()
-    # A portion of relationships changes a row of each other user, too, and a portion of the rest is of several kinds.
+    # A batch of relationships also changes one row per other user, and a batch of the rest mixes several kinds.
     assert (crashes > 1, locked, free <= 4 * portion) == (True, 0, True), (crashes, locked, free)
     assert (await crowd.db.fetchval(is_erased, who.id), await crowd.db.fetchval(HOARDED, who.id)) == (True, 0)
     assert await crowd.db.fetchval(erasure.IS_ERASED, who.id)

@@ -1,4 +1,4 @@
-"""An account with thousands of conversations, and of changes: read in pages, in turns, without a loss."""
+"""Accounts with thousands of conversations and changes are read in pages and in turns, without a loss."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -32,7 +32,7 @@ SELECT $1, id, 'follow', 'active', m.version - $2 + 1 + row_number() OVER () / 9
 """
 
 
-async def test_a_resume_that_gets_no_turn_is_refused_and_succeeds_later(
+async def test_resume_without_a_turn_is_refused_and_succeeds_later(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sync, "PAGE", 3)
@@ -51,7 +51,7 @@ async def test_a_resume_that_gets_no_turn_is_refused_and_succeeds_later(
 
 
 async def test_resume_of_many_conversations_reads_pages_in_turns(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In each statement few conversations, past the first page with a connection of a share: and all are there."""
+    """Each statement reads few conversations. After the first page, each needs a connection from a share."""
     monkeypatch.setattr(sync, "PAGE", 3)
     monkeypatch.setattr(conversations, "MEMBERSHIPS_READ", 4)
     asked: list[int] = []
@@ -99,7 +99,7 @@ async def test_resume_of_many_conversations_reads_pages_in_turns(world: World, m
 
 
 async def test_own_changes_are_read_in_pages_and_none_is_lost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where more of them than a page holds have one number of the user's clock."""
+    """More changes than a page holds may have the same user version."""
     monkeypatch.setattr(sync, "OWN_PAGE", 7)
     read: list[int] = []
     news = users.news
@@ -117,15 +117,15 @@ async def test_own_changes_are_read_in_pages_and_none_is_lost(world: World, monk
     told = [event for event in reader.events if isinstance(event, server.RelationshipChanged)]
     assert len({event.relationship.user_id for event in told}) == len(told) == 50
     assert [event.user_version for event in told] == sorted(event.user_version for event in told)
-    # Nine changes have one number, more than a page holds: that page alone is read at twice its size.
+    # Nine changes have the same version, more than a page holds, so that page is read at twice its size.
     assert max(read) <= 14
     late = await world.connect(ada, query="?resume=1")
     await late.call(client.Resume(epoch=late.ready.epoch, versions={}, user_version=told[-1].user_version))
     assert not [event for event in late.events if isinstance(event, server.RelationshipChanged)]
 
 
-async def test_search_and_feed_look_through_the_latest_conversations(room: Room, world: World) -> None:
-    """Those before are found by name, and the answer says that it lacks them."""
+async def test_search_and_feed_read_the_latest_conversations(room: Room, world: World) -> None:
+    """Older conversations are found by name, and the answer is marked as incomplete."""
     ada, mine = room.ada, room.users[0].id
     await world.db.execute(FILL, mine, latest.SEARCHED)
     old, new = await world.group(room.charles, room.users[0]), await world.group(room.charles, room.users[0])
@@ -138,10 +138,10 @@ async def test_search_and_feed_look_through_the_latest_conversations(room: Room,
     assert ([hit.message.id for hit in found.hits], found.is_partial) == ([there[old]], False)
     page = await ada.call(client.ListFeed(kinds=["mention"]), server.FeedPage)
     assert [one.message.id for one in page.entries if one.message is not None] == [named, there[new]]
-    assert page.is_partial, "it lacks a mention of everyone"
+    assert page.is_partial, "a mention of everyone is missing"
     assert not (await ada.call(client.ListFeed(kinds=["reply"]), server.FeedPage)).is_partial
     found = await ada.call(client.Search(mentions_me=True, conversation_id=old), server.SearchPage)
-    assert [hit.message.id for hit in found.hits] == [named, there[old]], "here mentions of everyone, too"
+    assert [hit.message.id for hit in found.hits] == [named, there[old]], "mentions of everyone are included"
     found = await room.charles.call(client.Search(text="found"), server.SearchPage)
     assert (len(found.hits), found.is_partial) == (2, False)
     with refused(ErrorCode.INVALID, "text"):

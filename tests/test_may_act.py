@@ -1,7 +1,7 @@
-"""Roles and membership are checked under the lock: whoever loses them while a frame waits is refused.
+"""Roles and membership are checked under the lock, so a user who loses them while a frame waits is refused.
 
-Each frame that takes a role waits for the conversation's row, which the transaction holds that demotes, removes or bans
-its sender. A frame that only reads waits in the same way for the table that it reads.
+A frame that requires a role waits for the conversation's row, which is locked by the transaction that demotes, removes
+or bans its sender. A frame that only reads waits in the same way for the table that it reads.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from tests.world import UserSession, World, message, sent
 
 
 class Stage(NamedTuple):
-    """A channel whose admin acts while something happens to them."""
+    """A channel whose admin sends frames while the admin's role changes."""
 
     about: ConversationId
     admin: UserSession
@@ -44,7 +44,7 @@ class Stage(NamedTuple):
 
 @pytest.fixture
 async def world(settings: Settings) -> AsyncIterator[World]:
-    """Two workers with as many connections as frames may wait in them."""
+    """Two workers with enough connections for all frames that wait in them."""
     async with World(msgspec.structs.replace(settings, database_connections=28)) as world:
         yield world
 
@@ -73,8 +73,8 @@ async def stage(world: World) -> Stage:
     return Stage(about, people["Admin"], admin, ids, said, report)
 
 
-def deeds(on: Stage) -> list[Frame]:
-    """Return every frame that takes a role to write, each of which an admin may send."""
+def frames_of_admins(on: Stage) -> list[Frame]:
+    """Return every writing frame that requires a role and that an admin may send."""
     here: dict[str, Any] = {"conversation_id": on.about}
     people = on.people
     return [
@@ -96,22 +96,22 @@ def deeds(on: Stage) -> list[Frame]:
     ]
 
 
-def owners(on: Stage) -> list[Frame]:
-    """Return the frames that only an owner may send."""
+def frames_of_owners(on: Stage) -> list[Frame]:
+    """Return the writing frames that only an owner may send."""
     return [
         client.TransferOwnership(conversation_id=on.about, user_id=on.people["Member"]),
         client.DeleteConversation(conversation_id=on.about),
     ]
 
 
-async def test_every_writing_frame_that_takes_a_role_is_tried(world: World) -> None:
+async def test_every_writing_frame_that_requires_a_role_is_covered(world: World) -> None:
     on = await stage(world)
     privileged = {kind for kind, least in LEAST.items() if least not in {None, "guest"}}
     writing = {kind for kind in privileged if ROUTES[kind].rate is Rate.WRITE}
-    assert {type(frame) for frame in deeds(on) + owners(on)} == writing
+    assert {type(frame) for frame in frames_of_admins(on) + frames_of_owners(on)} == writing
     reading = {type(frame) for frame, _ in reads(on)}
     assert reading >= privileged - writing
-    for frame in deeds(on):
+    for frame in frames_of_admins(on):
         await on.acting.call(frame)
 
 
@@ -138,11 +138,12 @@ CHANGES: dict[Callable[[Any, Stage], Awaitable[None]], ErrorCode] = {
 }  # fmt: skip
 
 
-async def judged(
+async def answers_after(
     world: World, on: Stage, frames: list[Frame], change: Callable[[Any, Stage], Awaitable[None]]
 ) -> list[ErrorCode | None]:
-    """Send frames, each from a device of its own, change what their sender may do while they wait for the
-    conversation, and return the codes that they are answered with.
+    """Send frames, each from its own device, and change the sender's rights while they wait for the conversation.
+
+    Return the error codes of the answers.
     """
     devices = [await world.connect(on.admin, number % 2) for number in range(len(frames))]
     async with world.db.transaction():
@@ -158,32 +159,32 @@ async def judged(
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda one: one.__name__)
-async def test_an_act_that_waits_is_judged_by_the_role_its_sender_has_then(
+async def test_role_of_the_sender_is_checked_after_the_wait_for_the_lock(
     world: World, change: Callable[[Any, Stage], Awaitable[None]]
 ) -> None:
     on = await stage(world)
-    frames = deeds(on)
+    frames = frames_of_admins(on)
     if change is not demoted:
         frames.append(client.ReportMessage(**on.at("shown"), reason="Rude"))
-    got = await judged(world, on, frames, change)
+    got = await answers_after(world, on, frames, change)
     names = [type(frame).__name__ for frame in frames]
     assert dict(zip(names, got, strict=True)) == dict.fromkeys(names, CHANGES[change])
 
 
-async def test_an_owner_who_is_one_no_more_decides_nothing(world: World) -> None:
+async def test_former_owner_cannot_use_the_rights_of_an_owner(world: World) -> None:
     on = await stage(world)
     await world.db.execute(
         "UPDATE conversation_participant SET role = CASE user_id WHEN $2 THEN 'owner' ELSE 'admin' END"
         " WHERE conversation_id = $1 AND role IN ('owner', 'admin')", on.about, on.admin.id,
     )  # fmt: skip
-    assert await judged(world, on, owners(on), demoted) == [ErrorCode.FORBIDDEN] * 2
+    assert await answers_after(world, on, frames_of_owners(on), demoted) == [ErrorCode.FORBIDDEN] * 2
 
 
-async def test_a_moderator_who_is_one_no_more_mentions_nobody_loudly(world: World) -> None:
+async def test_mention_of_everyone_by_a_former_moderator_notifies_nobody(world: World) -> None:
     on = await stage(world)
     say = message(on.about, "Listen, @everyone")
     edit = client.Edit(**on.at("mine"), content="Listen, @everyone", edit_id=EditId(uuid7()))
-    assert await judged(world, on, [say, edit], demoted) == [None, None]
+    assert await answers_after(world, on, [say, edit], demoted) == [None, None]
     for message_id in (say.message_id, on.said["mine"]):
         place: dict[str, Any] = {"conversation_id": on.about, "message_id": message_id}
         found = (await on.acting.call(client.GetMessage(**place), server.OneMessage)).message
@@ -197,7 +198,7 @@ async def test_a_moderator_who_is_one_no_more_mentions_nobody_loudly(world: Worl
 
 
 def reads(on: Stage) -> list[tuple[Frame, str]]:
-    """Return every frame that reads what takes a role, or in more than one statement, and a table that it reads."""
+    """Return the frames that read with a role or in more than one statement, each with a table that it reads."""
     return [
         (client.ListReports(conversation_id=on.about), "report"),
         (client.ListAudit(conversation_id=on.about), "audit_entry"),
@@ -207,13 +208,13 @@ def reads(on: Stage) -> list[tuple[Frame, str]]:
 
 
 @pytest.mark.parametrize("change", [demoted, banned], ids=lambda one: one.__name__)
-async def test_what_is_read_after_a_role_was_lost_is_not_told(
+async def test_role_is_checked_for_reads_that_waited(
     world: World, change: Callable[[Any, Stage], Awaitable[None]]
 ) -> None:
     on = await stage(world)
     for number, (frame, table) in enumerate(reads(on)):
         if change is demoted and isinstance(frame, client.ListVotes):
-            continue  # every participant may
+            continue  # every participant may read it
         await on.acting.call(frame)
         async with world.db.transaction():
             await world.db.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")

@@ -1,7 +1,7 @@
-"""One rule for everything that says something: whoever may not send may not edit, react, pin, vote or type, either.
+"""Users who may not send may not edit, react, pin, vote or type either.
 
-Each frame meets each obstacle twice: when it has been there for long, and when it arises while the frame waits for the
-conversation's row, which is held by the very transaction that makes the change.
+Each frame meets each obstacle twice. The obstacle may be in place before the frame arrives. Or it arises while the
+frame waits for the conversation's row, which the transaction of the change has locked.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' 
 
 
 class Stage(NamedTuple):
-    """A conversation of a member, who is about to be kept from saying anything, and of somebody who may do that."""
+    """A conversation of a member, who is about to lose the right to send, and of a user who can remove it."""
 
     world: World
     about: ConversationId
@@ -49,14 +49,14 @@ class Stage(NamedTuple):
 
 @pytest.fixture
 async def world(settings: Settings) -> AsyncIterator[World]:
-    """Two workers with as many connections as frames may wait in them."""
+    """Two workers with enough connections for all frames that wait in them."""
     async with World(msgspec.structs.replace(settings, database_connections=18)) as world:
         yield world
 
 
 async def waiting(world: World, count: int) -> None:
-    """Return when so many statements wait for a lock."""
-    # A transaction would see the same statistics again and again.
+    """Return when `count` statements wait for a lock."""
+    # Within a transaction, the statistics would not change.
     watch = await asyncpg.connect(world.settings.database_url)
     async with asyncio.timeout(10):
         while await watch.fetchval(WAITING) < count:
@@ -86,12 +86,12 @@ async def stage(world: World, *, is_direct: bool) -> Stage:
     await mine.call(client.React(**here.at("reacted"), emoji="👍"))
     await mine.call(client.Pin(**here.at("pinned")))
     await mine.call(client.Vote(**here.at("voted"), options=[0]))
-    await theirs.event(server.PollVoted)  # of the other worker: nothing of the above comes later
+    await theirs.event(server.PollVoted)  # connected to the other worker, so that no earlier event arrives later
     return here
 
 
 def speech(on: Stage) -> dict[str, Frame]:
-    """Return every frame that reaches others as a message does, each new to the server."""
+    """Return every frame that reaches others as a message does, each with a new id."""
     later = datetime.now(UTC) + timedelta(hours=1)
     return {
         "send": message(on.about),
@@ -112,7 +112,7 @@ def speech(on: Stage) -> dict[str, Frame]:
 
 
 def no_speech(on: Stage) -> list[Frame]:
-    """Return what takes back what one has said, reads, is for oneself alone, or was done before."""
+    """Return the frames that delete or undo, read, concern only the sender, or repeat an earlier frame."""
     return [
         client.React(**on.at("reacted"), emoji="👍"),
         client.Unreact(**on.at("reacted"), emoji="👍"),
@@ -136,7 +136,7 @@ NO_SPEECH = {
     client.FollowThread, client.UnfollowThread, client.SetDraft, client.CancelScheduled, client.ReportMessage,
     client.SetPreferences, client.SeeFeed, client.RegisterPush, client.UnregisterPush, client.UpdateProfile,
 }  # fmt: skip
-"""Writing frames that reach nobody, or only take back."""
+"""Writing frames that reach no other user, or only delete or undo."""
 OTHERS = {
     client.CreateDirect, client.CreateGroup, client.CreateChannel, client.UpdateConversation,
     client.DeleteConversation, client.Join, client.Leave, client.AddParticipants, client.Invite, client.Decline,
@@ -145,10 +145,10 @@ OTHERS = {
     client.AnswerFriend, client.Unfriend, client.Block, client.Unblock, client.Follow, client.Unfollow, client.Mute,
     client.Unmute, client.SetSwitches,
 }  # fmt: skip
-"""Writing frames about who takes part, or what people are to each other: docs/roles.md and docs/privacy.md."""
+"""Writing frames about membership or relationships, for which see docs/roles.md and docs/privacy.md."""
 
 
-async def test_every_writing_frame_is_one_or_the_other(world: World) -> None:
+async def test_every_writing_frame_is_classified(world: World) -> None:
     says = {type(frame) for frame in speech(await stage(world, is_direct=False)).values()} - {client.Typing}
     writing = {frame for frame, route in ROUTES.items() if route.rate is Rate.WRITE}
     assert writing == says | NO_SPEECH | OTHERS
@@ -181,7 +181,7 @@ async def be_blocked(on: Stage) -> None:
 
 
 async def be_disabled(on: Stage) -> None:
-    """As a socket is that has not heard of it yet."""
+    """As for a socket whose worker was not notified yet."""
     await on.world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', on.who.id)
 
 
@@ -193,11 +193,11 @@ OBSTACLES: dict[Callable[[Stage], Awaitable[None]], tuple[bool, ErrorCode]] = {
     be_blocked: (True, ErrorCode.FORBIDDEN),
     be_disabled: (False, ErrorCode.UNAUTHENTICATED),
 }
-"""What keeps somebody from speaking, whether that is in a direct conversation, and the answer."""
+"""Obstacles to sending, whether each is one in a direct conversation, and the error code."""
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES, ids=lambda one: one.__name__)
-async def test_who_may_not_send_says_nothing_in_any_way(
+async def test_user_who_may_not_send_is_refused_every_frame_that_reaches_others(
     world: World, obstacle: Callable[[Stage], Awaitable[None]]
 ) -> None:
     is_direct, code = OBSTACLES[obstacle]
@@ -207,7 +207,7 @@ async def test_who_may_not_send_says_nothing_in_any_way(
     await on.keeper.synced()
     seen = len(on.keeper.events)
     answers = {name: await on.member.ask(frame) for name, frame in frames.items()}
-    # What waits for its time waits out slow mode, too.
+    # A scheduled message is postponed by slow mode, too.
     expected = dict.fromkeys(frames, code) | ({"schedule": None} if obstacle is slow_down else {})
     assert {name: answer.code if isinstance(answer, Error) else None for name, answer in answers.items()} == expected
     paths = {answer.path for answer in answers.values() if isinstance(answer, Error) and code != "unauthenticated"}
@@ -225,13 +225,13 @@ async def test_who_may_not_send_says_nothing_in_any_way(
 
 
 @pytest.mark.parametrize("is_direct", [False, True], ids=["group", "direct"])
-async def test_who_may_send_says_it_in_every_way(world: World, *, is_direct: bool) -> None:
+async def test_user_who_may_send_can_use_every_frame_that_reaches_others(world: World, *, is_direct: bool) -> None:
     on = await stage(world, is_direct=is_direct)
     for frame in speech(on).values():
         await on.member.call(frame)
 
 
-async def test_slow_mode_counts_edits_and_lets_moderators_be(world: World) -> None:
+async def test_slow_mode_applies_to_edits_and_exempts_moderators(world: World) -> None:
     on = await stage(world, is_direct=False)
     settings = ConversationSettings(slow_mode_seconds=3_600)
     await on.keeper.call(client.UpdateConversation(conversation_id=on.about, settings=settings))
@@ -243,7 +243,7 @@ async def test_slow_mode_counts_edits_and_lets_moderators_be(world: World) -> No
         await on.member.call(frame)
 
 
-# ------------------------------------------------------------------------------- what changes while a frame waits
+# ------------------------------------------------------------------------------- changes while a frame waits
 
 
 async def archiving(db: Db, on: Stage) -> None:
@@ -288,7 +288,7 @@ async def deleting(db: Db, on: Stage) -> None:
 
 
 async def leaving(db: Db, on: Stage, *, is_for_good: bool) -> None:
-    # One that no socket waits for, as with a request from another device.
+    # A session without a socket, as for a request from another device.
     begun = await sessions.create(db, on.who.id, f"of {on.who.id}", timedelta(days=1), (None, None))
     assert begun is not None
     there = await accounts.password_hash(db, on.who.id)
@@ -310,7 +310,7 @@ CHANGES: dict[Callable[[Any, Stage], Awaitable[None]], tuple[bool, ErrorCode]] =
 OF_ACCOUNTS: dict[Callable[[Any, Stage], Awaitable[None]], bool] = {
     disabling: False, deactivating: True, deleting: False, erasing: True,
 }  # fmt: skip
-"""What ends the sender's account, and whether they write in a direct conversation."""
+"""Changes that end the sender's account, and whether the sender writes in a direct conversation."""
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda one: one.__name__)
@@ -318,20 +318,20 @@ async def test_permission_is_checked_after_waiting_for_the_lock(
     world: World, change: Callable[[Any, Stage], Awaitable[None]]
 ) -> None:
     is_direct, code = CHANGES[change]
-    await judged(world, change, code, is_direct=is_direct)
+    await assert_frames_are_refused_after(world, change, code, is_direct=is_direct)
 
 
-async def test_a_frame_that_waits_while_its_senders_account_ends_says_nothing(world: World) -> None:
+async def test_frame_that_waits_while_its_senders_account_ends_is_refused(world: World) -> None:
     for change, is_direct in OF_ACCOUNTS.items():
-        await judged(world, change, ErrorCode.UNAUTHENTICATED, is_direct=is_direct)
+        await assert_frames_are_refused_after(world, change, ErrorCode.UNAUTHENTICATED, is_direct=is_direct)
 
 
-async def judged(
+async def assert_frames_are_refused_after(
     world: World, change: Callable[[Any, Stage], Awaitable[None]], code: ErrorCode, *, is_direct: bool
 ) -> None:
-    """Make a change while every frame that says something waits for the conversation."""
+    """Make a change while every frame that reaches others waits for the conversation."""
     on = await stage(world, is_direct=is_direct)
-    # `typing` takes no lock and does not wait: it is before the change, or after it.
+    # `typing` takes no lock and does not wait. It is handled before the change or after it.
     frames = {name: frame for name, frame in speech(on).items() if name != "typing"}
     async with on.world.db.transaction():
         if is_direct:
@@ -340,7 +340,7 @@ async def judged(
             await conversations.lock(on.world.db, on.about)
         answers = []
         for number, frame in enumerate(frames.values(), start=1):
-            # A connection takes one frame at a time, and a worker has four connections to the database.
+            # A connection handles one frame at a time, and a worker has four connections to the database.
             device = await world.connect(on.who, number % 2)
             answers.append(asyncio.create_task(device.ask(frame)))
         await waiting(world, len(frames))
@@ -351,15 +351,15 @@ async def judged(
         try:
             said = await answer
             got.append(said.code if isinstance(said, Error) else None)
-        except ConnectionError:  # its session has ended, too, and the worker has heard of that
+        except ConnectionError:  # its session has ended, too, and the worker was notified
             got.append(ErrorCode.UNAUTHENTICATED)
-    # A scheduled message waits out slow mode.
+    # A scheduled message is postponed by slow mode.
     expected = dict.fromkeys(frames, code) | ({"schedule": None} if change is slowing_down else {})
     assert (change.__name__, dict(zip(frames, got, strict=True))) == (change.__name__, expected)
     assert await world.db.fetchval("SELECT version FROM conversation WHERE id = $1", on.about) == version
 
 
-async def test_what_is_said_while_expiry_is_turned_on_expires(world: World) -> None:
+async def test_message_sent_while_expiry_is_turned_on_expires(world: World) -> None:
     on = await stage(world, is_direct=False)
     async with on.world.db.transaction():
         await conversations.lock(on.world.db, on.about)
@@ -371,8 +371,8 @@ async def test_what_is_said_while_expiry_is_turned_on_expires(world: World) -> N
     assert await on.world.db.fetchval("SELECT expires_at IS NOT NULL FROM message WHERE id = $1", await saying)
 
 
-async def test_a_block_that_is_acknowledged_is_the_last_word(world: World) -> None:
-    """Whatever a sender has under way when somebody blocks them: nothing comes after the block was answered."""
+async def test_no_message_arrives_after_a_block_is_acknowledged(world: World) -> None:
+    """The sender has several messages in flight when the other user blocks them."""
     on = await stage(world, is_direct=True)
     for _ in range(5):
         saying = asyncio.create_task(keep_saying(on))
@@ -385,7 +385,7 @@ async def test_a_block_that_is_acknowledged_is_the_last_word(world: World) -> No
 
 
 async def keep_saying(on: Stage) -> None:
-    """Send one after the other until that is refused."""
+    """Send messages until one is refused."""
     try:
         while True:
             await sent(on.member, on.about, "Again")

@@ -1,4 +1,4 @@
-"""The lists of a message's columns agree with `Message`, so a forgotten column fails here."""
+"""The lists of a message's columns agree with `Message`, so that a forgotten column fails a test."""
 
 import ast
 import inspect
@@ -21,22 +21,22 @@ SET_LATER = {
     "edited_at", "is_deleted", "deleted_at", "deleted_by", "system_message_type", "is_moderated", "moderation_reason",
     "moderated_at", "moderated_by",
 }  # fmt: skip
-"""Columns that no send fills."""
+"""Columns that `send` does not fill."""
 DECODED = {"is_unreadable"}
 """Fields of `Message` without a column."""
 NOT_SHOWN = {"updated_at"}
-"""Columns that a send fills and no client sees."""
+"""Columns that `send` fills and clients do not see."""
 
 NOT_ON_THE_WIRE = NOT_SHOWN | {
     "edited_by", "has_remains", "is_system_message", "model", "status", "token_count",
 }  # fmt: skip
-"""Columns of the table that are no fields of `Message`. docs/columns.md says what each is for."""
+"""Columns of the table that are not fields of `Message`. docs/columns.md describes each."""
 
 NOT_EXPORTED = {
     "link_preview", "is_pinned", "pinned_at", "pinned_by", "poll_counts", "poll_voters", "poll_closed_at", "expires_at",
     "reactions", "reply_count", "is_moderated", "moderation_reason", "moderated_at", "moderated_by",
 }  # fmt: skip
-"""Columns that an export of a message out of the user's sight leaves out, or empties."""
+"""Columns that an export omits or empties for a message that the user may no longer see."""
 
 
 def fields() -> set[str]:

@@ -1,4 +1,4 @@
-"""Messages: the happy way and, beside it, what is refused."""
+"""Sending, editing, deleting, reacting, history and read positions, with the refusals of each."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from server.db import migrate
 from tests.world import Room, UserSession, World, message, received_message, refused, sent
 
 
-async def test_a_message_keeps_all_that_was_sent(room: Room) -> None:
+async def test_message_is_returned_as_it_was_sent(room: Room) -> None:
     first = await sent(room.ada, room.group)
     frame = message(
         room.group, "print(1) # **not** @Charles", payload=Code(language="python"), is_markdown=True,
@@ -43,7 +43,7 @@ async def test_the_same_id_with_other_content_is_refused(room: Room, change: dic
         await room.ada.call(frame)
 
 
-async def test_somebody_elses_id_is_refused(room: Room, world: World) -> None:
+async def test_id_of_another_users_message_is_refused(room: Room, world: World) -> None:
     frame = message(room.group)
     await room.ada.call(frame)
     with refused(ErrorCode.CONFLICT, "message_id"):
@@ -53,7 +53,7 @@ async def test_somebody_elses_id_is_refused(room: Room, world: World) -> None:
         await room.charles.call(client.Send(conversation_id=elsewhere, message_id=frame.message_id, content="Mine"))
 
 
-async def test_a_repeated_send_is_answered_as_the_first_even_after_edit_and_delete(room: Room) -> None:
+async def test_repeated_send_gets_the_first_answer_even_after_edit_and_delete(room: Room) -> None:
     frame = message(room.group, "First words")
     first = await room.ada.call(frame, server.Sent)
     await room.ada.call(client.Edit(**room.at(frame.message_id), content="Second words"))
@@ -70,7 +70,7 @@ async def test_a_reply_needs_a_parent_in_the_same_conversation(room: Room, world
             await sent(room.ada, room.group, parent_message_id=parent)
 
 
-async def test_edits_are_kept(room: Room) -> None:
+async def test_edits_of_a_message_are_listed(room: Room) -> None:
     message_id = await sent(room.ada, room.group, "One")
     await room.ada.call(client.Edit(**room.at(message_id), content="Two"))
     await room.ada.call(client.Edit(**room.at(message_id), content="*Three*", is_markdown=True))
@@ -80,7 +80,7 @@ async def test_edits_are_kept(room: Room) -> None:
     assert (got.message.content, got.message.formatted_content) == ("*Three*", "<p><em>Three</em></p>")
 
 
-async def test_a_repeated_edit_is_one_edit(room: Room) -> None:
+async def test_repeated_edit_is_stored_once(room: Room) -> None:
     message_id = await sent(room.ada, room.group, "One")
     frame = client.Edit(**room.at(message_id), content="Two", edit_id=EditId(uuid7()))
     first = await room.ada.call(frame, server.Changed)
@@ -92,20 +92,20 @@ async def test_a_repeated_edit_is_one_edit(room: Room) -> None:
         await room.ada.call(frame)
 
 
-async def test_an_edit_that_changes_nothing_changes_nothing(room: Room) -> None:
+async def test_edit_without_a_change_has_no_effect(room: Room) -> None:
     message_id = await sent(room.ada, room.group, "Same")
     changed = await room.ada.call(client.Edit(**room.at(message_id), content="Same"), server.Changed)
     got = await room.ada.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
     assert (got.message.version, got.message.edited_at) == (changed.version, None)
 
 
-async def test_only_its_sender_edits_a_message(room: Room) -> None:
+async def test_only_the_sender_can_edit_a_message(room: Room) -> None:
     message_id = await sent(room.charles, room.group)
     with refused(ErrorCode.FORBIDDEN, "message_id"):
         await room.ada.call(client.Edit(**room.at(message_id), content="Mine"))
 
 
-async def test_a_deleted_message_keeps_its_place_and_loses_its_words(room: Room, world: World) -> None:
+async def test_deleted_message_keeps_its_place_and_loses_its_content(room: Room, world: World) -> None:
     message_id = await sent(room.ada, room.group, "Secret", metadata={"secret": 1})
     await room.charles.call(client.React(**room.at(message_id), emoji="👍"))
     first = await room.ada.call(client.Delete(**room.at(message_id)), server.Changed)
@@ -134,7 +134,7 @@ async def test_only_moderators_delete_for_others(room: Room, world: World) -> No
     await room.charles.call(client.Delete(**room.at(hers)))
 
 
-async def test_reacting_twice_is_reacting_once(room: Room) -> None:
+async def test_repeated_reaction_counts_once(room: Room) -> None:
     message_id = await sent(room.ada, room.group)
     react, unreact = (kind(**room.at(message_id), emoji="🎉") for kind in (client.React, client.Unreact))
     first = await room.charles.call(react, server.Changed)
@@ -148,7 +148,7 @@ async def test_reacting_twice_is_reacting_once(room: Room) -> None:
     assert (got.message.reactions, got.mine) == ({}, [])
 
 
-async def test_one_reaction_counts_as_one_however_it_is_written(room: Room) -> None:
+async def test_all_spellings_of_an_emoji_are_one_reaction(room: Room) -> None:
     message_id = await sent(room.ada, room.group)
     for client_, written in (
         (room.ada, "❤"),
@@ -172,8 +172,8 @@ SELECT $1, $2, emoji, $3, 0, $2 FROM unnest($4::text[]) emoji
 COUNTED = "UPDATE message SET reactions = (SELECT jsonb_object_agg(e, 1) FROM unnest($2::text[]) e) WHERE id = $1"
 
 
-async def test_reaction_that_can_no_longer_be_put_on_can_be_taken_back(room: Room, world: World) -> None:
-    """Older versions stored any text, and each spelling of an emoji; imports store names that nobody may send."""
+async def test_reaction_that_is_no_longer_allowed_can_be_removed(room: Room, world: World) -> None:
+    """Older versions stored any text and each spelling of an emoji. Imports store names that clients may not send."""
     stored = ["lol", "❤", "❤\ufe0f", ":thumbsup::skin-tone-2:", ":Ship-It:"]
     message_id = await sent(room.ada, room.group)
     await world.db.execute(OLD_REACTION, message_id, room.users[0].id, room.group, stored)
@@ -188,7 +188,7 @@ async def test_reaction_that_can_no_longer_be_put_on_can_be_taken_back(room: Roo
     assert (await room.charles.event(server.MessageUnreacted)).emoji == "lol"
 
 
-async def test_reactions_in_older_spellings_become_one(room: Room, world: World) -> None:
+async def test_migration_merges_older_spellings_of_reactions(room: Room, world: World) -> None:
     message_id = await sent(room.ada, room.group)
     ada, charles = (one.id for one in room.users)
     await world.db.execute(OLD_REACTION, message_id, ada, room.group, ["❤", "❤\ufe0f", ":Ship-It:", "lol"])
@@ -197,19 +197,19 @@ async def test_reactions_in_older_spellings_become_one(room: Room, world: World)
     await world.db.execute(COUNTED, message_id, old)
     before = await world.db.fetchval("SELECT version FROM conversation WHERE id = $1", room.group)
     step = next(step for step in migrate.known() if step.name.endswith("one_spelling_of_reactions"))
-    for _ in range(2):  # the second time, nothing is left to do
+    for _ in range(2):  # the second run changes nothing
         await world.db.execute(step.path.read_text())
     got = await room.charles.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
     assert got.message.reactions == {"❤\ufe0f": 2, "☺\ufe0f": 1, ":ship-it:": 1, "lol": 1, "👍": 1}
     assert got.mine == sorted(["❤\ufe0f", "☺\ufe0f", "👍"])
     versions = await world.db.fetch("SELECT version FROM message_reaction WHERE version > 0 ORDER BY version")
     after = await world.db.fetchval("SELECT version FROM conversation WHERE id = $1", room.group)
-    # Four are taken back, and three put on: Ada has had the heart in both spellings.
+    # Four are removed and three added. Ada had reacted with both spellings of the heart.
     assert [row[0] for row in versions] == list(range(before + 1, after + 1)) == list(range(before + 1, before + 8))
     await room.charles.call(client.Unreact(**room.at(message_id), emoji="☺"))
 
 
-def test_migration_of_spellings_knows_every_emoji_that_is_spelt_in_two_ways() -> None:
+def test_migration_of_spellings_covers_every_emoji_with_two_spellings() -> None:
     step = next(step for step in migrate.known() if step.name.endswith("one_spelling_of_reactions"))
     listed = set(step.path.read_text().split())
     assert {emoji for emoji in EMOJI_DATA if "\ufe0f" in emoji and normalized(emoji) == emoji} <= listed
@@ -233,7 +233,7 @@ NO_EMOJI = (
 )
 
 
-async def test_what_is_no_emoji_is_no_reaction(room: Room) -> None:
+async def test_reaction_that_is_not_an_emoji_is_refused(room: Room) -> None:
     message_id = await sent(room.ada, room.group)
     for text in NO_EMOJI:
         for kind in ("react", "unreact"):
@@ -242,7 +242,7 @@ async def test_what_is_no_emoji_is_no_reaction(room: Room) -> None:
             assert (error.code, error.path) == (ErrorCode.INVALID, "emoji"), text
 
 
-async def test_a_message_has_a_bounded_number_of_emoji(room: Room) -> None:
+async def test_number_of_different_reactions_per_message_is_bounded(room: Room) -> None:
     message_id = await sent(room.ada, room.group)
     for number in range(20):
         await room.ada.call(client.React(**room.at(message_id), emoji=f":e{number}:"))
@@ -251,7 +251,7 @@ async def test_a_message_has_a_bounded_number_of_emoji(room: Room) -> None:
     await room.charles.call(client.React(**room.at(message_id), emoji=":e0:"))
 
 
-async def test_history_in_pages(room: Room) -> None:
+async def test_history_is_read_in_pages(room: Room) -> None:
     ids = [await sent(room.ada, room.group, str(number)) for number in range(12)]
 
     async def page(**fields: object) -> tuple[list[int], bool, bool]:
@@ -271,7 +271,7 @@ async def test_history_in_pages(room: Room) -> None:
             await page(**{side: MessageId(uuid7())})
 
 
-async def test_history_says_which_reactions_are_mine(room: Room) -> None:
+async def test_history_marks_the_callers_own_reactions(room: Room) -> None:
     message_id = await sent(room.ada, room.group)
     await room.charles.call(client.React(**room.at(message_id), emoji="👍"))
     for one, mine in ((room.charles, {message_id: ["👍"]}), (room.ada, {})):
@@ -294,14 +294,14 @@ async def test_read_by_and_unread_follow_from_positions(room: Room, world: World
     assert read_by == [1, 1, 0]
 
 
-async def test_unread_stops_at_a_hundred(room: Room, world: World) -> None:
+async def test_unread_count_stops_at_a_hundred(room: Room, world: World) -> None:
     for number in range(105):
         await sent(room.ada, room.group, str(number))
     phone = await world.connect(room.users[1])
     assert (await phone.event(server.Conversations)).conversations[0].unread_count == 100
 
 
-async def test_users_have_faces(room: Room, world: World) -> None:
+async def test_private_user_is_returned_only_to_users_who_may_see_them(room: Room, world: World) -> None:
     private = await world.user("Private")
     await world.db.execute('UPDATE "user" SET is_private = true WHERE id = $1', private.id)
     asked = client.GetUsers(user_ids=[room.users[1].id, private.id, UserId(uuid7())])
@@ -313,7 +313,7 @@ async def test_users_have_faces(room: Room, world: World) -> None:
     assert len((await room.ada.call(asked, server.UserList)).users) == 2
 
 
-async def test_a_message_is_found_in_its_own_conversation_alone(room: Room, world: World) -> None:
+async def test_message_is_found_only_in_its_own_conversation(room: Room, world: World) -> None:
     message_id = await sent(room.ada, room.group)
     elsewhere: dict[str, Any] = {"conversation_id": await world.channel(room.ada), "message_id": message_id}
     for frame in (

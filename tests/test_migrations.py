@@ -1,4 +1,4 @@
-"""Migrations run while older workers serve: they neither hold a table for long nor break off halfway."""
+"""Migrations run beside older workers, do not lock a table for long, and can be resumed."""
 
 import asyncio
 import re
@@ -21,7 +21,7 @@ from tests.test_may_send import WAITING
 MOST = 100
 """Max rows that a migration changes before it commits."""
 STOPPED = 8
-"""Steps up to this one rewrite tables and take columns away: servers are stopped before them (docs/operations.md)."""
+"""Steps up to this one rewrite tables or drop columns, so servers are stopped before them (docs/operations.md)."""
 NEXT = f"{len(migrate.known()) + 1:04}_next"
 HAZARDS = {
     "an index that is not built CONCURRENTLY": r"CREATE (UNIQUE )?INDEX (?!CONCURRENTLY)",
@@ -52,7 +52,7 @@ HARMLESS = """
 
 
 def hazards(text: str) -> list[str]:
-    """Return what in a migration holds a table that it did not make for as long as it takes to go through it."""
+    """Return the statements of a migration that lock an existing table for as long as it takes to scan it."""
     text = re.sub(r"--.*", "", text)
     text = re.sub(r"\$(\w*)\$.*?\$\1\$", "", text, flags=re.DOTALL)
     made = set(re.findall(r"CREATE TABLE (\w+)", text))
@@ -64,22 +64,25 @@ def hazards(text: str) -> list[str]:
     return found
 
 
-def test_no_migration_holds_a_table_while_it_goes_through_it() -> None:
+def test_no_migration_locks_a_table_while_it_scans_it() -> None:
     assert all(hazards(sample) for sample in SAMPLES)
     assert hazards(HARMLESS) == []
     texts = {step.name: step.path.read_text() for step in migrate.known() if step.number > STOPPED}
     assert {name: found for name, text in texts.items() if (found := hazards(text))} == {}
 
 
-def test_migration_that_builds_indexes_does_nothing_else() -> None:
+def test_migration_that_builds_an_index_concurrently_does_only_that() -> None:
     texts = [step.path.read_text() for step in migrate.known()]
     building = [re.sub(r"--.*", "", text) for text in texts if "CONCURRENTLY" in text]
     assert building
     assert [left for text in building if (left := migrate.BUILD.sub("", text).strip())] == []
 
 
-def test_migration_that_commits_is_one_statement_and_rows_are_changed_by_no_other() -> None:
-    """A block that commits runs alone, and again if it broke off. Others would hold what they change until they end."""
+def test_migration_that_changes_rows_is_one_block_that_commits() -> None:
+    """Such a block runs alone, and runs again if it was interrupted.
+
+    Other migrations would keep their locks to the end.
+    """
     for step in migrate.known():
         text = re.sub(r"--.*", "", step.path.read_text()).strip()
         outside = re.sub(r"CREATE (?:OR REPLACE )?FUNCTION.*?(\$\w*\$).*?\1;", "", text, flags=re.DOTALL)
@@ -104,7 +107,7 @@ async def db(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     await connection.close()
 
 
-async def test_index_of_a_broken_build_is_built_anew(db: Db, database_url: str) -> None:
+async def test_invalid_index_of_a_failed_build_is_rebuilt(db: Db, database_url: str) -> None:
     with pytest.raises(asyncpg.UniqueViolationError):
         await db.execute('CREATE UNIQUE INDEX CONCURRENTLY user_next_idx ON "user" (status)')
     assert await db.fetchval(migrate.IS_VALID, "user_next_idx") is False
@@ -123,15 +126,15 @@ MEETS_ROWS = {
     ("0005", "INSERT INTO"): "the tables are new, and the rows are grouped by their keys, or have the ids of messages",
     ("0073", "ADD CONSTRAINT"): "it is not valid yet",
     ("0074", "VALIDATE CONSTRAINT"): "the constraint before allowed fewer values",
-    ("0025", "CREATE UNIQUE INDEX"): "test_migration_names_the_rows_that_keep_an_index_from_being_built",
+    ("0025", "CREATE UNIQUE INDEX"): "test_error_about_a_unique_index_names_the_conflicting_rows",
 }
-"""Statements that rows of an older database might break, and why they do not; or the test of what is told then."""
+"""Statements that rows of an older database could violate, with the reason why they do not or the test of the error."""
 
 
-def test_every_statement_that_rows_may_break_is_known() -> None:
+def test_every_statement_that_rows_may_violate_is_listed() -> None:
     found: set[tuple[str, str]] = set()
     for migration in migrate.known()[1:]:
-        # Functions and blocks keep no rows when they are made, or go on past each conflict (0019).
+        # The definitions of functions and blocks store no rows. Blocks continue after each conflict (0019).
         text = re.sub(
             r"\$(\w*)\$.*?\$\1\$|--[^\n]*|CREATE TABLE[^;]+;", "", migration.path.read_text(), flags=re.DOTALL
         )
@@ -141,7 +144,7 @@ def test_every_statement_that_rows_may_break_is_known() -> None:
     assert found == MEETS_ROWS.keys()
 
 
-async def test_migration_names_the_rows_that_keep_an_index_from_being_built(
+async def test_error_about_a_unique_index_names_the_conflicting_rows(
     database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "migrations").mkdir()
@@ -156,7 +159,7 @@ async def test_migration_names_the_rows_that_keep_an_index_from_being_built(
             await db.execute(
                 "INSERT INTO conversation (id, type, title, created_by) VALUES ($1, 'channel', 'One', $2)", shared, ada
             )
-        for _ in range(2):  # the first leaves an invalid index behind
+        for _ in range(2):  # the first build leaves an invalid index
             with pytest.raises(Fatal) as told:
                 await migrate.migrate(database_url)
             assert all(str(shared) in str(told.value) for shared in alike)
@@ -167,7 +170,7 @@ async def test_migration_names_the_rows_that_keep_an_index_from_being_built(
 
 
 @pytest.mark.usefixtures("db")
-async def test_migration_that_meets_a_forbidden_row_names_the_constraint(database_url: str) -> None:
+async def test_error_about_a_forbidden_row_names_the_constraint(database_url: str) -> None:
     path = migrate.ROOT / "migrations" / f"{NEXT}.sql"
     path.write_text("ALTER TABLE \"user\" ADD CONSTRAINT user_next_name CHECK (name <> 'Bo');")
     with pytest.raises(Fatal, match="rows of the table user that violate user_next_name"):
@@ -176,7 +179,7 @@ async def test_migration_that_meets_a_forbidden_row_names_the_constraint(databas
     assert await migrate.migrate(database_url) == [NEXT]
 
 
-async def test_others_write_while_an_index_waits_to_be_built(db: Db, database_url: str) -> None:
+async def test_writes_continue_while_an_index_build_waits(db: Db, database_url: str) -> None:
     writer = await asyncpg.connect(database_url)
     async with db.transaction():
         await db.execute("UPDATE \"user\" SET bio = 'Begun before' WHERE name = 'Ada'")
@@ -190,7 +193,7 @@ async def test_others_write_while_an_index_waits_to_be_built(db: Db, database_ur
     await writer.close()
 
 
-async def test_index_that_an_installation_has_already_stays(db: Db, database_url: str) -> None:
+async def test_existing_index_is_kept(db: Db, database_url: str) -> None:
     await db.execute('CREATE INDEX user_next_idx ON "user" (location)')
     before = await db.fetchval("SELECT 'user_next_idx'::regclass::oid")
     assert await migrate.migrate(database_url) == [NEXT]
@@ -219,7 +222,7 @@ SELECT m.id, m.sender_id, jsonb_object_keys($3), m.conversation_id, 1, m.sender_
 """
 
 
-async def test_migration_of_many_rows_holds_one_conversation_at_a_time(
+async def test_migration_of_many_rows_locks_one_conversation_at_a_time(
     database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(migrate.ROOT / "migrations", tmp_path / "migrations")
@@ -241,7 +244,7 @@ async def test_migration_of_many_rows_holds_one_conversation_at_a_time(
                 await db.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE NOWAIT", one)
             assert "tada" in await db.fetchval(reactions, one)
             assert "TADA" in await db.fetchval(reactions, other)
-            # The one that waits gives up after `LOCK_SECONDS`, keeps what it has done, and goes on from there.
+            # The migration gives up the wait after `LOCK_SECONDS`, keeps its progress, and continues from there.
             version = await db.fetchval("SELECT version FROM conversation WHERE id = $1", one)
             assert version == 5
         assert await migrating == [NEXT]
@@ -250,7 +253,7 @@ async def test_migration_of_many_rows_holds_one_conversation_at_a_time(
             assert await db.fetchval("SELECT version FROM conversation WHERE id = $1", about) == version
 
 
-async def test_operator_is_told_once_what_a_migration_warns_of(
+async def test_warning_of_a_migration_is_logged_once(
     database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(migrate.ROOT / "migrations", tmp_path / "migrations")

@@ -1,5 +1,6 @@
-"""Random people do what people do to each other, on two workers, and a model that knows nothing but the two tables of
-rules (protocol/roles.py, protocol/privacy.py) says of each frame whether it is done or refused.
+"""Random users act on each other on two workers, and a model predicts whether each frame succeeds or is refused.
+
+The model knows only the two tables of rules (protocol/roles.py, protocol/privacy.py).
 """
 
 from collections.abc import AsyncIterator
@@ -33,7 +34,7 @@ Code = ErrorCode | None
 
 @dataclass
 class Part:
-    """Somebody's part in the channel."""
+    """The membership of a user in the channel."""
 
     role: str
     status: str = "active"
@@ -43,20 +44,20 @@ class Part:
 
 
 class Model:
-    """What should be so. People are numbers; the channel is public and 0 has made it."""
+    """The expected state. Users are numbers; the channel is public, and 0 created it."""
 
     def __init__(self) -> None:
         self.parts: dict[int, Part] = {0: Part("owner")}
         self.private: set[int] = set()
         self.unaddable: set[int] = set()
-        """Those who do not want to be added, not even by friends."""
+        """Users who do not allow anyone to add them, not even friends."""
         self.blocks: set[tuple[int, int]] = set()
         self.friends: set[tuple[int, int]] = set()
         self.asked: dict[tuple[int, int], str] = {}
         self.is_over = False
         self.were_loud: set[int] = set()
         self.poll = self.open_poll = MessageId(uuid7())
-        """Two polls of the founder's, of which one may be closed."""
+        """Two polls of the owner, one of which may be closed."""
         self.is_closed = False
         self._moment = 0
 
@@ -103,13 +104,13 @@ class Model:
         if part is None or part.status != "active":
             role = "guest" if part is not None and part.role == "guest" else "member"
             if part is not None and part.status == "invited":
-                # The channel is public: an invitation that gives nothing any more keeps nobody out.
+                # The channel is public, so an invitation that gives no role any more does not prevent joining.
                 role = self.invited_as(part) or role
             self._enter(who, role)
         return OK
 
     def invited_as(self, part: Part) -> str | None:
-        """Return the role that an invitation gives now: at most what its giver may give, None if that is nothing."""
+        """Return the role that an invitation gives now: at most what the inviter may give, or None."""
         if not self.is_in(part.invited_by) or not self.may(part.invited_by, Act.ADD_MEMBERS):
             return None
         if self.may_give(part.invited_by, part.role):
@@ -157,7 +158,7 @@ class Model:
             return CONFLICT if self.may(who, Act.REMOVE_MEMBERS) else FORBIDDEN
         if part is not None and part.status == "active":
             return OK
-        # Whoever may not be added is invited.
+        # A user who may not be added is invited.
         if not is_invitation and self.may_see("add", who, other):
             self._enter(other, role)
         elif part is None or part.status != "invited" or self.invited_as(part) is None:
@@ -235,7 +236,7 @@ class Model:
         return OK
 
     def close(self, who: int) -> Code:
-        """Close the first poll. It is the founder's, who may close it whatever their role."""
+        """Close the first poll. Its author may close it in any role."""
         if not self.is_in(who):
             return NOT_FOUND
         if who != 0:
@@ -292,7 +293,7 @@ class Model:
         return OK
 
     def _part(self, who: int, other: int) -> None:
-        """End a friendship, and a request of the first one's."""
+        """End a friendship and a request of the first user."""
         if self.asked.get((who, other)) in {"pending", "accepted"}:
             self.asked[who, other] = "inactive"
         if self.asked.get((other, who)) == "accepted":
@@ -320,10 +321,10 @@ STEP = st.tuples(
 Step = tuple[str, int, int, Literal["admin", "moderator", "member", "guest"], str, bool]
 
 
-def step_of(  # noqa: C901, PLR0911, PLR0912 - a table of what can be said
+def step_of(  # noqa: C901, PLR0911, PLR0912 - a table of all steps
     model: Model, about: ConversationId, people: list[UserSession], step: Step
 ) -> tuple[Frame, Code] | None:
-    """Return what somebody says in a step, and what they should be answered; None for what is about oneself."""
+    """Return the frame of a step and the expected error code. Return None if the user is the target."""
     kind, who, other, role, grant, flag = step
     place: dict[str, Any] = {"conversation_id": about}
     them = people[other].id
@@ -411,7 +412,7 @@ async def world(settings: Settings) -> AsyncIterator[World]:
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-async def test_every_frame_is_answered_as_the_rules_say(world: World, steps: list[Step]) -> None:
+async def test_every_answer_follows_the_tables_of_rules(world: World, steps: list[Step]) -> None:
     people = [await world.user(f"Person {number}") for number in range(PEOPLE)]
     clients: list[Client] = [await world.connect(who, number % 2) for number, who in enumerate(people)]
     about = await world.channel(clients[0], is_public=True)
@@ -427,7 +428,7 @@ async def test_every_frame_is_answered_as_the_rules_say(world: World, steps: lis
         code = answer.code if isinstance(answer, Error) else None
         assert code == expected, (number, step, frame, answer)
         while model.is_over and await world.workers[0].app.background.clear_remains():
-            pass  # a job that ends the invitations
+            pass  # a job that ends invitations
     rows = await world.db.fetch(
         "SELECT user_id, role, status FROM conversation_participant WHERE conversation_id = $1", about
     )
@@ -437,7 +438,7 @@ async def test_every_frame_is_answered_as_the_rules_say(world: World, steps: lis
     query = "SELECT DISTINCT sender_id FROM message WHERE conversation_id = $1 AND loud_mentions = '{everyone}'"
     loud = await world.db.fetch(query, about)
     assert {row[0] for row in loud} == {people[who].id for who in model.were_loud}
-    # Built from events, or read afresh: the same people are there for everyone who is in.
+    # State from events and state that is read again have the same participants, for every participant.
     for who, one in enumerate(clients):
         if model.is_in(who):
             page = await one.call(client.ListParticipants(conversation_id=about), server.ParticipantPage)

@@ -1,4 +1,4 @@
-"""Moderation: hidden with a reason, reported, reviewed, and a log that tells when somebody changed it."""
+"""Moderation: hidden messages, reports, reviews, and an audit log that reveals tampering."""
 
 from itertools import product
 from typing import Any
@@ -18,7 +18,7 @@ from tests.world import World, refused, sent
 
 
 class Scene:
-    """A channel of a moderator, somebody rude, and a bystander."""
+    """A channel of a moderator, a rude member and a bystander."""
 
     def __init__(self, world: World, about: ConversationId, moderator: Client, rude: Client, bystander: Client) -> None:
         self.world, self.about = world, about
@@ -35,7 +35,7 @@ async def scene(world: World) -> Scene:
     return Scene(world, about, moderator, rude, bystander)
 
 
-async def test_a_hidden_message_is_hidden_from_bystanders(scene: Scene) -> None:
+async def test_hidden_message_is_visible_only_to_its_sender_and_moderators(scene: Scene) -> None:
     said = await sent(scene.rude, scene.about, "Something rude")
     place: dict[str, Any] = {"conversation_id": scene.about, "message_id": said}
     with refused(ErrorCode.FORBIDDEN, None):
@@ -61,7 +61,7 @@ async def test_a_hidden_message_is_hidden_from_bystanders(scene: Scene) -> None:
     assert shown.message.content == "Something rude"
 
 
-async def test_reports_wait_for_a_moderator(scene: Scene) -> None:
+async def test_moderators_review_reports(scene: Scene) -> None:
     said = [await sent(scene.rude, scene.about, f"Rude {number}") for number in range(3)]
     for one in said:
         frame = client.ReportMessage(conversation_id=scene.about, message_id=one, reason="This is rude")
@@ -92,7 +92,7 @@ async def test_reports_wait_for_a_moderator(scene: Scene) -> None:
         assert [report.message_id for report in found.reports] == left
 
 
-async def test_the_log_tells_who_used_what_power(scene: Scene) -> None:
+async def test_audit_log_records_the_use_of_permissions(scene: Scene) -> None:
     rude = scene.rude.ready.user.id
     said = await sent(scene.rude, scene.about)
     for frame in (
@@ -135,7 +135,7 @@ async def test_the_log_tells_who_used_what_power(scene: Scene) -> None:
         "UPDATE audit_entry SET details = '{}', hash = previous_hash WHERE number = 2",
     ],
 )
-async def test_the_log_shows_that_it_was_tampered_with(scene: Scene, tampering: str) -> None:
+async def test_audit_log_reveals_tampering(scene: Scene, tampering: str) -> None:
     for number in range(4):
         await scene.moderator.call(client.UpdateConversation(conversation_id=scene.about, title=f"Title {number}"))
     assert await audit.broken(scene.world.db, scene.about) is None
@@ -150,14 +150,14 @@ WHERE chain = $1 AND number = $2
 SEAL = "UPDATE audit_entry e SET hash = audit_hash(e) WHERE chain = $1 AND number = $2 RETURNING hash"
 
 
-async def test_old_entries_of_a_conversations_log_are_deleted_and_the_chain_goes_on(scene: Scene) -> None:
+async def test_old_audit_entries_are_deleted_and_the_chain_stays_valid(scene: Scene) -> None:
     db, app = scene.world.db, scene.world.workers[0].app
 
     async def rename(title: str) -> None:
         await scene.moderator.call(client.UpdateConversation(conversation_id=scene.about, title=title))
 
     async def age(count: int) -> None:
-        """Write the first `count` entries as if they were two years old, and seal all of them anew."""
+        """Date the first `count` entries back by two years, and recompute all hashes."""
         await db.execute("SET session_replication_role = replica")
         before = await db.fetchval("SELECT audit_hash FROM conversation WHERE id = $1", scene.about)
         rows = await db.fetch("SELECT number FROM audit_entry WHERE chain = $1 ORDER BY number", scene.about)
@@ -191,7 +191,7 @@ async def test_old_entries_of_a_conversations_log_are_deleted_and_the_chain_goes
         assert await audit.broken(db, scene.about) == 6
 
 
-async def test_the_servers_log_and_all_reports_are_for_its_administrators(scene: Scene) -> None:
+async def test_only_administrators_read_the_servers_log_and_all_reports(scene: Scene) -> None:
     said = await sent(scene.rude, scene.about)
     await scene.bystander.call(client.ReportMessage(conversation_id=scene.about, message_id=said, reason="Rude"))
     outsider = await scene.world.connect(admin := await scene.world.user("Admin"))
@@ -218,11 +218,15 @@ OWN = {
     "moderate": (ErrorCode.FORBIDDEN, "message_id"), "unmoderate": (ErrorCode.FORBIDDEN, "message_id"),
     "dismiss": (ErrorCode.NOT_FOUND, "report_id"), "delete": None, "close": None,
 }  # fmt: skip
-"""Every act on somebody else's message that a role or permission allows, but for pins; how one's own is refused."""
+"""Acts on the messages of others that a role or permission allows, except pins, and the refusal for one's own message.
+"""
 
 
 class Court:
-    """A channel of everybody in `ROLES`, who each sent a poll for each actor and act; those to dismiss are reported."""
+    """A channel of everyone in `ROLES`.
+
+    Each has sent a poll for each actor and act; those for `dismiss` are reported.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -269,12 +273,12 @@ class Court:
                 return client.DismissReport(conversation_id=self.about, report_id=self.reports[said])
 
     def about_others(self, name: str) -> set[ReportId]:
-        """Return the reports about messages of anybody but one."""
+        """Return the reports about messages of all others."""
         said = {self.said[actor, sender, "dismiss"] for actor, sender in product(ACTORS, ROLES) if sender != name}
         return {self.reports[one] for one in said}
 
     async def listed(self, name: str, conversation_id: ConversationId | None) -> set[ReportId]:
-        """Read pages of one report. Nothing in between tells of reports that are not shown."""
+        """Read pages of one report. The pages show no trace of reports that are hidden from the reader."""
         listed: set[ReportId] = set()
         after: ReportId | None = None
         while True:
@@ -286,8 +290,8 @@ class Court:
                 return listed
             assert after == report.id
 
-    async def noted(self, name: str) -> set[MessageId | None]:
-        """Return the messages of which the log tells that a report about them was dismissed."""
+    async def dismissed(self, name: str) -> set[MessageId | None]:
+        """Return the messages about which the log has a dismissed report."""
         page = await self.of[name].call(client.ListAudit(conversation_id=self.about, limit=100), server.AuditPage)
         assert page.after is None
         return {entry.message_id for entry in page.entries if entry.action == "dismiss_report"}
@@ -300,8 +304,8 @@ async def court(world: World) -> Court:
     return court
 
 
-async def test_nobody_judges_their_own_message_or_that_of_a_higher_role(court: Court) -> None:
-    """By every actor, about every sender, each act (docs/roles.md)."""
+async def test_moderators_cannot_act_on_their_own_messages_or_those_of_higher_roles(court: Court) -> None:
+    """Every actor tries each act on a message of every sender (docs/roles.md)."""
     wrong = []
     for (actor, sender, act), said in court.said.items():
         answer = await court.of[actor].ask(court.frame(act, said))
@@ -325,9 +329,10 @@ FROM people, message m WHERE m.id = $1
 """
 
 
-async def test_nobody_sees_who_has_reported_them(court: Court) -> None:
-    """By frames, also as an administrator of the server, and as a reader of the database. Nor that there is a report,
-    now or in the log.
+async def test_reported_user_sees_neither_reports_nor_reporters(court: Court) -> None:
+    """Frames, the frames of administrators, and direct reads of the database show no report about the reader.
+
+    The same holds for the log.
     """
     db = court.world.db
     for name in ACTORS:
@@ -346,14 +351,14 @@ async def test_nobody_sees_who_has_reported_them(court: Court) -> None:
         await court.of["owner"].call(court.frame("dismiss", said))
     for name in ("owner", "admin", "an admin"):
         expected = {said for sender, said in about.items() if sender != name}
-        assert await court.noted(name) == expected, name
+        assert await court.dismissed(name) == expected, name
         await db.execute("SELECT set_config('openchat.user_id', $1, false)", str(court.of[name].ready.user.id))
         await db.execute(f"SET ROLE {reader}")
         rows = await db.fetch("SELECT message_id FROM audit_entry WHERE action = 'dismiss_report'")
         assert {row[0] for row in rows} == expected, name
         await db.execute("RESET ROLE")
     await db.execute(f"DROP OWNED BY {reader}; DROP ROLE {reader}")
-    # A page reads a bounded number of reports, and goes on after them.
+    # A page reads a bounded number of reports, and the next one continues after them.
     await db.execute(MANY, court.said["owner", "admin", "delete"])
     listed = client.ListReports(conversation_id=court.about, after=ReportId(UUID(int=0xFFFE << 112)))
     page = await court.of["admin"].call(listed, server.ReportPage)
@@ -362,7 +367,7 @@ async def test_nobody_sees_who_has_reported_them(court: Court) -> None:
     assert await court.of["admin"].call(rest, server.ReportPage) == server.ReportPage(reports=[], after=None)
 
 
-async def test_system_messages_are_deleted_whoever_caused_them(scene: Scene) -> None:
+async def test_system_messages_can_be_deleted_whatever_user_caused_them(scene: Scene) -> None:
     await scene.moderator.call(
         client.SetRole(conversation_id=scene.about, user_id=scene.bystander.ready.user.id, role="moderator")
     )

@@ -1,4 +1,4 @@
-"""The shipped deploy/nginx.conf in a real nginx, behind another one that ends TLS."""
+"""The shipped deploy/nginx.conf in a real nginx, behind another one that terminates TLS."""
 
 import asyncio
 import os
@@ -54,7 +54,7 @@ pytestmark = pytest.mark.more
 
 
 class Nginx:
-    """One nginx, in a folder of its own."""
+    """An nginx with its own folder."""
 
     def __init__(self, folder: Path, conf: str) -> None:
         found = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin")
@@ -103,7 +103,7 @@ def shipped(port: int, upstream: str) -> str:
 
 
 def certify(folder: Path) -> ssl.SSLContext:
-    """Write a certificate for 127.0.0.1, and return what trusts it."""
+    """Write a certificate for 127.0.0.1, and return a context that trusts it."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "OpenChat's tests")])
     certificate = (
@@ -124,19 +124,19 @@ def certify(folder: Path) -> ssl.SSLContext:
 
 @pytest.fixture
 def stopped() -> Iterator[list[Nginx]]:
-    """What is started is put here, and is stopped."""
+    """Return a list. Each nginx that a test appends to it is stopped at the end."""
     running: list[Nginx] = []
     yield running
     for one in running:
         one.stop()
 
 
-def test_the_shipped_configuration_is_understood(tmp_path: Path) -> None:
+def test_nginx_accepts_the_shipped_configuration(tmp_path: Path) -> None:
     Nginx(tmp_path, shipped(1, "127.0.0.1:1")).check()
 
 
 @pytest.mark.parametrize("setting", ["2", "127.0.0.1/32"])
-async def test_a_browser_behind_two_proxies(
+async def test_clients_behind_two_proxies_are_limited_by_their_own_address(
     settings: Settings, tmp_path: Path, stopped: list[Nginx], setting: str
 ) -> None:
     changes = {"trusted_proxies": setting, "connections_per_address": 2, "login_attempts_per_address": 4}
@@ -156,14 +156,14 @@ async def test_a_browser_behind_two_proxies(
             return httpx.AsyncClient(base_url=url, transport=transport)
 
         async with at("127.0.0.2") as ada, at("127.0.0.3") as charles:
-            # A browser, in which a script has put an entry of its own into the header.
+            # A browser whose script adds an entry of its own to the header.
             answer = await ada.post("/v1/auth/register", json=ADA, headers=page | {"X-Forwarded-For": "198.51.100.1"})
             assert answer.status_code == HTTPStatus.CREATED, answer.text
             assert "secure" in answer.headers["set-cookie"].lower()
             assert await world.db.fetchval("SELECT ip_address FROM session") == "127.0.0.2"
             cookie = {"Cookie": f"__Host-openchat_session={answer.json()['token']}"}
 
-            # The socket, with the cookie and the page's Origin: as many as one address may have, whatever it forges.
+            # Sockets with the cookie and the page's `Origin`. The limit per address holds for all forged entries.
             def come(address: str, **headers: str) -> Client:
                 options: dict[str, Any] = {
                     "origin": url,
@@ -199,7 +199,7 @@ async def test_a_browser_behind_two_proxies(
             assert codes == [401, 401, 401, 429, 429]
             assert (await charles.post("/v1/auth/login", json=wrong, headers=page)).status_code == 401
 
-        # Whoever reaches the inner proxy without TLS gets no Secure cookie, unless a balancer vouches for it.
+        # A client that reaches the inner proxy without TLS gets a Secure cookie only if a balancer vouches for TLS.
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{inner_port}", trust_env=False) as plain:
             account = ADA | {"email": "plain@example.org"}
             assert (await plain.get("/metrics")).status_code == HTTPStatus.NOT_FOUND

@@ -1,4 +1,4 @@
-"""What somebody is told of: the feed, and what is pushed to a browser that is not looking."""
+"""The feed, and the notifications that are pushed to a browser that is not open."""
 
 import asyncio
 import base64
@@ -36,7 +36,7 @@ async def feed(one: Any, *kinds: str) -> list[tuple[str, Any]]:
     return [(entry.kind, entry.message.content if entry.message else entry.user_id) for entry in page.entries]
 
 
-async def test_the_feed_has_what_concerns_one_and_nothing_else(room: Room, world: World) -> None:
+async def test_feed_contains_only_items_that_concern_the_user(room: Room, world: World) -> None:
     mary = await world.user("Mary")
     hers = await world.connect(mary)
     await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[mary.id]))
@@ -65,7 +65,7 @@ async def test_the_feed_has_what_concerns_one_and_nothing_else(room: Room, world
     assert await feed(room.charles) == []
 
 
-async def test_what_is_taken_back_is_in_the_feed_no_more(room: Room, world: World) -> None:
+async def test_feed_omits_items_that_were_undone(room: Room, world: World) -> None:
     mine = await sent(room.charles, room.group, "Mine")
     said = await sent(room.ada, room.group, "Look, @charles")
     reply = await sent(room.ada, room.group, "A reply", parent_message_id=mine)
@@ -79,7 +79,7 @@ async def test_what_is_taken_back_is_in_the_feed_no_more(room: Room, world: Worl
     assert await feed(room.charles) == []
 
 
-async def test_the_feed_in_pages_and_what_is_new_in_it(room: Room, world: World) -> None:
+async def test_feed_has_pages_and_marks_new_items(room: Room, world: World) -> None:
     for number in range(5):
         await sent(room.ada, room.group, f"{number} @charles")
     first = await room.charles.call(client.ListFeed(limit=2), server.FeedPage)
@@ -94,7 +94,7 @@ async def test_the_feed_in_pages_and_what_is_new_in_it(room: Room, world: World)
     badge = await phone.call(client.GetBadge(), server.Badge)
     assert (badge.feed, badge.messages) == (1, 7)
     await phone.call(client.SeeFeed(up_to=datetime.now(UTC) - timedelta(days=1)))
-    assert (await phone.call(client.GetBadge(), server.Badge)).feed == 1, "it only moves forward"
+    assert (await phone.call(client.GetBadge(), server.Badge)).feed == 1, "the position only moves forward"
 
 
 # -------------------------------------------------------------------------------------------------------- push
@@ -114,7 +114,7 @@ async def browser(room: Room) -> AsyncIterator[Browser]:
     await browser.stop()
 
 
-async def test_what_is_not_read_is_pushed_encrypted_and_signed(room: Room, browser: Browser) -> None:
+async def test_unread_message_is_pushed_encrypted_and_signed(room: Room, browser: Browser) -> None:
     key = (await room.charles.call(client.GetPushKey(), server.PushKey)).key
     await sent(room.ada, room.group, "An older one")
     message_id = await sent(room.ada, room.group, "Are you there, @charles?")
@@ -135,7 +135,7 @@ async def test_what_is_not_read_is_pushed_encrypted_and_signed(room: Room, brows
 
 
 async def quiet(room: Room, browser: Browser) -> bool:
-    """Return whether the last thing pushed is what was sent to be pushed in any case."""
+    """Send a message that is always pushed, and return whether it is pushed before any other."""
     last = await sent(room.ada, room.group, "The end, @charles")
     while True:
         _, said = await browser.next()
@@ -145,7 +145,7 @@ async def quiet(room: Room, browser: Browser) -> bool:
             return False
 
 
-async def test_nothing_is_pushed_of_what_was_read_meanwhile(room: Room, world: World, browser: Browser) -> None:
+async def test_message_that_was_read_meanwhile_is_not_pushed(room: Room, world: World, browser: Browser) -> None:
     for worker in world.workers:
         worker.app.web_push._after_seconds = 1.5  # noqa: SLF001 - long enough to read it
     message_id = await sent(room.ada, room.group, "Read at once")
@@ -155,7 +155,7 @@ async def test_nothing_is_pushed_of_what_was_read_meanwhile(room: Room, world: W
     assert await quiet(room, browser)
 
 
-async def test_nothing_is_pushed_that_is_not_wanted(room: Room, world: World, browser: Browser) -> None:
+async def test_preferences_suppress_notifications(room: Room, world: World, browser: Browser) -> None:
     mary = await world.user("Mary")
     await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[mary.id]))
     hers = await world.connect(mary)
@@ -186,8 +186,10 @@ async def test_nothing_is_pushed_that_is_not_wanted(room: Room, world: World, br
 
 
 @pytest.mark.parametrize(("start", "end", "is_quiet"), [(-1, 1, True), (1, -1, False), (1, 2, False)])
-async def test_quiet_hours(room: Room, world: World, browser: Browser, start: int, end: int, *, is_quiet: bool) -> None:
-    zone = "Asia/Kolkata"  # half an hour off, and never in summer time
+async def test_quiet_hours_are_in_the_users_time_zone(
+    room: Room, world: World, browser: Browser, start: int, end: int, *, is_quiet: bool
+) -> None:
+    zone = "Asia/Kolkata"  # half an hour from the full hour, and without summer time
     there = datetime.now(UTC) + timedelta(hours=5, minutes=30)
     hours = [(there + timedelta(hours=one)).time().replace(second=0, microsecond=0) for one in (start, end)]
     await room.charles.call(client.UpdateProfile(quiet_from=hours[0], quiet_until=hours[1], time_zone=zone))
@@ -201,7 +203,7 @@ async def test_quiet_hours(room: Room, world: World, browser: Browser, start: in
     assert isinstance(hours[0], time)
 
 
-async def test_quiet_hours_in_an_unknown_zone_are_those_of_utc(
+async def test_quiet_hours_in_an_unknown_zone_use_utc(
     room: Room, world: World, browser: Browser, servers: Servers
 ) -> None:
     hours = [(datetime.now(UTC) + timedelta(hours=one)).time().replace(microsecond=0) for one in (-1, 1)]
@@ -214,7 +216,9 @@ async def test_quiet_hours_in_an_unknown_zone_are_those_of_utc(
     assert "Olympus" not in servers.postgres.log.path.read_text()
 
 
-async def test_an_endpoint_ends_with_its_session_or_its_service(room: Room, world: World, browser: Browser) -> None:
+async def test_endpoint_is_deleted_with_its_session_or_when_its_service_says_so(
+    room: Room, world: World, browser: Browser
+) -> None:
     browser.status = 410
     await sent(room.ada, room.group, "Gone")
     await browser.next()
@@ -232,7 +236,7 @@ async def test_an_endpoint_ends_with_its_session_or_its_service(room: Room, worl
     assert await world.db.fetchval("SELECT count(*) FROM push_endpoint") == 0
 
 
-async def test_of_each_person_the_newest_endpoints_are_kept(room: Room, world: World) -> None:
+async def test_newest_endpoints_of_each_user_are_kept(room: Room, world: World) -> None:
     browser = Browser()
     for number in range(25):
         browser.url = f"https://push.example.org/{number}"
@@ -241,12 +245,12 @@ async def test_of_each_person_the_newest_endpoints_are_kept(room: Room, world: W
     assert kept == {str(number) for number in range(5, 25)}
     nobody: UserSession = room.users[0]
     await room.ada.call(client.UnregisterPush(endpoint=browser.url))
-    assert await world.db.fetchval("SELECT count(*) FROM push_endpoint") == 20, "one's own alone"
+    assert await world.db.fetchval("SELECT count(*) FROM push_endpoint") == 20, "only the user's own endpoint"
     with refused(ErrorCode.NOT_FOUND, "message_id"):
         await room.ada.call(client.Star(**room.at(MessageId(nobody.id))))
 
 
-async def test_new_endpoints_of_a_user_have_a_rate_and_known_ones_have_none(room: Room) -> None:
+async def test_only_new_endpoints_of_a_user_are_rate_limited(room: Room) -> None:
     browser = Browser()
 
     async def register(number: int) -> None:
@@ -261,10 +265,13 @@ async def test_new_endpoints_of_a_user_have_a_rate_and_known_ones_have_none(room
     await room.ada.call(browser.subscription())
 
 
-async def test_each_participant_on_every_page_gets_the_latest_message_that_concerns_them(
+async def test_participants_on_every_page_get_the_latest_message_that_concerns_them(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pages of two participants: first those of all conversations, then one at a time."""
+    """Pages have two participants.
+
+    The first pages of all conversations are read before the next ones, one at a time.
+    """
     monkeypatch.setattr(push, "PAGE", 2)
     monkeypatch.setattr(push, "NEXT_PAGE", 2)
     monkeypatch.setattr(push_due, "REST_OF_PARTICIPANT", 0.0)
@@ -284,8 +291,8 @@ async def test_each_participant_on_every_page_gets_the_latest_message_that_conce
     plain = await sent(room.ada, room.group, "Older")
     last = await sent(room.charles, room.group, "Last")
     one = world.workers[0].app.web_push
-    one._due = push_due.DueMessages(one._drops)  # noqa: SLF001 - what waits already is not added again
-    one._due._clock = lambda: -60.0  # noqa: SLF001 - all that is added now is due
+    one._due = push_due.DueMessages(one._drops)  # noqa: SLF001 - messages that wait already are not added again
+    one._due._clock = lambda: -60.0  # noqa: SLF001 - all messages added now are due
     for message_id, sender in ((mention, room.users[0]), (plain, room.users[0]), (last, room.users[1])):
         one._due.add(room.group, sender.id, message_id, seconds=0.0)  # noqa: SLF001
     one._due._clock = monotonic  # noqa: SLF001
@@ -298,7 +305,7 @@ async def test_each_participant_on_every_page_gets_the_latest_message_that_conce
     assert got == [[mention], [plain], [], [last], [last], [last]]
 
 
-async def test_messages_whose_page_timed_out_are_pushed_when_it_is_asked_for_again(
+async def test_notifications_are_pushed_after_a_retry_of_a_page_that_timed_out(
     room: Room, world: World, browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.queries.push.DUE_SECONDS", 0.1)
@@ -317,7 +324,7 @@ def longer(key: str, *, by: int) -> str:
     return text((data + bytes(8))[: len(data) + by])
 
 
-async def test_keys_that_nothing_can_be_encrypted_with_are_refused(
+async def test_keys_that_cannot_be_used_for_encryption_are_refused(
     room: Room, world: World, browser: Browser, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = browser.subscription()
@@ -329,7 +336,7 @@ async def test_keys_that_nothing_can_be_encrypted_with_are_refused(
         with refused(ErrorCode.INVALID, "auth"):
             await room.charles.call(msgspec.structs.replace(good, auth=bad))
     await room.charles.call(msgspec.structs.replace(good, p256dh=good.p256dh + "=", auth=good.auth + "=="))
-    # Endpoints from before this rule are deleted, with one line in the log.
+    # Endpoints stored before this rule are deleted, with one log entry.
     await world.db.execute("UPDATE push_endpoint SET p256dh = $1", "x" * 80)
     await asyncio.gather(*(sent(room.ada, room.group) for _ in range(3)))
     async with asyncio.timeout(10):
@@ -342,7 +349,7 @@ async def test_keys_that_nothing_can_be_encrypted_with_are_refused(
 
 
 class Silent:
-    """Push services that accept connections and never answer, each on a port of its own."""
+    """Push services that accept connections and never answer, each on its own port."""
 
     def __init__(self) -> None:
         self.urls: list[str] = []
@@ -369,7 +376,7 @@ class Silent:
             one.close()
 
 
-async def test_silent_endpoints_delay_nobody_else(
+async def test_silent_endpoints_delay_no_other_users(
     room: Room, world: World, browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 60.0)
@@ -390,7 +397,7 @@ async def test_silent_endpoints_delay_nobody_else(
         await until(lambda: silent.open.total() == len(silenced) * push_hosts.PER_USER)
         second = await sent(room.ada, room.group, "Two")
         assert (await browser.next())[1].message_id == second
-        assert silent.open.total() == len(silenced) * push_hosts.PER_USER, "each user has two slots, whatever they name"
+        assert silent.open.total() == len(silenced) * push_hosts.PER_USER, "each user has two slots for any endpoints"
         assert max(silent.open.values()) == 1, "and each host one"
     finally:
         await asyncio.gather(*(worker.app.web_push.close() for worker in world.workers))
@@ -402,7 +409,7 @@ def post(number: int = 0, host: str = "slow.example") -> PushPost:
 
 
 class Held:
-    """Stands in for the push services: each post waits until it is let go."""
+    """A fake of the push services, in which each post waits until it is released."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
@@ -427,12 +434,12 @@ async def turns(number: int) -> None:
 
 
 async def idle(queue: Posts) -> None:
-    """Wait until nothing is in flight and nothing can begin."""
+    """Wait until no post is in flight and none can begin."""
     while queue._tasks or queue._next is not None:  # noqa: SLF001
         await asyncio.sleep(0)
 
 
-async def test_a_silent_host_takes_one_slot(held: Held) -> None:
+async def test_silent_host_takes_one_slot(held: Held) -> None:
     queue = Posts(prepared_push, held.send, Drops())
     for number in range(20):
         queue.add(post(number))
@@ -451,14 +458,14 @@ async def test_a_silent_host_takes_one_slot(held: Held) -> None:
         queue.add(post(number))
     queue.start()
     await turns(push_posts.SLOTS)
-    assert len(held.begun) == push_hosts.PER_HOST, "it has answered fast"
+    assert len(held.begun) == push_hosts.PER_HOST, "the host answered fast"
     await queue.close()
 
 
 @pytest.mark.parametrize(("retry_after", "waits"), [
     (0.0, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]), (90.0, [90, 90]), (1e9, [300, 300]),
 ])  # fmt: skip
-async def test_a_failing_host_is_left_alone_for_longer_each_time(
+async def test_failing_host_is_paused_for_longer_each_time(
     held: Held, monkeypatch: pytest.MonkeyPatch, retry_after: float, waits: list[int]
 ) -> None:
     monkeypatch.setattr(push_hosts, "HOST_USERS", 1)
@@ -491,11 +498,11 @@ async def test_a_failing_host_is_left_alone_for_longer_each_time(
     ("Fri, 31 Dec 1999 23:59:59 GMT", 0, 0), ("Fri, 31 Dec 2100 23:59:59 GMT", 3_600, 1e10),
     ("Fri, 31 Dec 99999 23:59:59 GMT", 0, 0),
 ])  # fmt: skip
-def test_retry_after_in_both_forms(header: str, least: float, most: float) -> None:
+def test_retry_after_is_read_in_both_forms(header: str, least: float, most: float) -> None:
     assert least <= seconds_of(header) <= most
 
 
-async def test_every_dropped_notification_is_counted_and_one_of_a_stretch_is_logged(
+async def test_dropped_notifications_are_counted_and_logged_once_per_period(
     held: Held, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(push_hosts, "HOST_USERS", 1)
@@ -516,7 +523,7 @@ async def test_every_dropped_notification_is_counted_and_one_of_a_stretch_is_log
     assert len(caplog.messages) == 3
 
 
-async def test_a_full_queue_of_messages_counts_what_it_drops(
+async def test_full_queue_of_messages_counts_dropped_ones(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(push_due, "MAX_OF_SENDER", 2)
@@ -528,14 +535,16 @@ async def test_a_full_queue_of_messages_counts_what_it_drops(
     assert 3.0 in map(float, re.findall(r'push_dropped_total{.*reason="messages_full".*} (.*)', page)), page
 
 
-async def test_hosts_and_signatures_are_bounded(held: Held, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_numbers_of_hosts_and_signatures_are_bounded(
+    held: Held, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(push_posts, "MAX_HOSTS", 3)
     monkeypatch.setattr(push, "MAX_SIGNED", 3)
     drops = Drops()
     queue = Posts(prepared_push, held.send, drops)
     for number in range(4):
         queue.add(post(host=f"{number}.example"))
-    assert drops.counts == {"too_many_hosts": 1}, "all of them have something queued"
+    assert drops.counts == {"too_many_hosts": 1}, "all hosts have queued posts"
     held.gate.set()
     queue.start()
     await idle(queue)
@@ -545,11 +554,11 @@ async def test_hosts_and_signatures_are_bounded(held: Held, world: World, monkey
     first = one._authorization("https://0.example/a")  # noqa: SLF001
     for number in range(6):
         one._authorization(f"https://{number}.example/a")  # noqa: SLF001
-        assert one._authorization("https://0.example/b") == first, "used all the time, it is kept"  # noqa: SLF001
+        assert one._authorization("https://0.example/b") == first, "a host in constant use is kept"  # noqa: SLF001
     assert len(one._signed) == 3  # noqa: SLF001
 
 
-async def test_hosts_that_back_off_are_forgotten_last(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hosts_in_back_off_are_discarded_last(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(push_hosts, "HOST_USERS", 1)
     monkeypatch.setattr(push_hosts, "KEPT_SECONDS", 0.0)
     monkeypatch.setattr(push_posts, "MAX_HOSTS", 3)
@@ -566,16 +575,16 @@ async def test_hosts_that_back_off_are_forgotten_last(held: Held, monkeypatch: p
         queue.add(post(host=new))
         return [name.removeprefix("https://") for name in queue._hosts]  # noqa: SLF001
 
-    assert known_after("new") == ["longer", "shorter", "new"], "an idle host is forgotten before a back-off"
-    assert known_after("newer") == ["longer", "new", "newer"], "of back-offs, the one that ends first"
-    assert known_after("newest") == ["new", "newer", "newest"], "back-offs never keep a new host out"
+    assert known_after("new") == ["longer", "shorter", "new"], "an idle host is discarded before one in back-off"
+    assert known_after("newer") == ["longer", "new", "newer"], "the back-off that ends first is discarded"
+    assert known_after("newest") == ["new", "newer", "newest"], "hosts in back-off never block a new host"
     assert drops.counts == {"host_failed": 2}
-    assert known_after("one more") == ["new", "newer", "newest"], "hosts with queued posts are never forgotten"
+    assert known_after("one more") == ["new", "newer", "newest"], "hosts with queued posts are never discarded"
     assert drops.counts == {"host_failed": 2, "too_many_hosts": 1}
 
 
-async def test_bounds_hold_for_frames_that_come_concurrently_on_two_workers(room: Room, world: World) -> None:
-    """All but two of what is allowed are there already."""
+async def test_bounds_hold_for_concurrent_frames_on_two_workers(room: Room, world: World) -> None:
+    """All but two of the allowed items exist already."""
     await asyncio.gather(*(sent(room.ada, room.group) for _ in range(MAX_PINS - 2)))
     await world.db.execute("UPDATE message SET is_pinned = true")
     ids = [await sent(room.ada, room.group) for _ in range(8)]

@@ -1,4 +1,4 @@
-"""What an operator looks at: health, readiness, numbers, documents."""
+"""Health, readiness, metrics and generated documents."""
 
 import asyncio
 import re
@@ -27,7 +27,7 @@ async def get(world: World, path: str, worker: int = 0) -> httpx.Response:
         return await http.get(path)
 
 
-async def test_health_and_readiness(world: World) -> None:
+async def test_health_and_readiness_are_reported(world: World) -> None:
     assert (await get(world, "/healthz")).text == "alive\n"
     ready = await get(world, "/readyz")
     assert (ready.status_code, ready.json()) == (200, {"database": True, "bus": True, "accepting": True})
@@ -39,13 +39,13 @@ async def test_a_draining_worker_is_not_ready(world: World) -> None:
     assert (ready.status_code, ready.json()["accepting"]) == (503, False)
 
 
-async def test_an_unknown_schema_is_not_ready(world: World) -> None:
+async def test_worker_with_an_unknown_schema_is_not_ready(world: World) -> None:
     await world.db.execute("INSERT INTO schema_migration (number, name) VALUES (999, 'from the future')")
     ready = await get(world, "/readyz")
     assert (ready.status_code, ready.json()["database"]) == (503, False)
 
 
-def test_who_asks_for_the_numbers_again_and_again_gets_those_of_a_moment_ago(tmp_path: Path) -> None:
+def test_metrics_are_cached_for_a_moment(tmp_path: Path) -> None:
     now, made = 100.0, 0
 
     def values() -> dict[str, float]:
@@ -64,7 +64,7 @@ def test_who_asks_for_the_numbers_again_and_again_gets_those_of_a_moment_ago(tmp
     assert b'openchat_connections{worker="1"} 2.0' in numbers.page()
 
 
-async def test_any_worker_tells_the_numbers_of_all(world: World) -> None:
+async def test_every_worker_reports_the_metrics_of_all(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     one, other = await world.connect(ada, 0), await world.connect(charles, 1)
     channel = await world.channel(one, is_public=True)
@@ -88,7 +88,7 @@ async def test_any_worker_tells_the_numbers_of_all(world: World) -> None:
     assert found["openchat_frame_seconds_count", ("worker", "1")] >= 3
 
 
-async def test_numbers_are_for_the_machine_itself_and_not_for_who_comes_through_a_proxy(world: World) -> None:
+async def test_metrics_are_for_loopback_and_not_for_clients_of_a_proxy(world: World) -> None:
     assert Settings().metrics_from == world.settings.metrics_from
     async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
         nowhere = await http.get("/nowhere")
@@ -102,10 +102,10 @@ FOREIGN_HOSTS = [
     "evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "evil", "localhost@evil", "[::1", "",
     "127.0.0.1,evil.example", "127.0.0.1 evil.example", "0x7f.1", "evil-localhost", "xlocalhost",
 ]  # fmt: skip
-"""What a page has in `Host` whose name was made to lead here (DNS rebinding), and what is no name."""
+"""Values of `Host` from pages whose name was rebound to this address (DNS rebinding), and values that are no names."""
 
 
-async def test_numbers_are_not_for_pages_whose_name_was_made_to_lead_here(settings: Settings) -> None:
+async def test_metrics_are_protected_against_dns_rebinding(settings: Settings) -> None:
     async with (
         World(msgspec.structs.replace(settings, metrics_hosts="Chat-1, chat.example"), workers=1) as world,
         httpx.AsyncClient(base_url=world.url, trust_env=False) as http,
@@ -124,22 +124,22 @@ async def test_numbers_are_not_for_pages_whose_name_was_made_to_lead_here(settin
             assert (answer.status_code, answer.content) == (404, nowhere.content), origin
 
 
-def test_one_answer_alone_depends_on_the_address_that_it_goes_to() -> None:
-    """Any page that a browser on that machine opens has the same address, so each such answer checks `Host`, too."""
+def test_only_metrics_depend_on_the_address_of_the_client() -> None:
+    """Any page in a browser on that machine has the same address, so each such answer must check `Host`, too."""
     found = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "server").rglob("*.py")
         if re.search(r"(request|handshake|self|scope)(\.client\b|\[\"client\"\])|peername", path.read_text())
     }
     assert found == {
-        "server/limits/per_address.py",  # counts by it
-        "server/gateway/http_protocol.py",  # counts by it
-        "server/http/forwarded.py",  # believes trusted proxies about addresses that are counted
-        "server/http/endpoints.py",  # the numbers
+        "server/limits/per_address.py",  # limits by address
+        "server/gateway/http_protocol.py",  # limits by address
+        "server/http/forwarded.py",  # decides which proxies are trusted
+        "server/http/endpoints.py",  # the metrics
     }
 
 
-async def test_attacks_on_logins_are_counted_and_name_nobody(settings: Settings) -> None:
+async def test_failed_logins_are_counted_without_names(settings: Settings) -> None:
     async with World(msgspec.structs.replace(settings, login_attempts=2), workers=1) as world:
         ada = await world.user("Ada")
         async with http_client(world.url) as http:
@@ -179,7 +179,7 @@ IN_PLACE = (
 """Requests that never reach the application, with the status of the answer."""
 
 
-async def test_answers_in_place_of_the_application_are_counted(
+async def test_answers_sent_before_the_application_are_counted(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.5)
@@ -199,12 +199,12 @@ async def test_answers_in_place_of_the_application_are_counted(
         page = (await get(world, "/metrics")).text
     counted = re.findall(r'openchat_http_answers_total\{path="(.*)",status="(\d+)",worker="1"\} (\d+)', page)
     assert sorted(counted) == [("other", "400", "3"), ("other", "408", "2"), ("other", "431", "1")], (
-        "nothing else: the application's answers to those who are gone are not sent"
+        "answers to closed connections are not sent"
     )
 
 
 @pytest.mark.parametrize(("metrics_from", "status"), [("", 404), ("10.0.0.0/8", 404), ("10.0.0.0/8,127.0.0.1/32", 200)])
-async def test_numbers_are_for_the_networks_that_are_set(settings: Settings, metrics_from: str, status: int) -> None:
+async def test_metrics_are_for_the_configured_networks(settings: Settings, metrics_from: str, status: int) -> None:
     changes = {"metrics_from": metrics_from, "trusted_proxies": "127.0.0.0/8"}
     async with World(msgspec.structs.replace(settings, **changes), workers=1) as world:
         assert (await get(world, "/metrics")).status_code == status
@@ -213,8 +213,8 @@ async def test_numbers_are_for_the_networks_that_are_set(settings: Settings, met
             assert (await http.get("/metrics", headers={"X-Forwarded-For": "10.0.0.1"})).status_code == 404
 
 
-def test_the_shipped_composition_counts_its_own_proxy_alone() -> None:
-    """`docker compose up` has one nginx: an entry that a client wrote must not be the one that counts."""
+def test_shipped_composition_trusts_only_its_own_proxy() -> None:
+    """`docker compose up` starts one nginx, so an entry that a client wrote must not be believed."""
     setting = re.search(
         r'OPENCHAT_TRUSTED_PROXIES: "?\$\{OPENCHAT_TRUSTED_PROXIES:-(\d)\}', (ROOT / "compose.yaml").read_text()
     )
@@ -224,14 +224,14 @@ def test_the_shipped_composition_counts_its_own_proxy_alone() -> None:
     assert "location = /metrics { return 404; }" in (ROOT / "deploy" / "nginx.conf").read_text()
 
 
-async def test_the_wire_is_described_where_it_is_served(world: World) -> None:
+async def test_protocol_documents_are_served(world: World) -> None:
     assert (await get(world, "/v1/asyncapi.json")).json()["asyncapi"] == "3.0.0"
     assert (await get(world, "/v1/openapi.json")).json()["openapi"] == "3.1.0"
     for path in ("/v1/nowhere", "/"):
         assert (await get(world, path)).status_code == 404
 
 
-def test_every_result_of_a_login_and_the_limit_of_a_crowd_are_documented() -> None:
+def test_login_results_and_the_crowd_limit_are_documented() -> None:
     guide = " ".join((ROOT / "docs" / "operations.md").read_text().split())
     listed = re.search(r"`openchat_logins_total` by `result` \(([^)]*)\)", guide)
     assert listed is not None

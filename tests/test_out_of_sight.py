@@ -1,4 +1,4 @@
-"""What others do about one's messages, once one may not see them any more: no export and no policy tells it."""
+"""Exports and row-level security reveal nothing of what others do with messages that the user may no longer see."""
 
 import json
 from typing import Any
@@ -16,11 +16,11 @@ from tests.world import Reader, UserSession, World, http_client, refused, sent
 POLL = Poll(options=["Yes", "No"])
 SAID = ("hidden", "deleted", "edited, deleted", "moderated", "moderated, shown", "pinned", "replied to", "reacted to")
 WAYS = ("stays", "leaves", "is removed", "is banned", "comes back")
-"""How somebody stands to the messages from before. `comes back` is after a rejoining that hides those."""
+"""How a user's access to the earlier messages changes. After `comes back`, the user sees only later ones."""
 
 
 class Scene:
-    """A channel of an owner, a friend of theirs, and people who each said the same."""
+    """A channel of an owner, a friend of the owner, and users who each sent the same messages."""
 
     def __init__(self, world: World, owner: Client, other: Client, people: dict[str, UserSession]) -> None:
         self.world, self.owner, self.other, self.people = world, owner, other, people
@@ -61,7 +61,7 @@ class Scene:
             await self.owner.call(frame)
 
     async def happen(self) -> None:
-        """Do all that others can do about one's messages."""
+        """Do all that others can do with the users' messages."""
         for name in self.people:
             frames: list[tuple[Client, Frame]] = [
                 (self.owner, client.Moderate(**self.at(name, "hidden"), reason="SECRET")),
@@ -86,13 +86,13 @@ class Scene:
         headers = {"Authorization": f"Bearer {self.people[name].token}"}
         async with http_client(self.world.url) as http:
             data = (await http.get("/v1/auth/export", headers=headers)).json()
-        if name == "comes back":  # and takes part, so that the title is theirs
+        if name == "comes back":  # and takes part, so that they may see the title
             for one in data["conversations"]:
                 del one["title"]
         return {key: value for key, value in data.items() if key not in {"me", "sessions"}}
 
 
-async def test_nothing_is_told_of_what_others_do_about_messages_one_may_not_see(world: World, reader: Reader) -> None:
+async def test_acts_of_others_on_messages_out_of_sight_are_not_revealed(world: World, reader: Reader) -> None:
     owner, other, *people = await world.users("Owner", "Other", *WAYS)
     scene = Scene(world, await world.connect(owner), await world.connect(other), dict(zip(WAYS, people, strict=True)))
     await scene.begin()
@@ -103,7 +103,7 @@ async def test_nothing_is_told_of_what_others_do_about_messages_one_may_not_see(
         await reader.db.execute("SELECT set_config('openchat.user_id', $1, false)", str(scene.people[name].id))
         rows = {}
         for table, names in granted().items():
-            # Whoever came back sees the conversation as it is, and what is said from then on.
+            # A user who came back sees the conversation and later messages.
             if name != "comes back" or table not in {"conversation", "conversation_participant", "message"}:
                 query = f'SELECT {", ".join(names) or "*"} FROM "{table}"'
                 rows[table] = sorted(map(repr, await reader.db.fetch(query)))
@@ -129,11 +129,11 @@ async def test_nothing_is_told_of_what_others_do_about_messages_one_may_not_see(
             assert after[name]["export"][part] == was, (name, part)
         for table, rows in before[name]["rows"].items():
             assert after[name]["rows"][table] == rows, (name, table)
-    # Whoever may see the messages is told.
+    # Users who may see the messages see the acts.
     shown = json.dumps(after["stays"]["export"], ensure_ascii=False)
     assert all(word in shown for word in ("SECRET", "👎", '"poll_voters": 1', '"is_pinned": true', "upheld"))
     assert len(after["stays"]["rows"]["thread_follow"]) == len(before["stays"]["rows"]["thread_follow"]) + 1
-    # Nor is it told that the conversation is over.
+    # The end of the conversation is not revealed either.
     await scene.owner.call(client.DeleteConversation(conversation_id=scene.about))
     for name in ("leaves", "is removed", "is banned"):
         assert await told(name) == before[name], name
