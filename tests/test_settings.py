@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -14,9 +13,9 @@ from server.core import config
 from server.core.config import FIELDS, TEXTS, Settings, allowed, variable
 from server.core.errors import Fatal
 from server.db.database import SENDING_CONNECTIONS
+from server.describe.settings import document
 from server.processes.supervisor import listen, prepare
 
-OPERATIONS = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
 NUMBERS = [name for name, field in FIELDS.items() if isinstance(field.type, (IntType, FloatType))]
 HOSTILE = ["-1", "-0.1", "nan", "inf", "-inf", "1e400", "1e18", "0x10", "1_0", "many", "", " ", "1;", "9" * 400, "1\n2"]
 WRONG = {
@@ -216,12 +215,12 @@ async def test_what_only_the_servers_can_tell_is_one_sentence_too(
     assert "cret" not in str(caught.value)
 
 
-def test_the_handbook_lists_every_setting_with_its_default_and_its_bounds() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| .+ \|$", OPERATIONS, re.MULTILINE)
+def test_the_table_of_settings_has_a_row_for_each_with_its_default_and_its_bounds() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| .+ \|$", document(), re.MULTILINE)
     words = {"": "none", "True": "true", "False": "false"}
     defaults = {name: words.get(str(field.default), str(field.default)) for name, field in FIELDS.items()}
     assert rows == [(variable(name), defaults[name], allowed(name)) for name in FIELDS]
-    assert f"besides {SENDING_CONNECTIONS} for messages" in OPERATIONS
+    assert f"besides {SENDING_CONNECTIONS} for messages" in config.meaning("database_connections")
 
 
 def test_settings_are_printed_with_meaning_default_value_and_source(

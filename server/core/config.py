@@ -54,41 +54,54 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     usual names.
     """
 
-    host: Annotated[str, "Address to listen on."] = "127.0.0.1"
+    host: Annotated[str, "Address to listen on. Put a TLS proxy in front."] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65_535), "TCP port to listen on. 0 selects a free one."] = 8000
-    workers: Annotated[int, Meta(ge=0, le=256), "Number of worker processes. 0 means one per core, at most 4."] = 0
+    workers: Annotated[
+        int,
+        Meta(ge=0, le=256),
+        "Number of worker processes, which share the port. 0 means one per core, at most 4.",
+    ] = 0
     data_dir: Annotated[
         str,
         "Folder of the embedded PostgreSQL and Valkey. By default the user's state folder, or /var/lib/openchat for "
         "root.",
     ] = ""
-    database_url: Annotated[
-        str, "URL of a PostgreSQL database, version 15 or later. By default the server starts its own."
-    ] = ""
+    database_url: Annotated[str, "URL of PostgreSQL 15 to 18. By default the server starts its own."] = ""
     redis_url: Annotated[
-        str, "URL of Redis 7.0 or later, or of Valkey. By default the server starts its own Valkey."
+        str,
+        "URL of Redis 7.0 or later, or of Valkey; for a cluster, of any of its nodes. By default the server starts its "
+        "own Valkey.",
     ] = ""
-    origins: Annotated[str, "Additional origins whose pages may use the session cookie, separated by commas."] = ""
+    origins: Annotated[str, "Other origins whose pages may use the session cookie."] = ""
     database_connections: Annotated[
-        int, Meta(ge=2, le=500), "Max PostgreSQL connections of each worker, besides 2 for messages."
+        int,
+        Meta(ge=2, le=500),
+        "Max PostgreSQL connections of each worker, besides 2 for messages. Set `max_connections` of your PostgreSQL "
+        "to the sum for all workers, one further worker during a reload, and a few for the command line.",
     ] = 8
     session_days: Annotated[int, Meta(ge=1, le=3650), "Days without use after which a session expires."] = 30
     heartbeat_seconds: Annotated[
         float,
         Meta(ge=0.1, le=300),
-        "Interval of heartbeats, per connection. A connection that is silent for two intervals is closed.",
+        "Interval of heartbeats, per connection. A connection that is silent for two intervals is closed (4009).",
     ] = 30.0
     outbox_bytes: Annotated[
-        int, Meta(ge=65_536, le=1_073_741_824), "Max bytes that wait for a slow reader, per connection. More close it."
+        int,
+        Meta(ge=65_536, le=1_073_741_824),
+        "Max bytes that wait for a slow reader, per connection. Beyond that it is closed (4008).",
     ] = 1024 * 1024
     connections_per_user: Annotated[
-        int, Meta(ge=1, le=1_000_000), "Max WebSockets, and max concurrent calls, per user and worker."
+        int,
+        Meta(ge=1, le=1_000_000),
+        "Max WebSockets per user and worker, and max concurrent calls (`POST /v1/call`).",
     ] = 50
     connections_per_address: Annotated[
-        int, Meta(ge=1, le=1_000_000), "Max WebSockets, per address and worker. A whole office may share one address."
+        int, Meta(ge=1, le=1_000_000), "Max WebSockets per address and worker. A whole office may share one address."
     ] = 2_000
     address_rate: Annotated[
-        Rate, "Max requests and new connections per second, per address and worker. Bursts: four times that."
+        Rate,
+        "Max requests and new connections per second, per address and worker. Bursts: four times that. docs/limits.md "
+        "has all limits.",
     ] = 500.0
     frame_rate: Annotated[Rate, "Max frames per second, per connection. Bursts: four times that."] = 200.0
     write_rate: Annotated[Rate, "Max writing frames per second, per user at all workers. Bursts: four times that."] = (
@@ -98,7 +111,8 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
         100.0
     )
     ephemeral_rate: Annotated[
-        Rate, "Max ephemeral frames (typing, presence) per second, per user at all workers. Bursts: four times that."
+        Rate,
+        "Max ephemeral frames (typing, presence) per second, per user at all workers. Bursts: four times that.",
     ] = 20.0
     search_rate: Annotated[
         Rate, "Max searches and pages of the feed per second, per user at all workers. Bursts: four times that."
@@ -110,15 +124,18 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     audit_days: Annotated[
         int,
         Meta(ge=1, le=36_500),
-        "Days for which the audit logs of conversations keep an entry. The server's own audit log keeps all entries.",
+        "Days for which the audit logs of conversations keep an entry. The server's own audit log keeps all entries "
+        "(docs/administration.md).",
     ] = 365
     erase_after_days: Annotated[
-        float, Meta(ge=0, le=3650), "Days for which a deleted account can be restored, before the user is erased."
+        float,
+        Meta(ge=0, le=3650),
+        "Days for which a deleted account can be restored, before the user is erased (docs/administration.md).",
     ] = 30.0
     search_language: Annotated[
         str,
-        "Text search configuration of PostgreSQL for the search index, such as `english`. `simple` indexes words as "
-        "they are. After a change, run `openchat reindex`.",
+        "Language of the search index, such as `english`. `simple` indexes words as they are. After a change, run "
+        "`openchat reindex`.",
     ] = "simple"
     registration: Annotated[
         Literal["open", "closed"],
@@ -128,15 +145,15 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     add_people: Annotated[
         Literal["by_privacy", "anyone"],
         "Who may add users to groups and channels without their consent: their friends (`by_privacy`), or everybody "
-        "who may invite them (`anyone`). `anyone` is for closed installations, such as a company's.",
+        "who may invite them, whatever their `allow_adding` says (`anyone`). Use `anyone` only in closed "
+        "installations, such as a company's.",
     ] = "by_privacy"
     push_after_seconds: Annotated[
         float, Meta(ge=0, le=3600), "Seconds after which an unread message is pushed to browsers."
     ] = 5.0
-    push_contact: Annotated[
-        str,
-        "Contact for operators of push services, as a `mailto:` or `https:` URL. Apple's service refuses `localhost`.",
-    ] = "mailto:postmaster@localhost"
+    push_contact: Annotated[str, "Contact for the operators of push services. Apple's service refuses `localhost`."] = (
+        "mailto:postmaster@localhost"
+    )
     private_addresses: Annotated[
         bool, "Allow push endpoints and link previews at addresses of this machine and of private networks."
     ] = False
@@ -148,8 +165,8 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     ] = ""
     trusted_proxies: Annotated[
         str,
-        "Proxies whose X-Forwarded-For and X-Forwarded-Proto are trusted, as a number (`1`, `2`) or as networks "
-        "(`10.0.0.0/8,fd00::/8`).",
+        "Proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` are trusted: their number, or their networks "
+        "(docs/operations.md).",
     ] = ""
 
     @property

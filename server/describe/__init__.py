@@ -1,11 +1,11 @@
-"""Generates the documents about the protocol and the database: AsyncAPI 3, OpenAPI 3.1, the handbook, the matrices of
-roles and privacy, and the columns. `python -m server.describe docs` writes them.
+"""Generates the documents about the protocol, the settings and the database. `python -m server.describe docs` writes
+them.
 """
 
 import json
 from collections.abc import Callable
 
-from server.describe import columns, handbook, rules
+from server.describe import columns, handbook, rules, settings
 from server.http import asyncapi, openapi
 
 DOCUMENTS: dict[str, Callable[[], str]] = {
@@ -14,6 +14,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "protocol.md": handbook.document,
     "roles.md": rules.roles,
     "privacy.md": rules.people,
+    "settings.md": settings.document,
     "columns.md": columns.document,
 }
 """The documents in docs/, by file name."""
