@@ -17,7 +17,7 @@ from server.db.database import Database, Db
 from server.fairness.batcher import Batcher
 from server.fairness.lanes import Lanes
 from server.queries import users
-from server.queries.conversations import Membership
+from server.queries.memberships import Membership
 from server.queries.sending import NotStored, Outgoing, Stored
 from server.queries.users import OwnNews
 

@@ -206,7 +206,7 @@ def test_only_three_statements_insert_participants() -> None:
             one.startswith(f"{path.relative_to(ROOT)}:") for one in found
         )
     assert found == [
-        "server/queries/conversations.py: CREATE",
+        "server/queries/creation.py: CREATE",
         "server/queries/participants.py: ADD",
         "server/queries/participants.py: INVITE",
     ]

@@ -19,7 +19,7 @@ from server.cli import main
 from server.core.config import Settings, without_password
 from server.core.errors import Fatal
 from server.processes.embedded.reach import reached
-from server.queries import conversations, export
+from server.queries import conversation_cards, export
 from tests.world import World, http_client, refused, sent
 
 
@@ -215,7 +215,7 @@ async def test_conversation_is_exported_in_small_batches(shell: Shell, monkeypat
 
     async def fetched(db: Any, query: str, *args: Any, **options: Any) -> Any:
         rows = await fetch(db, query, *args, **options)
-        if query == conversations.EVERYTHING:
+        if query == conversation_cards.EVERYTHING:
             held.append(sum(len(row[0]) for row in rows))
         return rows
 

@@ -11,7 +11,7 @@ from protocol.errors import ErrorCode
 from server.db.database import Database
 from server.domain import sync
 from server.fairness.share import Share
-from server.queries import conversations, latest, users
+from server.queries import conversation_views, latest, memberships, users
 from tests.world import Room, World, refused, sent
 
 FILL = """
@@ -53,11 +53,11 @@ async def test_resume_without_a_turn_is_refused_and_succeeds_later(
 async def test_resume_of_many_conversations_reads_pages_in_turns(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each statement reads few conversations. After the first page, each needs a connection from a share."""
     monkeypatch.setattr(sync, "PAGE", 3)
-    monkeypatch.setattr(conversations, "MEMBERSHIPS_READ", 4)
+    monkeypatch.setattr(memberships, "AT_ONCE", 4)
     asked: list[int] = []
     in_turn: list[int] = []
     rows_read: list[int] = []
-    parts, catching_up, fetch = conversations.parts, Database.catching_up, Connection.fetch
+    parts, catching_up, fetch = conversation_views.parts, Database.catching_up, Connection.fetch
 
     async def counted(db: Any, user_id: Any, wanted: Any) -> Any:
         asked.append(len(wanted))
@@ -69,12 +69,12 @@ async def test_resume_of_many_conversations_reads_pages_in_turns(world: World, m
 
     async def fetched(db: Any, query: str, *args: Any, **options: Any) -> Any:
         rows = await fetch(db, query, *args, **options)
-        if query == conversations.MEMBERSHIPS:
+        if query == memberships.READ:
             rows_read.append(len(rows))
         return rows
 
     monkeypatch.setattr(Connection, "fetch", fetched)
-    monkeypatch.setattr(conversations, "parts", counted)
+    monkeypatch.setattr(conversation_views, "parts", counted)
     monkeypatch.setattr(Database, "catching_up", taken)
     (ada,) = await world.users("Ada")
     await world.db.execute(FILL, ada.id, 10)

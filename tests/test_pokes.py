@@ -20,8 +20,8 @@ from server.domain import sync
 from server.gateway.connection import Connection
 from server.hub import online_users as people_module
 from server.hub.online_users import OnlineUsers
-from server.queries import conversations, users
-from server.queries.conversations import Membership
+from server.queries import memberships, users
+from server.queries.memberships import Membership
 from server.queries.users import OwnNews
 from tests.world import UserSession, World, sent, until
 
@@ -52,9 +52,9 @@ class Asked:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     counts = Asked()
-    read_memberships, read_news = conversations.memberships, users.news
+    read_memberships, read_news = memberships.read, users.news
 
-    async def memberships(db: Db, user_ids: Sequence[UserId]) -> list[dict[ConversationId, Membership]]:
+    async def read(db: Db, user_ids: Sequence[UserId]) -> list[dict[ConversationId, Membership]]:
         counts.memberships += list(user_ids).count(counts.who)  # type: ignore[arg-type]
         return await read_memberships(db, user_ids)
 
@@ -62,7 +62,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         counts.news += user_id == counts.who
         return await read_news(db, user_id, since, limit=limit)
 
-    monkeypatch.setattr(conversations, "memberships", memberships)
+    monkeypatch.setattr(memberships, "read", read)
     monkeypatch.setattr(users, "news", news)
     return counts
 

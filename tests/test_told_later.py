@@ -19,7 +19,7 @@ from server.domain import pending_presence, presence
 from server.domain.presence import USER, WORKER, WORKERS
 from server.gateway import connection
 from server.hub import hub, online_users
-from server.queries import changes, conversations, sessions, users
+from server.queries import changes, conversations, memberships, sessions, users
 from server.queries.users import Visibility
 from tests.world import World, until
 
@@ -154,7 +154,7 @@ CASES: tuple[tuple[ModuleType, str, Callable[[Stage], Awaitable[None]]], ...] = 
     (users, "versions", writes_a_draft),
     (users, "news", writes_a_draft),
     (users, "versions", is_added),
-    (conversations, "memberships", is_added),
+    (memberships, "read", is_added),
     (sessions, "living", loses_the_session),
     (conversations, "versions", moves_a_clock),
     (changes, "since", moves_a_clock),

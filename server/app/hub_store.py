@@ -9,8 +9,8 @@ from server.db.database import Database
 from server.fairness.batcher import Batcher
 from server.hub.doubts import Pair
 from server.hub.topics import Fetched
-from server.queries import changes, conversations, sessions, users
-from server.queries.conversations import Membership
+from server.queries import changes, conversations, memberships, sessions, users
+from server.queries.memberships import Membership
 from server.queries.users import OWN_PAGE, Clocks, OwnNews, Watchable
 
 MEMBERSHIPS_AT_ONCE = 64
@@ -99,7 +99,7 @@ class PostgresHubStore:
 
     async def _read_memberships(self, user_ids: list[UserId]) -> list[dict[ConversationId, Membership]]:
         async with self._database.connection() as db:
-            return await conversations.memberships(db, user_ids)
+            return await memberships.read(db, user_ids)
 
     async def _read_users(self, batch: list[Sequence[UserId]]) -> list[dict[UserId, Clocks]]:
         async with self._database.connection() as db:

@@ -19,7 +19,7 @@ from server.db.database import Db
 from server.domain import membership
 from server.domain.publish import publish_updated
 from server.ops.progress import Progress
-from server.queries import audit, conversations, export
+from server.queries import audit, conversation_cards, conversations, export
 
 PAGE = 500
 """Max entries of an audit log that one query reads."""
@@ -58,7 +58,7 @@ async def list_conversations(db: Db, *, text: str, limit: int, user: str | None,
     With TEXT, only those with the text in their title. With --user, only those of a user.
     """
     user_id = None if user is None else (await admin.card(db, user)).id
-    found = await conversations.listed(db, text, ConversationId(after), user_id=user_id, limit=limit)
+    found = await conversation_cards.listed(db, text, ConversationId(after), user_id=user_id, limit=limit)
     await admin.note(db, "list_conversations", user_id)
     page = await found.decoded()
     return ListPart([admin.fields(entry) for entry in page.rows], None if page.after is None else str(page.after))
@@ -72,7 +72,7 @@ async def show_conversation(db: Db, *, conversation: UUID) -> Answer:
     return _shown(found)
 
 
-def _shown(found: conversations.ConversationCard) -> Answer:
+def _shown(found: conversation_cards.ConversationCard) -> Answer:
     rest = {
         "owner": str(found.owner),
         "messages": found.message_count,
@@ -87,7 +87,7 @@ async def export_conversation(db: Db, *, conversation: UUID) -> Answer:
     found = await _conversation(db, conversation)
     await admin.note(db, "export_conversation", None, conversation_id=str(found.conversation.id))
     progress, after = Progress(), 0
-    while lines := await conversations.everything(db, found.conversation.id, after, limit=export.PAGE):
+    while lines := await conversation_cards.everything(db, found.conversation.id, after, limit=export.PAGE):
         for line, _ in lines:
             say_json(line + "\n")
         after = lines[-1][1]
@@ -147,8 +147,8 @@ async def show_audit(db: Db, *, conversation: UUID, is_verified: bool) -> Answer
     return entries
 
 
-async def _conversation(db: Db, conversation: UUID) -> conversations.ConversationCard:
-    found = await conversations.card(db, ConversationId(conversation))
+async def _conversation(db: Db, conversation: UUID) -> conversation_cards.ConversationCard:
+    found = await conversation_cards.card(db, ConversationId(conversation))
     if found is None:
         raise Fatal(f"the conversation {conversation} does not exist.")
     return found

@@ -30,8 +30,8 @@ from protocol.values import ConversationView
 from server.context import Context, UserNews
 from server.core.errors import RETRY_AFTER_MS
 from server.db.database import Db
-from server.queries import changes, conversations, users
-from server.queries.conversations import Membership
+from server.queries import changes, conversation_views, users
+from server.queries.memberships import Membership
 from server.queries.users import OWN_PAGE, OwnNews
 
 CLOSED = Refused(ErrorCode.UNAVAILABLE, "The connection is closed. Connect again.", retry_after_ms=RETRY_AFTER_MS)
@@ -42,7 +42,7 @@ PAGE = 50
 async def start(context: Context) -> None:
     """Send all of the user's conversations in pages, most recently active first, and follow them."""
     async with context.database.connection() as db:
-        order = await conversations.order(db, context.user_id)
+        order = await conversation_views.order(db, context.user_id)
     # The pages are read by id, because each page of a sorted query would sort all conversations again. Conversations
     # that are joined meanwhile move the user version, which sends them.
     for start in range(0, max(1, len(order)), PAGE):
@@ -251,7 +251,7 @@ async def _views(
 ) -> list[list[ConversationView]]:
     """Return the conversations as the user sees them, in parts that fit a page."""
     async with _reading(context, done) as db:
-        found = await conversations.parts(db, context.user_id, conversation_ids)
+        found = await conversation_views.parts(db, context.user_id, conversation_ids)
     return await found.decoded()
 
 

@@ -30,9 +30,10 @@ from server.domain.membership import (
 )
 from server.domain.permissions import require, unreachable
 from server.domain.publish import publish_updated
-from server.queries import audit, bounds, conversations, participants, users
+from server.queries import audit, bounds, conversation_views, conversations, creation, participants, users
 from server.queries.audit import Deed
-from server.queries.conversations import Filter, Founding
+from server.queries.conversation_views import Filter
+from server.queries.creation import Founding
 from server.queries.cursor import Cursor
 from server.queries.system_messages import SystemMessage
 
@@ -48,7 +49,7 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
         members={context.user_id: "member", frame.user_id: "member"},
     )
     async with context.transaction() as db:
-        there = await conversations.direct(db, context.user_id, frame.user_id)
+        there = await creation.direct(db, context.user_id, frame.user_id)
         if there is not None and await conversations.is_deleted(db, there):
             raise Refused(
                 ErrorCode.CONFLICT,
@@ -65,12 +66,12 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
                 raise NotActive
             if not await users.all_may(db, "write", context.user_id, [frame.user_id]):
                 raise await unreachable(db, context.user_id, frame.user_id)
-            made = await conversations.create(db, founding)
+            made = await creation.create(db, founding)
             if made:
                 await users.touch(db, list(founding.members))
                 await bounds.require_made(db, context.user_id, "user_id")
                 await bounds.require_memberships(db, list(founding.members), "user_id")
-            there = await conversations.direct(db, context.user_id, frame.user_id)
+            there = await creation.direct(db, context.user_id, frame.user_id)
         assert there is not None  # noqa: S101 - made above, if not before
         view = await _view(db, context.user_id, there)
     if made:
@@ -116,7 +117,7 @@ async def _create(
     async with context.transaction() as db:
         they = await _made(db, context, founding)
         made = they is not None
-        if not made and not await conversations.is_same(db, founding):
+        if not made and not await creation.is_same(db, founding):
             raise Refused(
                 ErrorCode.CONFLICT, "Another conversation has this id. Make a new id.", path="conversation_id"
             )
@@ -149,7 +150,7 @@ async def _made(db: Db, context: Context, founding: Founding) -> Welcome | None:
         return None  # the same frame on another connection created it while this one waited
     they = welcomed(context, await guests(db, context, None, founding.members) if is_group else [])
     founding = msgspec.structs.replace(founding, invited=frozenset(they.invited))
-    if not await conversations.create(db, founding):
+    if not await creation.create(db, founding):
         return None
     await counted(db, context, they)
     await participants.stamp(db, founding.id, they.invited, also=list(founding.members))
@@ -174,7 +175,7 @@ async def list_conversations(context: Context, frame: client.ListConversations) 
     before = Cursor.read(frame.after)
     which = Filter(type=frame.conversation_type, is_archived=frame.archived, is_hidden=frame.hidden, before=before)
     async with context.database.connection() as db:
-        found = await conversations.page(db, context.user_id, which, limit=frame.limit)
+        found = await conversation_views.page(db, context.user_id, which, limit=frame.limit)
     page = await found.decoded()
     return ConversationPage(conversations=page.rows, after=page.after)
 
@@ -258,7 +259,7 @@ async def set_preferences(context: Context, frame: client.SetPreferences) -> One
 
 
 async def _view(db: Db, user_id: UserId, conversation_id: ConversationId) -> ConversationView:
-    views = await conversations.get(db, user_id, [conversation_id])
+    views = await conversation_views.get(db, user_id, [conversation_id])
     if not views:
         raise NotFound("conversation_id")
     return views[0]

@@ -11,7 +11,7 @@ from server.domain.invite_code import new_code
 from server.domain.membership import MembershipChange, lock_with_member, welcomed_by
 from server.domain.permissions import require
 from server.domain.publish import publish_updated
-from server.queries import audit, conversations, participants, users
+from server.queries import audit, conversation_views, conversations, invite_codes, participants, users
 from server.queries.audit import Deed
 
 
@@ -61,9 +61,9 @@ async def set_invite_code(context: Context, frame: client.SetInviteCode) -> OneC
     async with context.transaction() as db:
         conversation, me = await lock_with_member(db, context, frame.conversation_id)
         require(me, Act.ADD_MEMBERS)
-        conversation = await conversations.set_invite_code(db, conversation.id, code, lasts, frame.max_uses)
+        conversation = await invite_codes.replace(db, conversation.id, code, lasts, frame.max_uses)
         details = {"is_open": frame.is_open, "max_uses": frame.max_uses, "seconds": frame.expires_in_seconds}
         await audit.record(db, conversation.id, Deed(context.user_id, "set_invite_code", details=details))
-        (view,) = await conversations.get(db, context.user_id, [conversation.id])
+        (view,) = await conversation_views.get(db, context.user_id, [conversation.id])
     publish_updated(context.events, conversation)
     return OneConversation(view=view)

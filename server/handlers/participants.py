@@ -12,7 +12,7 @@ from server.db.database import Db
 from server.domain import sync
 from server.domain.membership import MembershipChange, lock_with_member, require_room, taking_part, welcomed_by
 from server.domain.permissions import require, require_above, require_below
-from server.queries import bounds, conversations, participants, users
+from server.queries import bounds, conversation_views, conversations, invite_codes, participants, users
 from server.queries.audit import Deed
 from server.queries.system_messages import SystemMessage
 
@@ -35,14 +35,14 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
         if before is None or before.status != "active":
             membership_change.enter(await participants.add(db, conversation.id, [context.user_id], "member", None))
             if frame.invite_code is not None:
-                await conversations.use_invite_code(db, conversation.id)
+                await invite_codes.use(db, conversation.id)
             await membership_change.announce(SystemMessage("join", "joined"))
             if before is not None and before.status == "invited":
                 await participants.stamp(db, conversation.id, [context.user_id])
             else:
                 await users.touch(db, [context.user_id])
             await bounds.require_memberships(db, [context.user_id], path)
-        (view,) = await conversations.get(db, context.user_id, [conversation.id])
+        (view,) = await conversation_views.get(db, context.user_id, [conversation.id])
     membership_change.tell()
     await sync.join(context, view)
     return OneConversation(view=view)

@@ -4,7 +4,7 @@ from datetime import datetime
 
 from protocol.ids import UserId
 from server.db.database import Db
-from server.queries.conversations import ACTIVE_AT
+from server.queries.conversation_views import ACTIVE_AT
 
 SEARCHED = 200
 """Max conversations that a search or the feed covers. The search index is queried for each of them, and each is
