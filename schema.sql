@@ -1014,16 +1014,22 @@ END
 $$;
 
 -- Returns why a participant may not write in a conversation, whichever the frame, or null if they may.
+-- `is_here` states whether the account is active.
 -- If slow mode applies to the participant, the reason is 'slow', and slow_mode_wait() returns how long they have to
 -- wait.
-CREATE FUNCTION obstacle(c conversation, p conversation_participant) RETURNS text LANGUAGE sql STABLE
+CREATE FUNCTION obstacle_of(c conversation, p conversation_participant, is_here boolean) RETURNS text LANGUAGE sql STABLE
     RETURN CASE
-        WHEN NOT EXISTS (SELECT FROM "user" u WHERE u.id = p.user_id AND u.is_active AND NOT u.is_deleted) THEN 'inactive'
+        WHEN NOT is_here THEN 'inactive'
         WHEN c.is_archived THEN 'archived'
         WHEN NOT may_send(c, p.role, true) THEN 'role'
         WHEN c.type = 'direct' AND NOT may('write', p.user_id,
             CASE WHEN c.direct_low = p.user_id THEN c.direct_high ELSE c.direct_low END) THEN 'unwanted'
         WHEN NOT may_send(c, p.role, false) THEN 'slow' END;
+
+-- Returns the same, but looks up the account. Statements that have read the account call obstacle_of(), which PostgreSQL
+-- inlines because it has no subquery.
+CREATE FUNCTION obstacle(c conversation, p conversation_participant) RETURNS text LANGUAGE sql STABLE
+    RETURN obstacle_of(c, p, EXISTS (SELECT FROM "user" u WHERE u.id = p.user_id AND u.is_active AND NOT u.is_deleted));
 
 -- Returns how long slow mode makes a participant wait, in milliseconds.
 CREATE FUNCTION slow_mode_wait(c conversation, p conversation_participant) RETURNS integer LANGUAGE sql STABLE
@@ -1103,15 +1109,13 @@ CREATE FUNCTION message_in(conversation uuid, id uuid)
     END;
 
 -- Returns what send_messages() needs to know about a sender who takes part in a conversation. `obstacle` is the result
--- of obstacle(), which is called only where it may return one. OFFSET 0 makes the planner start from the participant's
--- row.
+-- of obstacle_of(). OFFSET 0 makes the planner start from the participant's row.
 CREATE FUNCTION sender_part(conversation uuid, sender uuid) RETURNS TABLE (
     clock bigint, obstacle text, wait_ms integer, may_be_loud boolean, visible_after bigint, expires_after interval
 ) LANGUAGE sql STABLE
     BEGIN ATOMIC
         SELECT c.version,
-            CASE WHEN c.type = 'direct' OR NOT u.is_active OR u.is_deleted OR NOT may_send(c, p.role, false)
-                THEN obstacle(c, p) END,
+            obstacle_of(c, p, u.is_active AND NOT u.is_deleted),
             slow_mode_wait(c, p),
             c.type <> 'direct' AND can(p.role, 'moderator', false),
             visible_after(c, p),
@@ -1587,6 +1591,7 @@ REVOKE EXECUTE ON FUNCTION may(text, uuid, uuid), are_together(uuid, uuid), may_
     is_entry_shown(uuid, uuid), is_action_shown(uuid, uuid, text), is_follow_shown(uuid, uuid, boolean, bigint),
     may_now(text, uuid, uuid), is_there_now(uuid, uuid), may_forward_now(uuid, uuid, uuid, timestamptz),
     is_unerased_now(uuid), obstacle(conversation, conversation_participant),
+    obstacle_of(conversation, conversation_participant, boolean),
     message_in(uuid, uuid), sender_part(uuid, uuid), send_messages(json, boolean, text) FROM PUBLIC;
 
 -- Revokes from PUBLIC the rights to create temporary tables and objects in the schema. Neither CREATE DATABASE with a

@@ -22,16 +22,25 @@ CREATE FUNCTION message_in(conversation uuid, id uuid)
         WHERE m.id = message_in.id AND (m.conversation_id = conversation) IS TRUE OFFSET 0;
     END;
 
--- Returns what send_messages() asks about a sender, if they take part in a conversation. `obstacle` is that of
--- obstacle(), which is only called where it may return one. OFFSET 0 has the planner go from the participant's row to
--- the two others.
+CREATE FUNCTION obstacle_of(c conversation, p conversation_participant, is_here boolean) RETURNS text LANGUAGE sql STABLE
+    RETURN CASE
+        WHEN NOT is_here THEN 'inactive'
+        WHEN c.is_archived THEN 'archived'
+        WHEN NOT may_send(c, p.role, true) THEN 'role'
+        WHEN c.type = 'direct' AND NOT may('write', p.user_id,
+            CASE WHEN c.direct_low = p.user_id THEN c.direct_high ELSE c.direct_low END) THEN 'unwanted'
+        WHEN NOT may_send(c, p.role, false) THEN 'slow' END;
+CREATE OR REPLACE FUNCTION obstacle(c conversation, p conversation_participant) RETURNS text LANGUAGE sql STABLE
+    RETURN obstacle_of(c, p, EXISTS (SELECT FROM "user" u WHERE u.id = p.user_id AND u.is_active AND NOT u.is_deleted));
+
+-- Returns what send_messages() asks about a sender, if they take part in a conversation. OFFSET 0 has the planner go from
+-- the participant's row to the two others.
 CREATE FUNCTION sender_part(conversation uuid, sender uuid) RETURNS TABLE (
     clock bigint, obstacle text, wait_ms integer, may_be_loud boolean, visible_after bigint, expires_after interval
 ) LANGUAGE sql STABLE
     BEGIN ATOMIC
         SELECT c.version,
-            CASE WHEN c.type = 'direct' OR NOT u.is_active OR u.is_deleted OR NOT may_send(c, p.role, false)
-                THEN obstacle(c, p) END,
+            obstacle_of(c, p, u.is_active AND NOT u.is_deleted),
             slow_mode_wait(c, p),
             c.type <> 'direct' AND can(p.role, 'moderator', false),
             visible_after(c, p),
@@ -199,5 +208,6 @@ BEGIN
     LEFT JOIN unnest(root_ids, reply_counts, thread_orders) r (id, reply_count, thread_order) ON r.id = s.root_id;
 END
 $$;
-REVOKE EXECUTE ON FUNCTION message_in(uuid, uuid), sender_part(uuid, uuid), send_messages(json, boolean, text)
+REVOKE EXECUTE ON FUNCTION obstacle_of(conversation, conversation_participant, boolean), message_in(uuid, uuid),
+    sender_part(uuid, uuid), send_messages(json, boolean, text)
     FROM PUBLIC;
