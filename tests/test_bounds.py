@@ -1,4 +1,4 @@
-"""Bounds on what users own hold for frames that come concurrently, on connections of two workers."""
+"""Bounds on the data of a user hold for concurrent frames on connections to two workers."""
 
 import asyncio
 from collections.abc import Sequence
@@ -20,53 +20,54 @@ from tests.test_credentials import administer
 from tests.test_may_send import waiting
 from tests.world import Room, UserSession, World, http_client, refused, sent
 
-MOST, ASKED = 5, 15
+LIMIT, FRAMES = 5, 15
 
 
 async def refusals(who: UserSession, world: World, frames: Sequence[client.Frame]) -> list[ErrorCode]:
-    """Send frames concurrently, each on a connection of its own, and return the codes of those that were refused.
-    Frames that a busy worker puts off (docs/limits.md) are sent again.
-    """
-    askers: list[Client] = [await world.connect(who, number % 2) for number in range(len(frames))]
+    """Send frames concurrently, each on its own connection, and return the codes of the errors.
 
-    async def asked(asker: Client, frame: client.Frame) -> object:
-        while isinstance(answer := await asker.ask(frame), Error) and answer.code == ErrorCode.UNAVAILABLE:
+    Frames that a busy worker refuses with `unavailable` (docs/limits.md) are sent again.
+    """
+    connections: list[Client] = [await world.connect(who, number % 2) for number in range(len(frames))]
+
+    async def reply_to(connection: Client, frame: client.Frame) -> object:
+        while isinstance(answer := await connection.ask(frame), Error) and answer.code == ErrorCode.UNAVAILABLE:
             await asyncio.sleep((answer.retry_after_ms or 0) / 1000)
         return answer
 
-    answers = await asyncio.gather(*(asked(asker, frame) for asker, frame in zip(askers, frames, strict=True)))
+    answers = await asyncio.gather(*(reply_to(one, frame) for one, frame in zip(connections, frames, strict=True)))
     refused = [answer for answer in answers if isinstance(answer, Error)]
     assert all(answer.path is not None for answer in refused if answer.code == ErrorCode.RATE_LIMITED)
     return [answer.code for answer in refused]
 
 
 def channels() -> list[client.Frame]:
-    return [client.CreateChannel(conversation_id=ConversationId(uuid7()), title="News") for _ in range(ASKED)]
+    return [client.CreateChannel(conversation_id=ConversationId(uuid7()), title="News") for _ in range(FRAMES)]
 
 
-async def test_conversations_of_a_day_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "MAX_CONVERSATIONS_A_DAY", MOST)
+async def test_conversations_created_in_a_day_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_CONVERSATIONS_A_DAY", LIMIT)
     ada, charles = await world.users("Ada", "Charles")
-    assert await refusals(ada, world, channels()) == [ErrorCode.RATE_LIMITED] * (ASKED - MOST)
-    assert await world.db.fetchval("SELECT count(*) FROM conversation") == MOST
+    assert await refusals(ada, world, channels()) == [ErrorCode.RATE_LIMITED] * (FRAMES - LIMIT)
+    assert await world.db.fetchval("SELECT count(*) FROM conversation") == LIMIT
     await world.channel(await world.connect(charles))
     await world.db.execute("UPDATE conversation SET created_at = now() - interval '2 days'")
     await world.channel(await world.connect(ada))
 
 
 async def test_memberships_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "MAX_MEMBERSHIPS", MOST)
+    monkeypatch.setattr(bounds, "MAX_MEMBERSHIPS", LIMIT)
     ada, charles, mary = await world.users("Ada", "Charles", "Mary")
     owner = await world.connect(ada)
     await refusals(ada, world, channels())
     taking_part = "SELECT count(*) FROM conversation_participant WHERE user_id = $1 AND status = 'active'"
-    assert await world.db.fetchval(taking_part, ada.id) == MOST
+    assert await world.db.fetchval(taking_part, ada.id) == LIMIT
     other = await world.connect(charles)
-    public = [await world.channel(other, is_public=True) for _ in range(MOST)]
+    public = [await world.channel(other, is_public=True) for _ in range(LIMIT)]
     joining = [client.Join(conversation_id=one) for one in public]
-    assert await refusals(ada, world, joining) == [ErrorCode.CONFLICT] * MOST
+    assert await refusals(ada, world, joining) == [ErrorCode.CONFLICT] * LIMIT
     await refusals(mary, world, joining)
-    assert await world.db.fetchval(taking_part, mary.id) == MOST
+    assert await world.db.fetchval(taking_part, mary.id) == LIMIT
     answer = await other.ask(client.AddParticipants(conversation_id=public[0], participants=[ada.id]))
     assert isinstance(answer, Error)
     assert (answer.code, answer.path) == (ErrorCode.CONFLICT, "participants")
@@ -90,30 +91,30 @@ async def test_deleted_conversations_do_not_count(world: World, monkeypatch: pyt
 
 
 async def test_stars_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "MAX_STARS", MOST)
+    monkeypatch.setattr(bounds, "MAX_STARS", LIMIT)
     ada = await world.user("Ada")
     one = await world.connect(ada)
     about = await world.channel(one)
-    said = [await sent(one, about) for _ in range(ASKED)]
+    said = [await sent(one, about) for _ in range(FRAMES)]
     frames = [client.Star(conversation_id=about, message_id=message_id) for message_id in said]
-    assert await refusals(ada, world, frames) == [ErrorCode.CONFLICT] * (ASKED - MOST)
-    assert await world.db.fetchval("SELECT count(*) FROM message_star") == MOST
+    assert await refusals(ada, world, frames) == [ErrorCode.CONFLICT] * (FRAMES - LIMIT)
+    assert await world.db.fetchval("SELECT count(*) FROM message_star") == LIMIT
 
 
 async def test_relationships_of_each_kind_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "MAX_RELATIONSHIPS", MOST)
+    monkeypatch.setattr(bounds, "MAX_RELATIONSHIPS", LIMIT)
     ada = await world.user("Ada")
-    others = await world.users(*(f"User {number}" for number in range(ASKED)))
+    others = await world.users(*(f"User {number}" for number in range(FRAMES)))
     for kind in (client.Block, client.RequestFriend):
         wanted: list[client.Frame] = [kind(user_id=other.id) for other in others]
-        assert len(await refusals(ada, world, wanted)) >= ASKED - MOST
+        assert len(await refusals(ada, world, wanted)) >= FRAMES - LIMIT
     counts = await world.db.fetch(
         "SELECT count(*) FROM user_relationship WHERE from_user_id = $1 GROUP BY type", ada.id
     )
-    assert [row[0] for row in counts] == [MOST, MOST]
+    assert [row[0] for row in counts] == [LIMIT, LIMIT]
 
 
-async def test_blocks_that_ended_keep_nobody_from_blocking(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_ended_blocks_do_not_count(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "MAX_RELATIONSHIPS", 2)
     ada, *others = await world.users("Ada", *(f"User {number}" for number in range(5)))
     one = await world.connect(ada)
@@ -134,23 +135,23 @@ async def test_blocks_that_ended_keep_nobody_from_blocking(world: World, monkeyp
 
 
 async def test_friend_requests_sent_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "MAX_REQUESTS_SENT", MOST)
+    monkeypatch.setattr(bounds, "MAX_REQUESTS_SENT", LIMIT)
     ada = await world.user("Ada")
-    others = await world.users(*(f"User {number}" for number in range(ASKED)))
+    others = await world.users(*(f"User {number}" for number in range(FRAMES)))
     requests: list[client.Frame] = [client.RequestFriend(user_id=other.id) for other in others]
-    assert await refusals(ada, world, requests) == [ErrorCode.CONFLICT] * (ASKED - MOST)
+    assert await refusals(ada, world, requests) == [ErrorCode.CONFLICT] * (FRAMES - LIMIT)
     pending = await world.db.fetch("SELECT to_user_id FROM user_relationship WHERE status = 'pending'")
-    assert len(pending) == MOST
+    assert len(pending) == LIMIT
     await (await world.connect(ada)).call(client.Unfriend(user_id=pending[0][0]))
     assert await refusals(ada, world, [client.RequestFriend(user_id=pending[0][0])]) == []
 
 
 async def test_friend_requests_received_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "MAX_REQUESTS_RECEIVED", MOST)
+    monkeypatch.setattr(bounds, "MAX_REQUESTS_RECEIVED", LIMIT)
     ada = await world.user("Ada")
-    others = await world.users(*(f"User {number}" for number in range(ASKED)))
+    others = await world.users(*(f"User {number}" for number in range(FRAMES)))
     asked = await asyncio.gather(*(refusals(other, world, [client.RequestFriend(user_id=ada.id)]) for other in others))
-    assert [code for codes in asked for code in codes] == [ErrorCode.CONFLICT] * (ASKED - MOST)
+    assert [code for codes in asked for code in codes] == [ErrorCode.CONFLICT] * (FRAMES - LIMIT)
     (first,) = await world.db.fetch("SELECT from_user_id FROM user_relationship LIMIT 1")
     await (await world.connect(ada)).call(client.AnswerFriend(user_id=first[0], accept=False))
     refusing = await world.db.fetchval(
@@ -162,47 +163,47 @@ async def test_friend_requests_received_are_bounded(world: World, monkeypatch: p
     assert await refusals(one, world, [client.RequestFriend(user_id=ada.id)]) == []
 
 
-async def test_reports_of_a_day_are_bounded(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "MAX_REPORTS_A_DAY", MOST)
-    said = [await sent(room.ada, room.group) for _ in range(ASKED)]
+async def test_reports_made_in_a_day_are_bounded(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_REPORTS_A_DAY", LIMIT)
+    said = [await sent(room.ada, room.group) for _ in range(FRAMES)]
     reports: list[client.Frame] = [client.ReportMessage(**room.at(one), reason="Rude") for one in said]
-    assert await refusals(room.users[1], world, reports) == [ErrorCode.RATE_LIMITED] * (ASKED - MOST)
-    assert await world.db.fetchval("SELECT count(*) FROM report") == MOST
+    assert await refusals(room.users[1], world, reports) == [ErrorCode.RATE_LIMITED] * (FRAMES - LIMIT)
+    assert await world.db.fetchval("SELECT count(*) FROM report") == LIMIT
     await world.db.execute("UPDATE report SET created_at = now() - interval '2 days'")
     for report in reports:
         await room.charles.ask(report)
-    assert await world.db.fetchval("SELECT count(*) FROM report") == 2 * MOST
+    assert await world.db.fetchval("SELECT count(*) FROM report") == 2 * LIMIT
 
 
 async def test_edits_of_a_message_are_bounded(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(messages, "MAX_EDITS", MOST)
+    monkeypatch.setattr(messages, "MAX_EDITS", LIMIT)
     said = await sent(room.ada, room.group)
-    edits = [client.Edit(**room.at(said), content=f"{number}", edit_id=EditId(uuid7())) for number in range(ASKED)]
-    assert await refusals(room.users[0], world, edits) == [ErrorCode.CONFLICT] * (ASKED - MOST)
+    edits = [client.Edit(**room.at(said), content=f"{number}", edit_id=EditId(uuid7())) for number in range(FRAMES)]
+    assert await refusals(room.users[0], world, edits) == [ErrorCode.CONFLICT] * (FRAMES - LIMIT)
     page = await room.ada.call(client.ListEdits(**room.at(said)), server.EditPage)
-    assert len(page.edits) == MOST
-    # An edit that was made is acknowledged again, and the message can be deleted.
+    assert len(page.edits) == LIMIT
+    # A repeated edit is acknowledged, and the message can be deleted.
     (made,) = [edit for edit in edits if edit.edit_id == page.edits[0].id]
     await room.ada.call(made)
     await room.ada.call(client.Delete(**room.at(said)))
 
 
 async def test_followed_threads_are_bounded(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "MAX_THREAD_FOLLOWS", MOST)
-    said = [await sent(room.ada, room.group) for _ in range(ASKED)]
+    monkeypatch.setattr(bounds, "MAX_THREAD_FOLLOWS", LIMIT)
+    said = [await sent(room.ada, room.group) for _ in range(FRAMES)]
     rows = "SELECT count(*) FROM thread_follow WHERE user_id = $1"
     reads: list[client.Frame] = [client.ReadThread(**room.at(one), thread_order=0) for one in said]
     assert await refusals(room.users[1], world, reads) == []
-    assert await world.db.fetchval(rows, room.users[1].id) <= MOST
+    assert await world.db.fetchval(rows, room.users[1].id) <= LIMIT
     follows: list[client.Frame] = [client.FollowThread(**room.at(one)) for one in said]
-    assert await refusals(room.users[1], world, follows) == [ErrorCode.CONFLICT] * (ASKED - MOST)
-    assert await world.db.fetchval(rows, room.users[1].id) == MOST
+    assert await refusals(room.users[1], world, follows) == [ErrorCode.CONFLICT] * (FRAMES - LIMIT)
+    assert await world.db.fetchval(rows, room.users[1].id) == LIMIT
     assert await refusals(room.users[1], world, reads) == []
-    assert await world.db.fetchval(rows, room.users[1].id) == MOST
+    assert await world.db.fetchval(rows, room.users[1].id) == LIMIT
     await sent(room.charles, room.group, parent_message_id=said[-1])
 
 
-async def test_what_is_unfollowed_by_its_author_is_not_forgotten(
+async def test_author_who_unfollowed_a_thread_stays_unfollowed_at_the_bound(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounds, "MAX_THREAD_FOLLOWS", 1)
@@ -221,10 +222,10 @@ async def test_emoji_of_a_user_on_a_message_are_bounded(room: Room, world: World
     await world.db.execute(
         """INSERT INTO message_reaction (message_id, user_id, emoji, conversation_id, version, author_id, is_removed)
         SELECT $1, $2, ':e' || n || ':', $3, 1, $2, true FROM generate_series(1, $4) n""",
-        said, room.users[0].id, room.group, MAX_EMOJI_OF_USER - MOST,
+        said, room.users[0].id, room.group, MAX_EMOJI_OF_USER - LIMIT,
     )  # fmt: skip
-    put: list[client.Frame] = [client.React(**room.at(said), emoji=f":new{number}:") for number in range(ASKED)]
-    assert await refusals(room.users[0], world, put) == [ErrorCode.CONFLICT] * (ASKED - MOST)
+    put: list[client.Frame] = [client.React(**room.at(said), emoji=f":new{number}:") for number in range(FRAMES)]
+    assert await refusals(room.users[0], world, put) == [ErrorCode.CONFLICT] * (FRAMES - LIMIT)
     assert await world.db.fetchval("SELECT count(*) FROM message_reaction") == MAX_EMOJI_OF_USER
     with refused(ErrorCode.CONFLICT, "emoji"):
         await room.ada.call(client.React(**room.at(said), emoji=":other:"))
@@ -233,8 +234,8 @@ async def test_emoji_of_a_user_on_a_message_are_bounded(room: Room, world: World
 
 
 @pytest.mark.parametrize("frame", ["leave", "remove", "delete", "openchat conversation delete"])
-async def test_draft_goes_with_its_conversation(room: Room, world: World, frame: str) -> None:
-    """The writer's other devices are told, and the row keeps no text."""
+async def test_draft_is_deleted_with_its_conversation(room: Room, world: World, frame: str) -> None:
+    """The user's other devices get an event, and the row is emptied."""
     other = await world.connect(room.users[1], 1)
     await room.charles.call(client.SetDraft(conversation_id=room.group, content="I thi"))
     await other.event(server.DraftChanged, lambda event: event.draft.content == "I thi")
@@ -254,10 +255,10 @@ async def test_draft_goes_with_its_conversation(room: Room, world: World, frame:
         await room.charles.call(client.SetDraft(conversation_id=room.group, content="I think"))
 
 
-async def test_a_draft_that_is_set_while_its_conversation_is_deleted_goes_with_it(room: Room, world: World) -> None:
+async def test_draft_set_during_the_deletion_of_its_conversation_is_deleted(room: Room, world: World) -> None:
     charles = room.users[1].id
     async with world.db.transaction():
-        # As `set_draft` locks and writes.
+        # The locks and the statement of `set_draft`.
         await conversations.keep(world.db, room.group, charles)
         await users.lock(world.db, [charles])
         assert await drafts.put(world.db, client.SetDraft(conversation_id=room.group, content="I thi"), charles)
@@ -268,7 +269,7 @@ async def test_a_draft_that_is_set_while_its_conversation_is_deleted_goes_with_i
     assert await world.db.fetchval("SELECT count(*) FROM draft WHERE content <> ''") == 0
 
 
-async def test_a_deletion_waits_for_nobody_who_has_a_draft_there(room: Room, world: World) -> None:
+async def test_deletion_of_a_conversation_does_not_wait_for_users_with_drafts(room: Room, world: World) -> None:
     await room.charles.call(client.SetDraft(conversation_id=room.group, content="I thi"))
     async with world.db.transaction():
         await users.lock(world.db, [room.users[1].id])
@@ -277,7 +278,7 @@ async def test_a_deletion_waits_for_nobody_who_has_a_draft_there(room: Room, wor
     assert deleted
 
 
-async def test_a_draft_that_waits_while_its_writer_is_removed_is_refused(room: Room, world: World) -> None:
+async def test_draft_that_waits_while_its_author_is_removed_is_refused(room: Room, world: World) -> None:
     charles = room.users[1].id
     async with world.db.transaction():
         await users.lock(world.db, [charles])
@@ -292,7 +293,7 @@ async def test_a_draft_that_waits_while_its_writer_is_removed_is_refused(room: R
     assert await world.db.fetchval("SELECT count(*) FROM draft") == 0
 
 
-async def test_session_unused_for_longest_ends_when_there_are_too_many(world: World) -> None:
+async def test_least_recently_used_session_ends_at_the_bound(world: World) -> None:
     ada = {"email": "ada@example.org", "password": "correct horse"}
     async with http_client() as http:
         registered = await http.post(f"{world.url}/v1/auth/register", json=ada | {"name": "Ada"})

@@ -1,4 +1,4 @@
-"""Certificates of other servers: each name that is asked has to prove itself, whichever address it shares."""
+"""Certificates of other servers: each host name is verified, even if it shares its address with another one."""
 
 import asyncio
 import datetime as dt
@@ -26,10 +26,10 @@ PROVEN = "proven.example"
 
 
 class Host:
-    """An HTTPS server with a certificate for one name, and what it was asked, by connection."""
+    """An HTTPS server with a certificate for one name, and the requests that it received, by connection."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[int, str]] = []
+        self.requests: list[tuple[int, str]] = []
         self.port = 0
         self.context: ssl.SSLContext
 
@@ -38,7 +38,7 @@ class Host:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
                 await reader.readexactly(int(head.split("content-length: ")[1].split("\r\n")[0]))
-                self.asked.append((writer.get_extra_info("peername")[1], head.split("host: ")[1].split(":")[0]))
+                self.requests.append((writer.get_extra_info("peername")[1], head.split("host: ")[1].split(":")[0]))
                 writer.write(b"HTTP/1.1 201 Created\r\ncontent-length: 0\r\n\r\n")
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
@@ -84,30 +84,32 @@ async def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 
 
 @pytest.fixture
-async def asker(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SafeHttp]:
-    asker = SafeHttp(to_private=True)
+async def safe_client(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SafeHttp]:
+    safe_client = SafeHttp(to_private=True)
 
     async def addresses(_: str, **__: object) -> list[str]:
         return ["127.0.0.1"]
 
-    monkeypatch.setattr(asker._resolver, "addresses", addresses)  # noqa: SLF001
-    yield asker
-    await asker.close()
+    monkeypatch.setattr(safe_client._resolver, "addresses", addresses)  # noqa: SLF001
+    yield safe_client
+    await safe_client.close()
 
 
-async def test_connection_that_one_name_has_proven_is_not_used_for_another_name(host: Host, asker: SafeHttp) -> None:
+async def test_connection_verified_for_one_name_is_not_used_for_another(host: Host, safe_client: SafeHttp) -> None:
     for _ in range(2):
-        assert (await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, stopwatch=Stopwatch())).status == 201
-    (first, _), (second, _) = host.asked
-    assert first == second, "one name keeps its connection"
+        assert (await safe_client.post(f"https://{PROVEN}:{host.port}/", b"", {}, stopwatch=Stopwatch())).status == 201
+    (first, _), (second, _) = host.requests
+    assert first == second, "the connection is reused for the same name"
     for name in ("other.example", "127.0.0.1", f"sub.{PROVEN}"):
         with pytest.raises(Unreachable, match=r"(?i)certificate"):
-            await asker.post(f"https://{name}:{host.port}/", b"", {}, stopwatch=Stopwatch())
-    assert {name for _, name in host.asked} == {PROVEN}
+            await safe_client.post(f"https://{name}:{host.port}/", b"", {}, stopwatch=Stopwatch())
+    assert {name for _, name in host.requests} == {PROVEN}
 
 
-async def test_endless_parts_of_tls_are_left(host: Host, asker: SafeHttp, monkeypatch: pytest.MonkeyPatch) -> None:
-    """10,000 tickets took a worker 100 ms, in portions of 64 KiB, and would have gone on for five seconds."""
+async def test_endless_tls_records_are_refused(
+    host: Host, safe_client: SafeHttp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10,000 session tickets would keep a worker busy for 100 ms, in parts of 64 KiB, and last five seconds."""
     received: list[int] = []
     receive = SocketStream.receive
 
@@ -119,25 +121,25 @@ async def test_endless_parts_of_tls_are_left(host: Host, asker: SafeHttp, monkey
     monkeypatch.setattr(SocketStream, "receive", spied)
     host.context.num_tickets = 10_000
     with pytest.raises(Unreachable, match="too many parts"):
-        await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, stopwatch=Stopwatch())
+        await safe_client.post(f"https://{PROVEN}:{host.port}/", b"", {}, stopwatch=Stopwatch())
     assert sum(received) <= safe_http.MOST_OF_POST + safe_http.MAX_TLS_BYTES + safe_http.TURN_BYTES
     assert max(received) <= safe_http.TURN_BYTES
     host.context.num_tickets = 2
-    assert (await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, stopwatch=Stopwatch())).status == 201
+    assert (await safe_client.post(f"https://{PROVEN}:{host.port}/", b"", {}, stopwatch=Stopwatch())).status == 201
 
 
-async def test_handshake_that_waits_for_our_share_of_the_loop_is_in_time(
-    host: Host, asker: SafeHttp, monkeypatch: pytest.MonkeyPatch
+async def test_wait_for_a_share_of_the_loop_does_not_count_toward_the_handshake_timeout(
+    host: Host, safe_client: SafeHttp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.5)
-    overdraw(asker._posts)  # noqa: SLF001
+    overdraw(safe_client._posts)  # noqa: SLF001
     stopwatch = Stopwatch()
-    assert (await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, stopwatch=stopwatch)).status == 201
+    assert (await safe_client.post(f"https://{PROVEN}:{host.port}/", b"", {}, stopwatch=stopwatch)).status == 201
     assert stopwatch.seconds < safe_http.TOTAL_SECONDS
 
 
-async def test_whatever_names_a_host_its_address_is_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    asker = SafeHttp(to_private=True)
+async def test_connections_go_to_the_resolved_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    safe_client = SafeHttp(to_private=True)
     connected: list[object] = []
 
     async def connect(_: object, address: str, *__: object) -> None:
@@ -147,8 +149,8 @@ async def test_whatever_names_a_host_its_address_is_connected_to(monkeypatch: py
     monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", connect)
     for name in ("[::1]", "[::ffff:127.0.0.1]", "127.0.0.1", "localhost", "LOCALHOST"):
         with pytest.raises(Unreachable):
-            await asker.get(f"http://{name}:9/", most=1)
+            await safe_client.get(f"http://{name}:9/", most=1)
     addresses = [ipaddress.ip_address(one) for one in ("::1", "::ffff:127.0.0.1", "127.0.0.1")]
     assert connected[:3] == addresses
     assert {*connected[3:]} <= {*addresses}
-    await asker.close()
+    await safe_client.close()

@@ -1,4 +1,4 @@
-"""Characters that hide, reorder or break what people are shown are refused where one line is meant to be one."""
+"""Characters that are invisible, reorder text or break lines are refused in single-line fields."""
 
 import ast
 import re
@@ -36,14 +36,14 @@ def fits(kind: object, text: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", [Name, Title, CustomStatus, Text])
-def test_one_line_has_no_hidden_character(kind: object) -> None:
+def test_single_line_field_refuses_hidden_characters(kind: object) -> None:
     assert all(fits(kind, text) for text in VISIBLE)
     assert [one for one in HIDDEN if any(fits(kind, text) for text in (one, f"a{one}b", f"a{one}"))] == []
 
 
 @pytest.mark.parametrize("kind", [Name, Title, CustomStatus, Text])
-def test_one_line_shows_something(kind: object) -> None:
-    # Of Default_Ignorable_Code_Point (Unicode 16, DerivedCoreProperties.txt), what HIDDEN has not.
+def test_single_line_field_needs_a_visible_character(kind: object) -> None:
+    # Default_Ignorable_Code_Point (Unicode 16, DerivedCoreProperties.txt), without HIDDEN.
     ignorable = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\ufe00\ufe0f\uffa0\U000e0100\U000e01ef"
     spaces = [chr(one) for one in range(sys.maxunicode + 1) if chr(one).isspace() and chr(one) not in HIDDEN]
     for one in [*JOINERS, *ignorable, *spaces, "\u2800"]:
@@ -53,17 +53,17 @@ def test_one_line_shows_something(kind: object) -> None:
 
 
 @pytest.mark.parametrize("kind", [Description, Reason])
-def test_several_lines_have_line_breaks_and_nothing_else_hidden(kind: object) -> None:
+def test_multi_line_field_allows_only_line_breaks_of_the_hidden_characters(kind: object) -> None:
     assert all(fits(kind, text) for text in [*VISIBLE, "a\r\n\tb\n"])
     assert [one for one in HIDDEN if fits(kind, f"a{one}b")] == ["\t", "\n", "\r"]
 
 
-def test_what_is_searched_for_may_have_been_pasted() -> None:
+def test_search_text_may_contain_hidden_characters() -> None:
     assert fits(Query, "a\tb\u200b\n")
     assert not fits(Query, "a\0b")
 
 
-def test_addresses_have_no_hidden_character_and_links_nothing_that_ends_an_attribute() -> None:
+def test_addresses_refuse_hidden_characters_and_links_refuse_quotes() -> None:
     assert fits(Email, "ada@example.org")
     assert fits(Email, "zoë@exämple.org")
     for one in [*HIDDEN, *JOINERS, " ", "\u3000"]:
@@ -73,7 +73,7 @@ def test_addresses_have_no_hidden_character_and_links_nothing_that_ends_an_attri
         assert not any(fits(Link, f"https://example.org/{rest}") for rest in (f"{one}x", one)), repr(one)
 
 
-async def test_each_refusal_names_its_field_in_words(room: Room) -> None:
+async def test_error_names_its_field_in_words(room: Room) -> None:
     group = CreateGroup(conversation_id=ConversationId(uuid7()), participants=[room.users[1].id], title="News\u200b")
     frames: list[tuple[client.Frame, str]] = [
         (UpdateProfile(name="Ada\u202e"), "name"), (UpdateProfile(display_name="Ada\n"), "display_name"),
@@ -98,7 +98,7 @@ async def test_each_refusal_names_its_field_in_words(room: Room) -> None:
 @pytest.mark.parametrize(
     "twin", ["ada@example.org\n", "ADA@example.org", "ada@example.org\u200b", "ada@exa\u00admple.org"]
 )
-async def test_one_address_has_one_account(world: World, twin: str) -> None:
+async def test_variant_of_a_taken_address_cannot_be_registered(world: World, twin: str) -> None:
     async with http_client(world.workers[0].url) as http:
         first = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
         assert (await http.post("/v1/auth/register", json=first)).status_code == 201
@@ -107,9 +107,9 @@ async def test_one_address_has_one_account(world: World, twin: str) -> None:
     assert answer.json()["path"] == "email"
 
 
-async def test_an_accent_that_is_composed_otherwise_is_the_same_address(world: World) -> None:
+async def test_address_with_a_decomposed_accent_is_the_same_address(world: World) -> None:
     async with http_client(world.workers[0].url) as http:
-        # The lower case of a letter with an accent may have a composed form that the letter itself has not.
+        # The lower case of an accented letter may have a composed form that the upper case lacks.
         first = {"name": "Zoë", "email": "zoe\u0308J\u030c@example.org", "password": "correct horse"}
         assert (await http.post("/v1/auth/register", json=first)).status_code == 201
         again = {"email": "ZO\u00cb\u01f0@example.org", "password": first["password"]}
@@ -117,13 +117,13 @@ async def test_an_accent_that_is_composed_otherwise_is_the_same_address(world: W
         assert (await http.post("/v1/auth/register", json=first | again)).status_code == 409
 
 
-def test_no_pattern_lets_a_final_line_break_through() -> None:
+def test_no_pattern_accepts_a_trailing_line_break() -> None:
     r"""In Python, `$` also matches before a line break at the end; `\Z` does not."""
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for folder in ("protocol", "server")
         for path in (ROOT / folder).rglob("*.py")
-        if path.parent.name != "describe" and path.stem not in {"asyncapi", "openapi"}  # of our own names
+        if path.parent.name != "describe" and path.stem not in {"asyncapi", "openapi"}  # patterns for our own names
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)

@@ -1,4 +1,4 @@
-"""Claims of scheduled messages: a worker whose claim is over changes nothing, and an acknowledged change holds."""
+"""Claims of scheduled messages: a worker with a lapsed claim changes nothing, and acknowledged changes are kept."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -18,14 +18,14 @@ from tests.world import Room, World, all_sent, refused
 
 WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
 ROW = "SELECT status, words ->> 'content', problem, claimed_at, not_before FROM scheduled_message WHERE id = $1"
-SAID = "SELECT content FROM message WHERE id = $1"
+CONTENT = "SELECT content FROM message WHERE id = $1"
 CLOSES = """
 UPDATE scheduled_message SET words = jsonb_set(words, '{payload,closes_at}', '"2026-01-01T00:00:00Z"') WHERE id = $1
 """
 
 
 class Turns:
-    """A room whose workers send a scheduled message only when a test says so."""
+    """A room whose scheduled messages are sent only by calls of the test."""
 
     def __init__(self, room: Room, world: World) -> None:
         self.charles = room.charles
@@ -37,11 +37,11 @@ class Turns:
         self._next: dict[asyncio.Task[object] | None, DueScheduled] = {}
 
     async def claim(self) -> DueScheduled | None:
-        """Stand in for `Scheduler._claim`: the jobs get nothing."""
+        """Replace `Scheduler._claim`, so that jobs claim nothing."""
         return self._next.pop(asyncio.current_task(), None)
 
     async def schedule(self, **fields: Any) -> client.Schedule:
-        """Schedule a message of Charles's that is due."""
+        """Schedule a message of Charles that is due."""
         frame = client.Schedule(
             conversation_id=self.group, message_id=MessageId(uuid7()), content="First", send_at=datetime.now(UTC),
             **fields,
@@ -50,31 +50,31 @@ class Turns:
         return frame
 
     async def take(self) -> DueScheduled:
-        """Claim what is due, as a worker does after another one's claim ran out."""
+        """Claim the due message, as a worker does after another claim has lapsed."""
         await self.db.execute("UPDATE scheduled_message SET claimed_at = claimed_at - interval '1 minute'")
         due = await scheduled.claim(self.db, self._sender_id)
         assert due is not None
         return due
 
     async def send(self, due: DueScheduled) -> None:
-        """Go on with a claim as its worker does."""
+        """Send a claimed message as its worker does."""
         self._next[asyncio.current_task()] = due
         await self.scheduler.send_due()
         await all_sent(self.scheduler)
 
     async def put_off(self, due: DueScheduled) -> None:
-        """Put a message off as a worker does that met a busy database."""
+        """Postpone a message as a worker does when the database is busy."""
         await _put_off(self.services, due, 0)
 
     async def fail(self, due: DueScheduled) -> None:
-        """Give a message up, as a worker does whose sender has gone."""
+        """Fail a message, as a worker does when the sender has left."""
         await self.send(due._replace(sender=None))
 
     async def row(self, frame: client.Schedule) -> tuple[object, ...]:
-        """Return what is stored about a message: its row, and what was said."""
+        """Return the row of a scheduled message, and the content of the message that was sent."""
         row = await self.db.fetchrow(ROW, frame.message_id)
         assert row is not None
-        return (*row, await self.db.fetchval(SAID, frame.message_id))
+        return (*row, await self.db.fetchval(CONTENT, frame.message_id))
 
     async def cancels(self, frame: client.Schedule, other: DueScheduled) -> str:
         await self.put_off(other)
@@ -101,8 +101,8 @@ async def turns(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> Tu
     return made
 
 
-async def test_worker_whose_claim_is_over_changes_nothing(turns: Turns) -> None:
-    """Whatever it does next, and whatever has happened since."""
+async def test_worker_with_a_lapsed_claim_changes_nothing(turns: Turns) -> None:
+    """This holds for each next step, and for each change since the claim."""
     wrong = []
     for act in (turns.send, turns.put_off, turns.fail):
         for meanwhile in (turns.cancels, turns.changes, turns.waits, turns.claims):
@@ -113,14 +113,14 @@ async def test_worker_whose_claim_is_over_changes_nothing(turns: Turns) -> None:
             await act(slow)
             if (after := await turns.row(frame)) != before:
                 wrong.append((act.__name__, told, before, after))
-            if meanwhile == turns.claims:  # whoever has the claim now sends it, once
+            if meanwhile == turns.claims:  # the current claim sends the message once
                 await turns.send(other)
                 assert (await turns.row(frame))[::5] == ("sent", "First")
             await turns.db.execute("UPDATE scheduled_message SET status = 'cancelled'")
     assert wrong == []
 
 
-async def test_claim_that_ran_out_and_that_nobody_took_is_worked_on(turns: Turns) -> None:
+async def test_lapsed_claim_that_no_worker_took_is_continued(turns: Turns) -> None:
     for act, status in ((turns.send, "sent"), (turns.fail, "failed"), (turns.put_off, "waiting")):
         frame = await turns.schedule()
         due = await turns.take()
@@ -130,8 +130,8 @@ async def test_claim_that_ran_out_and_that_nobody_took_is_worked_on(turns: Turns
         assert (await turns.row(frame))[0] == status
 
 
-async def test_cancel_that_comes_between_a_message_and_its_commit_takes_the_message_back(turns: Turns) -> None:
-    """The message and the note that it is sent commit together."""
+async def test_cancel_before_the_commit_prevents_the_message(turns: Turns) -> None:
+    """The message and its status `sent` are committed together."""
     frame = await turns.schedule()
     slow = await turns.take()
     await turns.put_off(await turns.take())
@@ -148,7 +148,7 @@ async def test_cancel_that_comes_between_a_message_and_its_commit_takes_the_mess
     assert (await turns.row(frame))[::5] == ("cancelled", None)
 
 
-async def test_poll_that_was_put_off_until_it_is_closed_fails(turns: Turns) -> None:
+async def test_poll_postponed_until_after_its_closing_time_fails(turns: Turns) -> None:
     open_until = datetime.now(UTC) + timedelta(hours=1)
     for is_over, status in ((False, "sent"), (True, "failed")):
         frame = await turns.schedule(payload=Poll(options=["Yes", "No"], closes_at=open_until))
@@ -162,7 +162,7 @@ async def test_poll_that_was_put_off_until_it_is_closed_fails(turns: Turns) -> N
         assert (row[2] is not None and "closed" in str(row[2])) is is_over
 
 
-async def test_message_that_is_over_has_no_next_try(turns: Turns) -> None:
+async def test_sent_failed_or_cancelled_message_has_no_next_attempt(turns: Turns) -> None:
     for act in (turns.send, turns.fail, None):
         frame = await turns.schedule()
         await turns.put_off(await turns.take())
@@ -176,8 +176,8 @@ async def test_message_that_is_over_has_no_next_try(turns: Turns) -> None:
         assert (status != "waiting", not_before) == (True, None), act
 
 
-async def test_schedule_that_is_repeated_while_it_is_sent_gets_its_answer(turns: Turns) -> None:
-    """Also a repeat after it was sent; other words are refused, and the refusal says when to come back."""
+async def test_schedule_repeated_while_it_is_sent_gets_the_same_reply(turns: Turns) -> None:
+    """So does a repeat after it was sent. Other content is refused, with a time to retry."""
     frame = await turns.schedule()
     due = await turns.take()
     other = client.Schedule(

@@ -1,4 +1,4 @@
-"""Every column of schema.sql has a statement that writes it and one that reads it, or waits for what it is for."""
+"""Every column of schema.sql is written and read by a statement, or is listed as not used yet."""
 
 import ast
 import re
@@ -41,7 +41,7 @@ USED: dict[str, Use] = {}
 
 @pytest.fixture
 async def used(db: "asyncpg.Connection[asyncpg.Record]") -> dict[str, Use]:
-    """What each statement uses: the same in every database with the schema, and it takes two seconds to find out."""
+    """The columns that each statement uses. They are found once per run, since that takes two seconds."""
     if not USED:
         USED.update(await columns.uses(db))
     return USED
@@ -51,11 +51,11 @@ async def test_document_is_current(db: "asyncpg.Connection[asyncpg.Record]", use
     assert columns.markdown(await columns.columns(db, used)) == DOCUMENT, "run `make docs`"
 
 
-async def test_no_column_is_dead(db: "asyncpg.Connection[asyncpg.Record]", used: dict[str, Use]) -> None:
+async def test_every_column_is_written_and_read(db: "asyncpg.Connection[asyncpg.Record]", used: dict[str, Use]) -> None:
     found = {f"{column.table}.{column.name}": column for column in await columns.columns(db, used)}
     assert {place for place, column in found.items() if not column.note and not column.writers} == set()
     assert {place for place, column in found.items() if not column.note and not column.readers} == set()
-    # No column waits that is in use already.
+    # No column listed as unused is used.
     assert set(WAITING) - found.keys() <= {column.table for column in found.values()}
     for place in WAITING:
         if place in found:
@@ -63,7 +63,7 @@ async def test_no_column_is_dead(db: "asyncpg.Connection[asyncpg.Record]", used:
             assert not (writers and set(found[place].readers) - {READERS}), place
 
 
-async def test_each_statement_is_prepared_or_a_part_of_one_that_is(used: dict[str, Use]) -> None:
+async def test_every_statement_is_prepared_or_part_of_a_prepared_one(used: dict[str, Use]) -> None:
     texts = columns.statements()
     whole = [text for name, text in texts.items() if name in used]
     assert len(whole) > 250
@@ -72,7 +72,7 @@ async def test_each_statement_is_prepared_or_a_part_of_one_that_is(used: dict[st
             assert any(piece.replace("{{", "{").replace("}}", "}") in text for text in whole), name
 
 
-def test_no_statement_hides_in_a_function() -> None:
+def test_every_statement_is_a_module_constant() -> None:
     hidden = [
         f"{path.name}: {part.value}"
         for path in Path(queries.__file__).parent.glob("*.py")
@@ -88,10 +88,10 @@ def test_no_statement_hides_in_a_function() -> None:
     assert hidden == []
 
 
-async def test_values_that_wait_are_allowed_and_nothing_writes_them(
+async def test_unused_values_are_allowed_and_never_written(
     db: "asyncpg.Connection[asyncpg.Record]", used: dict[str, Use]
 ) -> None:
-    """A value is written if a statement that writes its column has it, or if a handler or the wire knows its name."""
+    """A value is written if it occurs in a statement that writes its column, in a handler or in the protocol."""
     allowed: dict[str, set[str]] = {}
     for table, text in await db.fetch(
         "SELECT conrelid::regclass::text, pg_get_constraintdef(oid) FROM pg_constraint WHERE contype = 'c'"
@@ -137,7 +137,7 @@ STATEMENTS = {
 """Columns of `draft` that each statement reads and writes."""
 
 
-async def test_use_of_a_statement_is_what_reaches_a_condition_or_the_result(
+async def test_statement_reads_columns_that_reach_a_condition_or_the_result(
     db: "asyncpg.Connection[asyncpg.Record]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(columns, "statements", lambda: {text: text for text in STATEMENTS})
@@ -147,10 +147,10 @@ async def test_use_of_a_statement_is_what_reaches_a_condition_or_the_result(
         assert found[text].written == {f"draft.{name}" for name in written}, text
 
 
-async def test_row_that_a_function_gets_whole_is_read_by_the_function(used: dict[str, Use]) -> None:
+async def test_row_passed_to_a_function_is_read_by_the_function(used: dict[str, Use]) -> None:
     assert used["users.ME"].read == {"user.id"}
     assert {"user.email", "user.bio"} <= used["schema.me_json"].read
-    # Functions in PL/pgSQL, views and policies.
+    # Also for functions in PL/pgSQL, views and policies.
     assert {"user.erased_at", "user_relationship.can_see_profile"} <= used["schema.may"].read
     assert "conversation.direct_low" in used["schema.are_together"].read
     assert used["schema.is_unerased_now"].read == {"user.id", "user.erased_at"}
@@ -160,7 +160,7 @@ async def test_row_that_a_function_gets_whole_is_read_by_the_function(used: dict
     }  # fmt: skip
 
 
-def test_tree_is_parsed_with_escaped_names_and_empty_values() -> None:
+def test_parse_tree_with_escaped_names_and_empty_values_is_read() -> None:
     tree = query_tree.parse('({ALIAS :aliasname a\\ b :colnames ("x y" "z") :none <> :value 2 [ 1 0 ]})')
     assert tree == [
         {"type": "ALIAS", "aliasname": "a\\ b", "colnames": ['"x y"', '"z"'], "none": None, "value": "2",
@@ -195,7 +195,7 @@ SHOWN: dict[str, tuple[type[msgspec.Struct], ...]] = {
     "audit_entry": (values.AuditEntry,),
     "user_relationship": (values.Relationship,),
 }
-"""What frames show of the rows of each table that a reader reads, to the same user."""
+"""The structs that show the rows of each table to the user who may read them."""
 SAME = {
     "session.user_id": "the reader's own", "poll_vote.conversation_id": "the message's",
     "message_edit.message_id": "the frame's", "message_edit.conversation_id": "the frame's",
@@ -214,12 +214,12 @@ SAME = {
     "user_relationship.from_user_id": "`user_id` and `is_outgoing`",
     "user_relationship.to_user_id": "`user_id` and `is_outgoing`", "user_relationship.type": "`kind`",
 }  # fmt: skip
-"""What the columns show that are no fields."""
-TOLD = {"message_reaction": "events and `list_reactions`, row by row", "attachment": "empty"}
-OWN_CLOCK = "user_version"
+"""Columns without a field of their own, and why."""
+SHOWN_OTHERWISE = {"message_reaction": "events and `list_reactions`, row by row", "attachment": "empty"}
+USER_VERSION = "user_version"
 
 
-async def test_each_column_that_a_reader_reads_is_shown_by_frames_to_the_same_user(
+async def test_every_column_open_to_a_reader_is_shown_to_the_same_user_by_frames(
     db: "asyncpg.Connection[asyncpg.Record]", used: dict[str, Use]
 ) -> None:
     every: dict[str, list[str]] = {}
@@ -228,20 +228,20 @@ async def test_each_column_that_a_reader_reads_is_shown_by_frames_to_the_same_us
     every["user_profile"] = ["id", "bio", "location", "website", "created_at"]
     hidden, needless = [], set(SAME)
     for table, names in granted().items():
-        if table in TOLD:
+        if table in SHOWN_OTHERWISE:
             continue
         shown = {field for struct in SHOWN[table] for field in struct.__struct_fields__}
         for name in names or every[table]:
             place = f"{table}.{name}"
             if name not in shown and place in SAME:
                 needless.remove(place)
-            elif name not in shown and name != OWN_CLOCK:
+            elif name not in shown and name != USER_VERSION:
                 hidden.append(place)
     assert hidden == []
     assert needless == set()
 
 
-async def test_columns_that_a_reader_reads_are_listed(database_url: str) -> None:
+async def test_columns_open_to_a_reader_are_listed(database_url: str) -> None:
     db = await asyncpg.connect(database_url)
     role = f"lister_{uuid7().hex}"
     try:

@@ -1,4 +1,4 @@
-"""Whoever leaves a conversation and comes back keeps what is theirs alone, and no power and no advantage."""
+"""A user who leaves a conversation and returns keeps personal settings, but no permissions and no advantage."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
@@ -14,20 +14,20 @@ from tests.world import UserSession, World, message, refused, sent
 Way: TypeAlias = Callable[[Client, Client, UserSession, ConversationId], Awaitable[object]]
 
 COLUMNS = {
-    "their place in the conversation": {"id", "conversation_id", "user_id"},
-    "as of somebody who enters for the first time": {
+    "the key": {"id", "conversation_id", "user_id"},
+    "as for a user who joins for the first time": {
         "role", "status", "can_add_members", "can_remove_members", "can_edit_conversation", "can_delete_messages",
         "can_pin_messages", "invited_by", "left_at", "left_version", "unread_from_id", "unread_from_version",
     },
-    "anew": {"joined_at", "version", "joined_version"},
-    "forward alone, for what was said meanwhile is history to them": {"last_read_version", "user_version"},
-    "as they were: what the user has set for themselves, and what they had taken in": {
+    "set again": {"joined_at", "version", "joined_version"},
+    "never decreased, since messages in between count as read": {"last_read_version", "user_version"},
+    "kept: personal settings and delivery": {
         "notifications_enabled", "muted_until", "is_muted", "pin_order", "is_hidden", "notification_level",
         "last_read_message_id", "last_read_at", "delivered_message_id", "delivered_version", "delivered_at",
     },
-    "as they were, or leaving would end the wait of slow mode": {"last_sent_at"},
+    "kept, or leaving would end the wait of slow mode": {"last_sent_at"},
 }  # fmt: skip
-"""All columns of conversation_participant, by what becomes of them."""
+"""All columns of conversation_participant, by their change on leaving and returning."""
 
 CHANGE_ALL = """
 UPDATE conversation_participant SET role = 'admin', can_add_members = true, can_remove_members = true,
@@ -76,10 +76,10 @@ async def be_added(_: Client, owner: Client, who: UserSession, about: Conversati
 WAYS: list[tuple[Way, Way]] = [
     (leave, join), (be_removed, follow_an_invitation), (be_banned, be_added), (decline, join), (leave, be_added),
 ]  # fmt: skip
-"""Ways out, and back in."""
+"""Ways to leave, each with a way to return."""
 
 
-async def test_whoever_comes_back_has_no_more_than_who_enters_for_the_first_time(world: World) -> None:
+async def test_returning_user_has_no_more_rights_than_a_new_participant(world: World) -> None:
     people = await world.users("Ada", "Charles", "Mary")
     ada, charles, mary = people
     owner, them, hers = [await world.connect(one) for one in people]
@@ -114,11 +114,11 @@ async def row(world: World, about: ConversationId, who: UUID) -> dict[str, Any]:
 
 
 def assert_kept(before: dict[str, Any], after: dict[str, Any], first: dict[str, Any], way: str) -> None:
-    place, as_first, anew, forward, own, slow = COLUMNS.values()
-    assert set().union(*COLUMNS.values()) == before.keys(), "say what becomes of the column"
-    assert place | own | slow <= {name for name in before if before[name] == after[name]}, way
+    key, as_first, set_again, forward, own, slow = COLUMNS.values()
+    assert set().union(*COLUMNS.values()) == before.keys(), "add the new column to COLUMNS"
+    assert key | own | slow <= {name for name in before if before[name] == after[name]}, way
     assert {name: after[name] for name in as_first} == {name: first[name] for name in as_first}, way
-    assert not {name for name in anew if after[name] <= before[name]}, way
+    assert not {name for name in set_again if after[name] <= before[name]}, way
     assert not {name for name in forward if after[name] < before[name]}, way
     assert after["last_read_version"] >= first["joined_version"] - 1, way
     assert [name for name in as_first - {"left_at", "left_version"} if before[name] == after[name]] == ["status"], way

@@ -1,4 +1,4 @@
-"""The command, as an operator uses it: it starts, it says what is wrong in one line, it recovers, it stops."""
+"""The command `openchat` as an operator uses it: start, errors in one line, recovery and stop."""
 
 import asyncio
 import contextlib
@@ -41,7 +41,7 @@ class Program:
         self._arguments = arguments
         self.folder = Path(arguments[arguments.index("--data-dir") + 1]) if "--data-dir" in arguments else Path()
         self._environment = {k: v for k, v in os.environ.items() if not k.endswith("_URL")} | environment
-        self.said: list[str] = []
+        self.lines: list[str] = []
         self.process: asyncio.subprocess.Process
         self._reader: asyncio.Task[None]
 
@@ -55,20 +55,20 @@ class Program:
     async def _read(self) -> None:
         assert self.process.stdout is not None
         async for line in self.process.stdout:
-            self.said.append(line.decode().rstrip())
+            self.lines.append(line.decode().rstrip())
 
     @property
     def url(self) -> str:
-        (found,) = (re.search(r"http://\S+", line) for line in self.said if line.startswith("  listening"))
+        (found,) = (re.search(r"http://\S+", line) for line in self.lines if line.startswith("  listening"))
         assert found is not None
         return found[0]
 
     async def ready(self) -> None:
-        """Wait for the last line of the greeting."""
+        """Wait for the last line of the startup messages."""
         await until(
-            lambda: self.process.returncode is not None or any("try next" in line for line in self.said), seconds=30
+            lambda: self.process.returncode is not None or any("try next" in line for line in self.lines), seconds=30
         )
-        assert self.process.returncode is None, self.said
+        assert self.process.returncode is None, self.lines
 
     async def ended(self) -> int:
         async with asyncio.timeout(30):
@@ -82,7 +82,7 @@ class Program:
         await self.ended()
 
 
-async def test_a_worker_that_starts_when_its_supervisor_is_killed_ends(settings: Settings, tmp_path: Path) -> None:
+async def test_starting_worker_ends_when_its_supervisor_is_killed(settings: Settings, tmp_path: Path) -> None:
     cluster = Cluster(settings, tmp_path, 1)
     (worker,) = cluster.workers
     worker.start()
@@ -126,11 +126,11 @@ def workers_of(program: Program) -> list[int]:
     return found
 
 
-async def test_from_nothing_to_running_and_back(folder: Path) -> None:
+async def test_first_start_stop_and_second_start(folder: Path) -> None:
     first = Program("--port", "0", "--data-dir", str(folder))
     await first.start()
     await first.ready()
-    greeting = "\n".join(first.said)
+    greeting = "\n".join(first.lines)
     for part in ("OpenChat", "Ctrl-C", "http://127.0.0.1:", str(folder), "workers", "curl"):
         assert part in greeting
     logged_in = await registered(first.url)
@@ -143,14 +143,14 @@ async def test_from_nothing_to_running_and_back(folder: Path) -> None:
     await second.start()
     await second.ready()
     assert time.monotonic() - began < 10  # three seconds on an idle machine
-    assert any(f"openchat user create Ada ada@example.org --admin --data-dir {folder}" in line for line in second.said)
+    assert any(f"openchat user create Ada ada@example.org --admin --data-dir {folder}" in line for line in second.lines)
     async with Client(second.url, logged_in.token) as client:
         assert client.ready.user == logged_in.user
     second.process.send_signal(signal.SIGTERM)
     assert await second.ended() == 0
 
 
-async def test_when_it_stops_what_is_in_flight_is_finished_and_clients_are_sent_away(program: Program) -> None:
+async def test_shutdown_finishes_frames_in_flight_and_closes_connections(program: Program) -> None:
     logged_in = await registered(program.url)
     idle = [Client(program.url, logged_in.token) for _ in range(5)]
     for client in idle:
@@ -161,13 +161,13 @@ async def test_when_it_stops_what_is_in_flight_is_finished_and_clients_are_sent_
         asking = asyncio.gather(*(busy.ask(message(about)) for _ in range(3)), return_exceptions=True)
         await asyncio.sleep(0)
         program.process.send_signal(signal.SIGTERM)
-        # Each is answered, or was never begun and can be repeated: none is left hanging.
+        # Each frame is answered, or was not begun and can be repeated. None hangs.
         await asking
         assert {await client.closed() for client in (busy, *idle)} == {CloseCode.GOING_AWAY}
     assert await program.ended() == 0
 
 
-async def test_it_recovers_from_kill_9(program: Program, folder: Path) -> None:
+async def test_server_recovers_from_kill_9(program: Program, folder: Path) -> None:
     logged_in = await registered(program.url)
     orphans = workers_of(program)
     program.process.kill()
@@ -183,16 +183,16 @@ async def test_it_recovers_from_kill_9(program: Program, folder: Path) -> None:
 
 
 async def refused(*arguments: str, **environment: str) -> str:
-    """Run a command that cannot work, and return the one line that it says."""
+    """Run a command that must fail, and return the one line that it prints."""
     program = Program(*arguments, **environment)
     await program.start()
     assert await program.ended() == 1
-    (line,) = program.said
+    (line,) = program.lines
     assert line.startswith("openchat: ")
     return line
 
 
-async def test_one_line_for_everything_that_can_be_wrong(servers: Servers, database_url: str, folder: Path) -> None:
+async def test_startup_errors_are_one_line(servers: Servers, database_url: str, folder: Path) -> None:
     data = ("--port", "0")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -200,7 +200,7 @@ async def test_one_line_for_everything_that_can_be_wrong(servers: Servers, datab
         port = str(taken.getsockname()[1])
         assert f"port {port}" in await refused("--port", port, "--data-dir", str(folder))
     assert "DATABASE_URL" in await refused(*data, DATABASE_URL="nonsense", REDIS_URL=servers.valkey.url)
-    # What is named is asked before a folder is made for the rest.
+    # Configured servers are checked before the data folder is created.
     await asyncio.to_thread(folder.chmod, 0o755)
     own = {"OPENCHAT_DATA_DIR": str(folder / "own")}
     assert "database cannot be reached" in await refused(*data, DATABASE_URL="postgresql://127.0.0.1:1/x", **own)
@@ -209,7 +209,7 @@ async def test_one_line_for_everything_that_can_be_wrong(servers: Servers, datab
     half = Program(*data, DATABASE_URL=database_url, **own)
     await half.start()
     await half.ready()
-    assert f"  Valkey     {folder / 'own'}  (its own; REDIS_URL names another)" in half.said
+    assert f"  Valkey     {folder / 'own'}  (its own; REDIS_URL names another)" in half.lines
     half.process.send_signal(signal.SIGINT)
     assert await half.ended() == 0
     assert "OPENCHAT_PORT" in await refused(OPENCHAT_PORT="many")
@@ -218,31 +218,31 @@ async def test_one_line_for_everything_that_can_be_wrong(servers: Servers, datab
 
 
 async def migrated(folder: Path, *options: str) -> tuple[int, list[str]]:
-    """Return how `openchat migrate` ended, and what it said."""
+    """Return the status of `openchat migrate`, and the lines that it printed."""
     program = Program("migrate", *options, "--data-dir", str(folder))
     await program.start()
-    return await program.ended(), program.said
+    return await program.ended(), program.lines
 
 
-async def test_migrate_plans_then_does(folder: Path) -> None:
-    code, (said,) = await migrated(folder, "--plan")
+async def test_migrate_plan_then_migrate(folder: Path) -> None:
+    code, (line,) = await migrated(folder, "--plan")
     assert (code, (folder / "postgres").exists()) == (1, False)
-    assert "there is no database" in said
+    assert "there is no database" in line
     assert await migrated(folder) == (0, ["applied  schema.sql (the database is empty)"])
     assert await migrated(folder) == (0, ["The database is up to date."])
     assert await migrated(folder, "--plan") == (0, ["The database is up to date."])
 
 
-async def test_help_is_for_people() -> None:
+async def test_help_lists_options_and_variables() -> None:
     helping = Program("--help")
     await helping.start()
     assert await helping.ended() == 0
-    text = "\n".join(helping.said)
+    text = "\n".join(helping.lines)
     for part in ("--host", "--port", "--workers", "--data-dir", "migrate", "DATABASE_URL", "REDIS_URL"):
         assert part in text
 
 
-async def test_what_crashes_is_started_again_in_a_folder_of_its_own(program: Program, folder: Path) -> None:
+async def test_crashed_worker_and_crashed_postgres_are_restarted(program: Program, folder: Path) -> None:
     assert "another openchat" in await refused("--port", "0", "--data-dir", str(folder))
     assert (folder / "postgres").stat().st_uid != 0  # PostgreSQL refuses to run as root
 
@@ -254,11 +254,11 @@ async def test_what_crashes_is_started_again_in_a_folder_of_its_own(program: Pro
         for _ in range(20):
             response = await http.get(f"{program.url}/readyz", headers={"Connection": "close"})
             assert response.status_code == 200
-    assert any("worker" in line and "ended" in line for line in program.said)
+    assert any("worker" in line and "ended" in line for line in program.lines)
 
     pid = int((folder / "postgres" / "postmaster.pid").read_text().splitlines()[0])
     os.kill(pid, signal.SIGKILL)
-    await until(lambda: any("Postgres ended" in line for line in program.said))
+    await until(lambda: any("Postgres ended" in line for line in program.lines))
     async with http_client() as http, asyncio.timeout(15):
         while (await http.get(f"{program.url}/readyz")).status_code != 200:
             await asyncio.sleep(0.05)

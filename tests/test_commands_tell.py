@@ -1,4 +1,4 @@
-"""Commands of the operator reach open sockets by the bus: nothing here waits for a worker to compare clocks."""
+"""Commands of the operator reach open sockets over the bus, before a worker compares versions."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ from tests.world import Worker, World, http_client
 
 __all__ = ("shell",)
 
-Seen: TypeAlias = Callable[[Client], Awaitable[None]]
+Effect: TypeAlias = Callable[[Client], Awaitable[None]]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ async def _ended(socket: Client) -> None:
     assert await socket.closed() == CloseCode.SESSION_ENDED
 
 
-def _is_admin(*, expected: bool) -> Seen:
+def _is_admin(*, expected: bool) -> Effect:
     async def seen(socket: Client) -> None:
         await socket.event(server.MeChanged, lambda event: event.me.is_admin is expected)
 
@@ -48,7 +48,7 @@ async def _left(socket: Client) -> None:
     await socket.event(server.ConversationLeft)
 
 
-CHANGES: dict[str, tuple[Seen, ...]] = {
+CHANGES: dict[str, tuple[Effect, ...]] = {
     "user promote": (_is_admin(expected=True),),
     "user demote": (_is_admin(expected=False),),
     "conversation delete --yes": (_left,),
@@ -58,7 +58,7 @@ CHANGES: dict[str, tuple[Seen, ...]] = {
     "user enable": (),
     "erase --yes": (_ended,),
 }
-"""What an open socket sees of each command that changes rights. Nobody has a socket whose account is disabled."""
+"""The effect of each command that changes rights on an open socket. A disabled account has no open socket."""
 READS = {
     "user create", "user list", "user show", "user sessions", "conversation list", "conversation show",
     "conversation export", "conversation audit",
@@ -72,19 +72,19 @@ def _commands() -> Iterator[str]:
         yield from (f"{group.name} {name}" for name in group.commands)
 
 
-def test_every_command_is_known_to_change_rights_or_not_to() -> None:
+def test_every_command_is_listed_with_its_effect_on_sockets() -> None:
     assert {name.split(" --")[0] for name in CHANGES} | READS == set(_commands())
 
 
 @pytest.fixture
 async def alone(world: World) -> int:
-    """The place of a worker that is the only one of its server, as in an embedded installation."""
+    """The index of a worker that is the only one of its server, as in an embedded installation."""
     world.workers.append(Worker(world.settings, world.folder, 3, is_alone=True))
     await world.workers[-1].start()
     return len(world.workers) - 1
 
 
-async def test_open_sockets_see_every_command_that_changes_rights(shell: Shell, alone: int) -> None:
+async def test_command_that_changes_rights_reaches_open_sockets(shell: Shell, alone: int) -> None:
     missed: list[str] = []
     for command, sees in CHANGES.items():
         who = await shell.world.user("Ada")
@@ -92,7 +92,7 @@ async def test_open_sockets_see_every_command_that_changes_rights(shell: Shell, 
         subject = str(who.id)
         if command.startswith("conversation"):
             subject = str(await shell.world.channel(sockets[0]))
-            shell.world.workers[alone].app.hub.online_users.recheck(who.id)  # a real one has no neighbours
+            shell.world.workers[alone].app.hub.online_users.recheck(who.id)  # a real one would be the only worker
             await sockets[1].event(server.ConversationJoined)
         _, err = await shell.both(*command.split(), subject)
         assert err == "", command
@@ -108,7 +108,7 @@ async def test_open_sockets_see_every_command_that_changes_rights(shell: Shell, 
 @pytest.mark.parametrize(
     ("redis_url", "reason"), [("unix:///nowhere/valkey.sock", "Check REDIS_URL"), ("", "set REDIS_URL")]
 )
-async def test_command_says_that_no_server_was_told_and_until_when(
+async def test_command_reports_that_no_server_was_notified(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, redis_url: str, reason: str
 ) -> None:
     monkeypatch.setenv("REDIS_URL", redis_url)
@@ -121,8 +121,8 @@ async def test_command_says_that_no_server_was_told_and_until_when(
     assert f"within {announcement.BOUND_SECONDS:.0f} seconds" in err
 
 
-async def test_each_command_says_that_the_redis_it_told_has_no_server(shell: Shell) -> None:
-    """As with the Redis of another installation: whoever is connected there has other channels."""
+async def test_command_reports_that_no_server_uses_the_redis(shell: Shell) -> None:
+    """This is the case with the Redis of another installation, whose workers use other channels."""
     subjects = {}
     for command in CHANGES:
         who = await shell.world.user("Ada")
@@ -131,7 +131,7 @@ async def test_each_command_says_that_the_redis_it_told_has_no_server(shell: She
     await asyncio.gather(*(worker.stop() for worker in shell.world.workers))
     shell.world.workers.clear()
     async with Redis.from_url(shell.world.settings.redis_url) as redis:
-        # The sign of life of a worker that stopped may last for some seconds.
+        # The key that shows that a worker runs may outlive it by some seconds.
         async for key in redis.scan_iter(f"{WORKER}{await epoch_id(shell.world.db)}:*"):
             await redis.delete(key)
     for command, subject in subjects.items():
@@ -139,7 +139,7 @@ async def test_each_command_says_that_the_redis_it_told_has_no_server(shell: She
         assert f"no server was notified: {announcement.NO_SERVER}. Open sockets see it within" in err, command
 
 
-async def test_reset_password_forgets_failed_logins(shell: Shell) -> None:
+async def test_reset_password_clears_failed_logins(shell: Shell) -> None:
     who = await shell.world.user("Ada")
     login = {"email": (await shell.json("user", "show", str(who.id)))["email"], "password": "no idea of it"}
     async with http_client(shell.world.url) as http:
@@ -150,7 +150,7 @@ async def test_reset_password_forgets_failed_logins(shell: Shell) -> None:
         assert (await http.post("/v1/auth/login", json=login)).status_code == 200
 
 
-async def test_command_that_cannot_read_whom_to_tell_changes_nothing(
+async def test_command_that_cannot_read_the_epoch_changes_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (ada,) = await world.users("Ada")

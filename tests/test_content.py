@@ -1,4 +1,4 @@
-"""What messages consist of: payloads of every type, Markdown that is safe to show, mentions and hashtags."""
+"""Content of messages: payloads of every type, safe Markdown, mentions and hashtags, polls."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ PAYLOADS: list[Payload] = [
 ]
 
 
-async def test_each_type_of_content_comes_as_it_was_sent(room: Room) -> None:
+async def test_payload_of_each_type_is_delivered_unchanged(room: Room) -> None:
     for payload in PAYLOADS:
         frame = message(room.group, "Words for who does not know the type", payload=payload)
         first = await room.ada.call(frame, server.Sent)
@@ -96,7 +96,7 @@ ALLOWED = re.compile(
 
 
 def assert_safe(html: str) -> None:
-    """Nothing is left of the elements that are allowed that could begin another one."""
+    """Assert that a text without the allowed elements contains no further markup."""
     rest = ALLOWED.sub("", html)
     assert "<" not in rest, html
     assert ">" not in rest, html
@@ -114,7 +114,7 @@ SCRAPS = st.sampled_from([
 
 
 @given(st.lists(SCRAPS, max_size=60).map("".join))
-def test_whatever_is_put_together_is_harmless(text: str) -> None:
+def test_any_combination_of_markup_is_harmless(text: str) -> None:
     assert_safe(markdown.render(text))
 
 
@@ -124,15 +124,15 @@ def test_whatever_is_put_together_is_harmless(text: str) -> None:
         max_size=12,
     ).map("".join)
 )
-def test_no_tag_of_the_sender_is_one_however_it_is_escaped(text: str) -> None:
+def test_html_of_the_sender_never_becomes_an_element(text: str) -> None:
     assert re.findall(r"</?(?:a|b)[ >]", markdown.render(text)) == []
 
 
-def test_what_follows_an_escaped_backslash_is_shown() -> None:
+def test_text_after_an_escaped_backslash_is_shown() -> None:
     assert "&lt;script&gt;lost text" in markdown.render(r"\\<script>lost text</script> end")
 
 
-def test_markdown_does_what_people_expect() -> None:
+def test_common_markdown_is_rendered() -> None:
     text = "**Bold** and *soft*, ~~gone~~, `code`,\n[a link](https://example.org/?a=1&b=2)\n\n> said\n\n1. one\n2. two"
     assert markdown.render(text) == (
         "<p><strong>Bold</strong> and <em>soft</em>, <s>gone</s>, <code>code</code>,<br>\n"
@@ -141,7 +141,7 @@ def test_markdown_does_what_people_expect() -> None:
     )
 
 
-def test_what_nests_for_ever_ends_soon() -> None:
+def test_deeply_nested_markdown_is_rendered_quickly() -> None:
     for text in (">" * 10_000, "[" * 10_000, "*a " * 3_333, "- " * 5_000, "`" * 9_999, "![[]()" * 1_600, "<a" * 5_000):
         try:
             assert_safe(markdown.render(text))
@@ -152,8 +152,8 @@ def test_what_nests_for_ever_ends_soon() -> None:
         markdown.render(">" * markdown.MAX_DEPTH + " a")
 
 
-def test_what_messages_do_not_have_is_shown_as_it_was_written() -> None:
-    """HTML, entities, images, headings, and definitions of links; in code, everything."""
+def test_unsupported_markup_is_shown_as_text() -> None:
+    """That is HTML, entities, images, headings and link definitions, and everything within code."""
     for text, html in {
         "List<String> & a < b &copy;": "List&lt;String&gt; &amp; a &lt; b &amp;copy;",
         r"\<b\> \&amp;": "&lt;b&gt; &amp;amp;",
@@ -177,8 +177,8 @@ COSTLY = [
 ]  # fmt: skip
 
 
-def test_no_message_costs_the_loop_much_more_than_others_of_its_length() -> None:
-    """The measure is a text of ordinary words: it took a pure Python renderer 50 times as long, and more."""
+def test_no_markdown_is_much_slower_to_render_than_ordinary_text() -> None:
+    """The baseline is ordinary text. A renderer in pure Python took more than 50 times as long."""
     ordinary = "Some *ordinary* words, and a [link](https://example.org) here and there.\n" * 140
 
     def cost(text: str) -> float:
@@ -195,7 +195,7 @@ def test_no_message_costs_the_loop_much_more_than_others_of_its_length() -> None
     assert max(ratios.values()) < 10, ratios
 
 
-async def test_long_messages_of_one_user_delay_those_of_others_by_one(
+async def test_long_messages_of_one_user_delay_others_by_at_most_one_message(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     render = markdown.render
@@ -222,14 +222,12 @@ async def test_long_messages_of_one_user_delay_those_of_others_by_one(
     assert "".join(order) == "abaaaa"
 
 
-async def test_a_long_message_in_markdown_is_rendered_beside_the_loop_and_in_order(
-    room: Room, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_long_markdown_is_rendered_in_a_thread_and_in_order(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     render = markdown.render
     begun, released = threading.Event(), threading.Event()
 
     def held(content: str) -> str:
-        assert threading.current_thread() is not threading.main_thread(), "the loop is held up"
+        assert threading.current_thread() is not threading.main_thread(), "the event loop is blocked"
         begun.set()
         assert released.wait(10)
         return render(content)
@@ -243,7 +241,7 @@ async def test_a_long_message_in_markdown_is_rendered_beside_the_loop_and_in_ord
         await until(lambda: begun.is_set() or first.done())
         assert not first.done(), first.result()
         meanwhile = await sent(room.charles, room.group, "Meanwhile")
-        assert not second.done(), "frames of one connection keep their order"
+        assert not second.done(), "order within a connection"
         released.set()
         assert isinstance(await first, Reply)
         assert isinstance(await second, Reply)
@@ -259,7 +257,7 @@ async def test_a_long_message_in_markdown_is_rendered_beside_the_loop_and_in_ord
         await sent(room.ada, room.group, "- - a\n" * 1_500, is_markdown=True)
 
 
-async def test_an_edit_that_changes_nothing_is_not_rendered(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unchanged_edit_is_not_rendered(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     one = await sent(room.ada, room.group, "*Hello* #loom", is_markdown=True)
     rendered: list[str] = []
     render = markdown.render
@@ -275,7 +273,7 @@ async def test_an_edit_that_changes_nothing_is_not_rendered(room: Room, monkeypa
     assert rendered == ["*Hello* #loom!"]
 
 
-async def test_html_that_would_be_too_long_is_refused(room: Room) -> None:
+async def test_too_long_html_is_refused(room: Room) -> None:
     with refused(ErrorCode.INVALID, "content"):
         await sent(room.ada, room.group, "&" * 9_000, is_markdown=True)
     await sent(room.ada, room.group, "&" * 9_000)
@@ -289,7 +287,7 @@ async def said(room: Room, content: str, **fields: Any) -> Message:
     return (await room.ada.call(client.GetMessage(**room.at(message_id)), server.OneMessage)).message
 
 
-async def test_people_are_mentioned_by_id_and_by_name(room: Room, world: World) -> None:
+async def test_users_are_mentioned_by_id_and_by_name(room: Room, world: World) -> None:
     charles = room.users[1].id
     for content in (
         f"<@{charles}> look",
@@ -317,7 +315,7 @@ async def test_people_are_mentioned_by_id_and_by_name(room: Room, world: World) 
     assert (await said(room, "@mary")).mentions == []
 
 
-async def test_who_is_outside_blocked_gone_or_one_of_two_is_plain_text(room: Room, world: World) -> None:
+async def test_mention_of_an_unavailable_or_ambiguous_user_is_plain_text(room: Room, world: World) -> None:
     outside, gone, blocked, blocking, twin, other = await world.users(
         "Out", "Gone", "Blocked", "Blocking", "Twin", "Twin"
     )
@@ -330,21 +328,21 @@ async def test_who_is_outside_blocked_gone_or_one_of_two_is_plain_text(room: Roo
     text = "@out @gone @blocked @blocking @twin " + " ".join(
         f"<@{one.id}>" for one in (outside, gone, blocked, blocking)
     )
-    assert (await said(room, text)).mentions == [blocking.id], "who blocks the sender is not told, and does not tell"
-    assert (await said(room, f"<@{twin.id}>")).mentions == [twin.id], "by id there is no doubt"
+    assert (await said(room, text)).mentions == [blocking.id], "a block stays hidden"
+    assert (await said(room, f"<@{twin.id}>")).mentions == [twin.id], "an id is unambiguous"
     await room.ada.call(client.RemoveParticipant(conversation_id=room.group, user_id=twin.id))
     assert (await said(room, f"<@{twin.id}>")).mentions == []
 
 
-async def test_the_loud_ones_take_a_permission(room: Room, world: World) -> None:
+async def test_mentions_of_everyone_and_roles_need_a_permission(room: Room, world: World) -> None:
     loud = "@everyone, @here and @moderator"
     assert (await said(room, loud)).loud_mentions == ["everyone", "here", "moderator"]
     quiet = await sent(room.charles, room.group, loud)
     got = await room.charles.call(client.GetMessage(**room.at(quiet)), server.OneMessage)
-    assert got.message.loud_mentions == [], "a member's is plain text"
+    assert got.message.loud_mentions == [], "plain text from a member"
     await room.ada.call(client.SetRole(conversation_id=room.group, user_id=room.users[1].id, role="moderator"))
-    heard = await sent(room.charles, room.group, loud)
-    got = await room.charles.call(client.GetMessage(**room.at(heard)), server.OneMessage)
+    allowed = await sent(room.charles, room.group, loud)
+    got = await room.charles.call(client.GetMessage(**room.at(allowed)), server.OneMessage)
     assert got.message.loud_mentions == ["everyone", "here", "moderator"]
     direct = (await room.ada.call(client.CreateDirect(user_id=room.users[1].id), server.OneConversation)).view
     there = await sent(room.ada, direct.conversation.id, "@everyone @charles")
@@ -355,7 +353,7 @@ async def test_the_loud_ones_take_a_permission(room: Room, world: World) -> None
     assert await world.db.fetchval("SELECT count(*) FROM message WHERE 'here' = ANY(loud_mentions)") == 2
 
 
-async def test_hashtags_are_found_and_an_edit_finds_anew(room: Room) -> None:
+async def test_hashtags_are_found_in_messages_and_edits(room: Room) -> None:
     first = await said(room, "#Loom and #loom, #42 but #42nd, a#b, https://x.y/#z, #überholt @charles")
     assert (first.hashtags, first.mentions) == (["loom", "42nd", "überholt"], [room.users[1].id])
     await room.ada.call(client.Edit(**room.at(first.id), content="Only #cards"))
@@ -364,7 +362,7 @@ async def test_hashtags_are_found_and_an_edit_finds_anew(room: Room) -> None:
 
 
 @given(st.text(max_size=300))
-def test_any_text_is_looked_through(text: str) -> None:
+def test_mentions_and_hashtags_are_found_in_any_text(text: str) -> None:
     found = mentions.find(text, is_code=False, is_markdown=True)
     assert len(found.hashtags) <= 50
     assert all(name == name.lower() for name in (*found.names, *found.hashtags))
@@ -377,11 +375,13 @@ async def poll(room: Room, **fields: Any) -> MessageId:
     return await sent(room.ada, room.group, "Tea?", payload=Poll(options=["Yes", "No", "Later"], **fields))
 
 
-async def test_a_vote_can_be_changed_and_withdrawn_and_everyone_sees_it(room: Room, world: World) -> None:
+async def test_vote_can_be_changed_and_withdrawn_and_is_published(room: Room, world: World) -> None:
     message_id = await poll(room)
     place = room.at(message_id)
     first = await room.charles.call(client.Vote(**place, options=[1]), server.Changed)
-    assert await room.charles.call(client.Vote(**place, options=[1]), server.Changed) == first, "once is once"
+    assert await room.charles.call(client.Vote(**place, options=[1]), server.Changed) == first, (
+        "repeating a vote changes nothing"
+    )
     await room.ada.call(client.Vote(**place, options=[0]))
     await room.charles.call(client.Vote(**place, options=[2]))
     await room.ada.event(server.PollVoted, lambda event: event.version == first.version + 2)
@@ -400,7 +400,7 @@ async def test_a_vote_can_be_changed_and_withdrawn_and_everyone_sees_it(room: Ro
     assert await world.db.fetchval("SELECT count(*) FROM poll_vote WHERE options <> '{}'") == 1
 
 
-async def test_a_vote_that_the_poll_does_not_know_is_refused(room: Room) -> None:
+async def test_invalid_vote_is_refused(room: Room) -> None:
     single, many = room.at(await poll(room)), room.at(await poll(room, is_multiple=True))
     for place, options in ((single, [0, 1]), (single, [3]), (many, [0, 3])):
         with refused(ErrorCode.INVALID, "options"):
@@ -412,7 +412,7 @@ async def test_a_vote_that_the_poll_does_not_know_is_refused(room: Room) -> None
             await room.charles.call(frame)
 
 
-async def test_a_poll_that_closes_before_it_is_sent_is_refused(room: Room) -> None:
+async def test_poll_that_closes_before_it_is_sent_is_refused(room: Room) -> None:
     soon = datetime.now(UTC) + timedelta(hours=1)
 
     def asked(closes_at: datetime, **fields: Any) -> dict[str, Any]:
@@ -428,13 +428,13 @@ async def test_a_poll_that_closes_before_it_is_sent_is_refused(room: Room) -> No
     with refused(ErrorCode.INVALID, "payload.closes_at"):
         await room.ada.call(client.Schedule(**asked(soon, send_at=soon)))
     await room.ada.call(client.Schedule(**asked(soon + timedelta(seconds=1), send_at=soon)))
-    # A repetition gets the first answer, however late it comes.
+    # A repeated frame gets the first reply, however late it comes.
     an_hour_ago = MessageId(UUID(int=uuid7().int - (3_600_000 << 80)))
     late = client.Send(**asked(datetime.now(UTC) - timedelta(seconds=1), message_id=an_hour_ago))
     assert await room.ada.call(late, server.Sent) == await room.ada.call(late, server.Sent)
 
 
-async def test_a_question_stays_once_somebody_voted_or_the_poll_is_closed(room: Room, world: World) -> None:
+async def test_poll_with_votes_or_closed_cannot_be_edited(room: Room, world: World) -> None:
     over, closed, voted, withdrawn = [room.at(await poll(room)) for _ in range(4)]
 
     def edit(place: dict[str, Any], **fields: Any) -> client.Edit:
@@ -454,21 +454,21 @@ async def test_a_question_stays_once_somebody_voted_or_the_poll_is_closed(room: 
         with refused(ErrorCode.FORBIDDEN, "message_id"):
             await room.ada.call(client.Edit(**place, content="Poison?"))
     await room.ada.call(edit(withdrawn))
-    # An edit of before the vote gets its first answer.
+    # A repeated edit from before the vote gets its first reply.
     assert await room.ada.call(before, server.Changed) == first
 
 
 STORED = '{"options": ["Tea", "Tea ", "Te a"]}'
 
 
-async def test_options_that_differ_in_blanks_alone_are_the_same(room: Room, world: World) -> None:
+async def test_options_that_differ_only_in_whitespace_are_duplicates(room: Room, world: World) -> None:
     for options in (["Tea", "Tea "], ["\u00a0Tea", "Tea"], ["Tea\u3164", "Tea"], ["Green  tea", "Green tea"]):
         payload = {"type": "poll", "options": options}
         frame = {"type": "send", "id": 1, "conversation_id": str(room.group), "message_id": str(uuid7())}
         refusal = await room.ada.raw(encode(frame | {"content": "?", "payload": payload}).decode())
         assert (refusal.code, refusal.path) == (ErrorCode.INVALID, "payload.options"), options
     message_id = await sent(room.ada, room.group, "?", payload=Poll(options=["Green  tea", "Tea", "Te a"]))
-    # One that was stored before there was this rule stays what it is.
+    # A poll stored before this rule existed keeps its options.
     await world.db.execute("UPDATE message SET payload = payload || $2 WHERE id = $1", message_id, STORED)
     await room.charles.call(client.Vote(**room.at(message_id), options=[1]))
     found = await room.ada.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
@@ -476,7 +476,7 @@ async def test_options_that_differ_in_blanks_alone_are_the_same(room: Room, worl
     assert found.message.poll_counts == [0, 1, 0]
 
 
-async def test_a_closed_poll_takes_no_votes(room: Room, world: World) -> None:
+async def test_closed_poll_refuses_votes(room: Room, world: World) -> None:
     over = room.at(await poll(room, closes_at=datetime.now(UTC) + timedelta(hours=1)))
     await world.db.execute(
         """UPDATE message SET payload = jsonb_set(payload, '{closes_at}', '"2026-01-01T00:00:00Z"') WHERE id = $1""",
@@ -491,17 +491,17 @@ async def test_a_closed_poll_takes_no_votes(room: Room, world: World) -> None:
     for place in (over, closed):
         with refused(ErrorCode.FORBIDDEN, "message_id"):
             await room.charles.call(client.Vote(**place, options=[1]))
-    await room.charles.call(client.Vote(**closed, options=[0]))  # as it is already
+    await room.charles.call(client.Vote(**closed, options=[0]))  # unchanged
 
 
-async def test_of_an_anonymous_poll_only_the_counts_are_told(room: Room, world: World) -> None:
+async def test_anonymous_poll_shows_only_counts(room: Room, world: World) -> None:
     place = room.at(await poll(room, is_anonymous=True))
     await room.charles.call(client.Vote(**place, options=[1]))
     event = await room.ada.event(server.PollVoted)
     assert (event.poll_counts, event.user_id, event.options) == ([0, 1, 0], None, None)
     with refused(ErrorCode.FORBIDDEN, "message_id"):
         await room.ada.call(client.ListVotes(**place))
-    # Nor does whoever comes back learn it.
+    # A client that resumes does not learn it either.
     frame = client.Resume(epoch=room.ada.ready.epoch, versions={room.group: event.version - 1})
     phone = await world.connect(room.users[0], query="?resume=1")
     await phone.call(frame)
@@ -510,7 +510,7 @@ async def test_of_an_anonymous_poll_only_the_counts_are_told(room: Room, world: 
     assert (told.poll_counts, told.user_id) == ([0, 1, 0], None)
 
 
-async def test_many_voters_at_once_are_all_counted(room: Room, world: World) -> None:
+async def test_concurrent_votes_are_all_counted(room: Room, world: World) -> None:
     message_id = await poll(room, is_multiple=True)
     crowd = await world.users(*(f"Voter {number}" for number in range(8)))
     await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[one.id for one in crowd]))
@@ -544,7 +544,7 @@ SELECT $1, id, 'member', 'active' FROM made
 """
 
 
-async def test_many_long_names_cost_little_more_than_one(room: Room, world: World) -> None:
+async def test_mentions_among_many_long_names_are_found_quickly(room: Room, world: World) -> None:
     await world.db.execute(PEOPLE, room.group)
     names = ["a_b_" * 55 + f"{number}" for number in range(1, MAX_MENTIONS + 1)]
 

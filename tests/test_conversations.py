@@ -1,4 +1,4 @@
-"""Conversations and who takes part in them: what is allowed and, beside it, what is not."""
+"""Conversations and their participants: permitted frames, and those that are refused."""
 
 from collections.abc import Awaitable, Callable
 
@@ -27,7 +27,7 @@ async def view(one: Client, conversation_id: ConversationId) -> ConversationView
     return (await one.call(client.GetConversation(conversation_id=conversation_id), server.OneConversation)).view
 
 
-async def test_making_a_group_twice_is_making_it_once(person: Make) -> None:
+async def test_repeated_create_group_creates_one_group(person: Make) -> None:
     (_, ada), (charles, _) = await person("Ada"), await person("Charles")
     frame = client.CreateGroup(
         conversation_id=ConversationId(uuid7()), title="Engines", description="Of both kinds",
@@ -51,7 +51,7 @@ async def test_a_group_needs_users_that_exist(person: Make, world: World) -> Non
     assert await world.db.fetchval("SELECT count(*) FROM conversation") == 0
 
 
-async def test_a_direct_conversation_is_with_somebody_else_who_wants_it(person: Make, world: World) -> None:
+async def test_direct_conversation_needs_another_user_who_does_not_block(person: Make, world: World) -> None:
     (ada_id, ada), (charles_id, _) = await person("Ada"), await person("Charles")
     with refused(ErrorCode.INVALID, "user_id"):
         await ada.call(client.CreateDirect(user_id=ada_id))
@@ -65,7 +65,7 @@ async def test_a_direct_conversation_is_with_somebody_else_who_wants_it(person: 
         await ada.call(client.CreateDirect(user_id=charles_id))
 
 
-async def test_a_direct_conversation_stays_as_it_is(person: Make) -> None:
+async def test_direct_conversation_cannot_be_changed(person: Make) -> None:
     (_, ada), (charles_id, _), (mary_id, _) = await person("Ada"), await person("Charles"), await person("Mary")
     made = await ada.call(client.CreateDirect(user_id=charles_id), server.OneConversation)
     about = made.view.conversation.id
@@ -75,9 +75,9 @@ async def test_a_direct_conversation_stays_as_it_is(person: Make) -> None:
         client.UpdateConversation(conversation_id=about, title="Ours"),
         client.DeleteConversation(conversation_id=about),
     ):
-        with pytest.raises(Refused, match=r"A direct conversation .* `set_preferences`") as told:
+        with pytest.raises(Refused, match=r"A direct conversation .* `set_preferences`") as error:
             await ada.call(frame)
-        assert (told.value.code, told.value.path) == (ErrorCode.FORBIDDEN, "conversation_id")
+        assert (error.value.code, error.value.path) == (ErrorCode.FORBIDDEN, "conversation_id")
 
 
 async def test_conversations_are_listed_in_pages(person: Make, world: World) -> None:
@@ -100,7 +100,7 @@ async def test_conversations_are_listed_in_pages(person: Make, world: World) -> 
     assert [one.conversation.id for one in archived.conversations] == [made[0]]
 
 
-async def test_many_conversations_are_said_in_pages(world: World) -> None:
+async def test_conversations_are_sent_in_pages_after_connecting(world: World) -> None:
     who = await world.user("Ada")
     ada = await world.connect(who)
     made = {await world.channel(ada) for _ in range(120)}
@@ -110,7 +110,7 @@ async def test_many_conversations_are_said_in_pages(world: World) -> None:
     assert {one.conversation.id for page in pages for one in page.conversations} == made
 
 
-async def test_update_changes_what_is_given(person: Make, world: World) -> None:
+async def test_update_changes_only_given_fields(person: Make, world: World) -> None:
     (_, ada), (_, charles) = await person("Ada"), await person("Charles")
     channel = await world.channel(ada, description="Old", is_public=True)
     await charles.call(client.Join(conversation_id=channel))
@@ -128,7 +128,7 @@ async def test_update_changes_what_is_given(person: Make, world: World) -> None:
         await charles.call(client.UpdateConversation(conversation_id=channel, title="Mine"))
 
 
-async def test_invite_codes_open_and_close(person: Make, world: World) -> None:
+async def test_invite_code_admits_users_until_it_ends(person: Make, world: World) -> None:
     (_, ada), (_, charles), (_, mary) = await person("Ada"), await person("Charles"), await person("Mary")
     channel = await world.channel(ada)
     with refused(ErrorCode.NOT_FOUND, "conversation_id"):
@@ -144,7 +144,7 @@ async def test_invite_codes_open_and_close(person: Make, world: World) -> None:
     assert (await view(ada, channel)).invite is None
 
 
-async def test_a_full_conversation_takes_nobody(person: Make, world: World) -> None:
+async def test_full_conversation_refuses_new_participants(person: Make, world: World) -> None:
     (_, ada), (_, charles), (mary_id, mary) = await person("Ada"), await person("Charles"), await person("Mary")
     channel = await world.channel(ada, is_public=True, max_participants=2)
     await charles.call(client.Join(conversation_id=channel))
@@ -156,14 +156,14 @@ async def test_a_full_conversation_takes_nobody(person: Make, world: World) -> N
     assert (await charles.call(client.Join(conversation_id=channel), server.OneConversation)).view.me.role == "member"
 
 
-async def test_a_ban_holds_until_it_is_lifted(person: Make, world: World) -> None:
+async def test_ban_lasts_until_it_is_lifted(person: Make, world: World) -> None:
     (_, ada), (charles_id, charles) = await person("Ada"), await person("Charles")
     channel = await world.channel(ada, is_public=True)
     await charles.call(client.Join(conversation_id=channel))
     await ada.call(client.RemoveParticipant(conversation_id=channel, user_id=charles_id, ban=True))
     with refused(ErrorCode.FORBIDDEN, "conversation_id"):
         await charles.call(client.Join(conversation_id=channel))
-    # Neither lifts it: the audit log would not say so, and an invitation can be declined.
+    # Neither frame lifts the ban, since the audit log would not show it and an invitation can be declined.
     for lifting in (client.AddParticipants, client.Invite):
         with refused(ErrorCode.CONFLICT, "participants"):
             await ada.call(lifting(conversation_id=channel, participants=[charles_id]))
@@ -178,7 +178,7 @@ async def test_a_ban_holds_until_it_is_lifted(person: Make, world: World) -> Non
     assert [entry.action for entry in noted] == ["ban", "unban"]
 
 
-async def test_ranks(person: Make, world: World) -> None:
+async def test_roles_restrict_changes_of_other_participants(person: Make, world: World) -> None:
     (ada_id, ada), (charles_id, charles) = await person("Ada"), await person("Charles")
     mary_id, mary = await person("Mary")
     channel = await world.channel(ada, is_public=True)
@@ -204,7 +204,7 @@ async def test_ranks(person: Make, world: World) -> None:
     assert (await view(ada, channel)).conversation.participant_count == 2
 
 
-async def test_participants_in_pages(person: Make, world: World) -> None:
+async def test_participants_are_listed_in_pages(person: Make, world: World) -> None:
     _, ada = await person("Ada")
     others = [await world.user(f"Person{number}") for number in range(5)]
     group = await world.group(ada, *others)
@@ -220,7 +220,7 @@ async def test_participants_in_pages(person: Make, world: World) -> None:
     assert found == sorted([ada.ready.user.id, *(one.id for one in others)])
 
 
-async def test_what_was_said_before_is_not_unread_to_who_joins(person: Make, world: World) -> None:
+async def test_messages_sent_before_joining_are_not_unread(person: Make, world: World) -> None:
     (_, ada), (_, charles) = await person("Ada"), await person("Charles")
     channel = await world.channel(ada, is_public=True)
     await sent(ada, channel, "Before")

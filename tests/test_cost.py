@@ -1,5 +1,7 @@
-"""What the hot queries cost: an index, a bounded number of rows, and the same at message 300,000 as at 1,000
-(`make bench ARGS=growth` goes to 10,000,000)."""
+"""Cost of frequent queries: they use indexes and read a bounded number of rows, regardless of the size of tables.
+
+`make bench ARGS=growth` measures up to 10,000,000 messages.
+"""
 
 import json
 import re
@@ -55,11 +57,11 @@ pytestmark = pytest.mark.new_database
 MESSAGES = 60_000
 SMALL = 1_000
 OTHERS = 8_000
-"""Conversations of five participants each that have nothing to do with what is asked."""
+"""Further conversations of five participants each, which the queries do not concern."""
 
 
 class Place(NamedTuple):
-    """A conversation, and who reads in it."""
+    """A conversation, a participant, and the number of messages."""
 
     conversation_id: ConversationId
     user_id: UserId
@@ -67,39 +69,39 @@ class Place(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a statement did: rows visited in all nodes, pages touched, tables that were scanned whole, and tables
-    that were looked into without saying about which conversation or user.
+    """The execution of a statement: rows visited in all nodes, pages read, tables scanned sequentially, and tables
+    read without a condition on the conversation or the user.
     """
 
     rows: int
     pages: int
     scanned: list[str]
-    astray: list[str]
+    without_key: list[str]
 
 
 KEY = re.compile(r"\b(conversation_id|chain|user_id|sender_id|author_id|from_user_id|to_user_id|direct_low) = ")
-"""What rows are divided by when there are too many for one server (docs/scale.md)."""
-BY_SOMETHING_ELSE = {
-    "sessions by id": "by session, of users who come back",
+"""Columns by which rows would be sharded over several servers (docs/scale.md)."""
+WITHOUT_KEY = {
+    "sessions by id": "by session, of users who reconnect",
     "begin session": "by user",
     "login": "by e-mail address",
     "session": "by token",
-    "living sessions": "by session, of users who are here",
-    "slide": "by session, of users who are here",
-    "open": "by invite code, or else by conversation",
-    "guests": "by who was invited, and who has invited",
-    "send": "by message: whether its id is taken, as the key of `message` is the id alone",
+    "living sessions": "by session, of connected users",
+    "slide": "by session, of connected users",
+    "open": "by invite code, or by conversation",
+    "guests": "by invited user, and by inviting user",
+    "send": "by message: whether its id is taken, since the key of `message` is the id",
     "send past what is held": "the same",
-    "earlier": "by message: asked when an id is taken, to compare",
-    "made in a day": "by maker",
+    "earlier": "by message: read when an id is taken, to compare",
+    "made in a day": "by creator",
     "reported in a day": "by reporter",
     "find anew": "by message, after it was found in its conversation",
     "who is next": "by time",
     "what has expired": "by time",
-    "due for a push": "by message: those of a second, from memory",
-    "notices": "by message: those that posts begin with, from memory",
+    "due for a push": "by message: those of the last second, whose ids are in memory",
+    "notices": "by message: those of the posts, whose ids are in memory",
 }
-"""Which statements may not know about which conversation or user they ask, and how they ask."""
+"""Statements without a condition on the conversation or the user, with the condition that they have."""
 
 
 FILL = """
@@ -112,7 +114,7 @@ WITH made AS (
 )
 SELECT id FROM made
 """
-SAY = """
+ADD_MESSAGES = """
 INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
 SELECT $1, $2, 'Message ' || n, 2 + n, 2 + n FROM generate_series(1, $3::int) n
 """
@@ -143,7 +145,7 @@ async def filled(filler: "asyncpg.Connection[asyncpg.Record]", name: str, size: 
         'INSERT INTO "user" (name, email) VALUES ($1, $1 || $2) RETURNING id', f"{name}2", "@example.org"
     )
     conversation_id = await filler.fetchval(FILL, user_id, name, size)
-    await filler.execute(SAY, conversation_id, other, size)
+    await filler.execute(ADD_MESSAGES, conversation_id, other, size)
     return Place(conversation_id, user_id, size)
 
 
@@ -178,7 +180,7 @@ FROM message
 
 
 def literal(value: Any) -> str:
-    """Return an argument as EXECUTE wants it."""
+    """Return an argument as a literal for EXECUTE."""
     if value is None:
         return "NULL"
     if isinstance(value, list):
@@ -195,11 +197,11 @@ SET LOCAL auto_explain.log_timing = off;
 SET LOCAL auto_explain.log_format = json;
 SET LOCAL client_min_messages = log
 """
-"""Has PostgreSQL tell the client the plan of each statement that a function runs."""
+"""Makes PostgreSQL send the plan of each statement in a function to the client."""
 
 
 async def explained(db: "asyncpg.Connection[asyncpg.Record]", name: str, arguments: tuple[Any, ...]) -> Plan:
-    """Run a prepared statement, and roll it back. For a call of send_messages(), return what its statements did."""
+    """Run a prepared statement and roll it back. Return its plan, or that of all statements in send_messages()."""
     inner: list[str] = []
 
     def note(_: object, message: asyncpg.PostgresLogMessage) -> None:
@@ -214,10 +216,10 @@ async def explained(db: "asyncpg.Connection[asyncpg.Record]", name: str, argumen
     await transaction.rollback()
     db.remove_log_listener(note)
     top = json.loads(text)[0]["Plan"]
-    rows, scanned, astray = 0, [], []
+    rows, scanned, without_key = 0, [], []
     is_call = top.get("Function Name") == "send_messages"
     nodes = [json.loads(one)["Plan"] for one in inner if one] if is_call else [top]
-    assert len(nodes) > (5 if is_call else 0), "auto_explain tells of each statement"
+    assert len(nodes) > (5 if is_call else 0), "auto_explain reports each statement"
     while nodes:
         node = nodes.pop()
         nodes += node.get("Plans", [])
@@ -229,12 +231,12 @@ async def explained(db: "asyncpg.Connection[asyncpg.Record]", name: str, argumen
             table, asked = node.get("Relation Name", "words"), f"{node.get('Index Cond', '')} {node.get('Filter', '')}"
             is_root = table in {"conversation", "user"} and "(id = " in asked
             if not is_root and not KEY.search(asked):
-                astray.append(f"{table}: {asked}")
-    return Plan(rows, top["Shared Hit Blocks"] + top["Shared Read Blocks"], scanned, astray)
+                without_key.append(f"{table}: {asked}")
+    return Plan(rows, top["Shared Hit Blocks"] + top["Shared Read Blocks"], scanned, without_key)
 
 
 def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ...]]]:
-    """Return every statement that clients can have run, with arguments in the middle of the conversation."""
+    """Return every statement that clients can trigger, with arguments in the middle of the conversation."""
     about, user = place.conversation_id, place.user_id
     send = json.dumps([{
         "place": 0, "sender_id": str(user), "message_id": str(ids["new"]), "conversation_id": str(about),
@@ -368,7 +370,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
 
 
 async def others(filler: "asyncpg.Connection[asyncpg.Record]") -> None:
-    """Fill the tables with what nobody here asks for."""
+    """Fill the tables with rows that the queries do not concern."""
     await filler.execute(OTHER_USERS, OTHERS)
     await filler.execute(OTHER_CONVERSATIONS, OTHERS)
     await filler.execute(OTHER_PARTICIPANTS, OTHERS)
@@ -380,8 +382,8 @@ async def others(filler: "asyncpg.Connection[asyncpg.Record]") -> None:
 async def test_cost_does_not_grow_with_history(
     db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]", *, again: bool
 ) -> None:
-    # Plans are made now, with no messages there, and kept: that is when a planner errs most. Or they are made `again`
-    # when the tables have grown: ANALYZE tells of sizes alone (docs/decisions/0051). Here it leaves out `message`, as
+    # Statements are planned while there are no messages, when the planner errs most. With `again`, they are planned
+    # again when the tables have grown. ANALYZE finds only sizes (docs/decisions/0051). Here it leaves out `message`, as
     # autovacuum does with empty tables.
     await others(filler)
     await filler.execute('ANALYZE "user", conversation, conversation_participant, session')
@@ -412,13 +414,13 @@ async def test_cost_does_not_grow_with_history(
         for name, plan in plans[MESSAGES].items()
     ]
     report = "\n".join(lines)
-    astray = {name: plan.astray for name, plan in plans[MESSAGES].items() if plan.astray}
-    assert astray.keys() == BY_SOMETHING_ELSE.keys(), astray
+    without_key = {name: plan.without_key for name, plan in plans[MESSAGES].items() if plan.without_key}
+    assert without_key.keys() == WITHOUT_KEY.keys(), without_key
     for name, plan in plans[MESSAGES].items():
         before = plans[SMALL][name]
         assert plan.scanned == [], f"{name} scans {plan.scanned}\n{report}"
         assert plan.rows <= before.rows + 50, f"{name}\n{report}"
-        # The trees are a level or two higher, and neighbours in time share fewer pages: not more than that.
+        # Indexes may be one or two levels higher, and messages of one time on more pages.
         assert plan.pages <= 1.5 * before.pages + 30, f"{name}\n{report}"
         assert plan.rows < 10_000, f"{name}\n{report}"
 
@@ -430,7 +432,7 @@ SELECT $1, $2, 'Reply ' || n, 1000000 + n, 1000000 + n, $3, $3, n FROM generate_
 """
 
 
-async def test_a_thread_of_ten_thousand_is_as_fast_as_one_of_ten(
+async def test_cost_does_not_grow_with_the_length_of_a_thread(
     db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
     def asked(place: Place, root: Any) -> dict[str, tuple[str, tuple[Any, ...]]]:
@@ -471,7 +473,7 @@ async def test_a_thread_of_ten_thousand_is_as_fast_as_one_of_ten(
     await db.close()
     for name, plan in plans[10_000].items():
         before = plans[10][name]
-        # Up to 100 are counted, of those that there are; trees are a level higher.
+        # Up to 100 existing replies are counted, and indexes are a level higher.
         assert plan.rows <= before.rows + 500, (name, before, plan)
         assert plan.pages <= before.pages + 200, (name, before, plan)
 
@@ -496,7 +498,7 @@ WHERE name LIKE 'Heir %'
 async def test_successor_of_an_owner_is_found_among_few_participants(
     db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
-    """However many there are, and however many of the oldest have accounts that are not active."""
+    """This holds for any number of participants, and of inactive accounts among the oldest."""
     await db.execute(f"PREPARE heir AS {participants.HEIR}")
     ranks = list(ROLES[::-1])
     await explained(db, "heir", (uuid4(), uuid4(), True, ranks))
@@ -508,8 +510,8 @@ async def test_successor_of_an_owner_is_found_among_few_participants(
     assert (plan.rows < 50, plan.pages < 60, plan.scanned) == (True, True, []), plan
     leaving = await participants.get(db, *asked)
     assert leaving is not None
-    # A higher role comes first, then whoever is there for longest, if the account is active. Nobody is found past those
-    # that are looked at, and then the first one follows.
+    # Active accounts are ordered by role, then by time of joining. If the candidates that are read have no active
+    # account, the first one is chosen.
     for silent, deleted, name in ((0, 0, 500), (500, 0, 1500), (500, 1500, 2500), (4_900, 0, 500), (0, 5_000, 500)):
         await filler.execute(SILENCE, silent, deleted)
         heir = await participants.heir(db, leaving)
@@ -538,8 +540,8 @@ WITH made AS (
 INSERT INTO user_relationship (from_user_id, to_user_id, type, status)
 SELECT $1, id, 'mute', 'active' FROM people UNION ALL SELECT id, $2, 'mute', 'active' FROM people
 """
-"""Somebody is in thousands of conversations and mutes thousands; thousands mute another one."""
-LISTS_ALL = {
+"""User $1 is in $3 conversations and mutes $3 users, and $3 users mute user $2."""
+READS_ALL = {
     "conversations",
     "memberships",
     "drafts",
@@ -550,10 +552,10 @@ LISTS_ALL = {
     "news",
     "relationships",
 }
-"""Statements that go through all that a user has, as far as it is bounded; `delivered` goes through relationships."""
+"""Statements that read all rows of a user, whose number is bounded. `delivered` reads relationships."""
 
 
-async def test_cost_does_not_grow_with_what_somebody_else_may_grow_to(
+async def test_cost_does_not_grow_with_the_data_of_other_users(
     db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
     nobody = Place(ConversationId(uuid4()), UserId(uuid4()), SMALL)
@@ -572,7 +574,7 @@ async def test_cost_does_not_grow_with_what_somebody_else_may_grow_to(
     after = {name: await explained(db, name, arguments) for name, (_, arguments) in statements.items()}
     await db.close()
     grown = {name: (before[name].rows, plan.rows) for name, plan in after.items() if plan.rows > before[name].rows + 50}
-    assert grown.keys() <= LISTS_ALL, grown
+    assert grown.keys() <= READS_ALL, grown
 
 
 CROWD = """
@@ -616,7 +618,7 @@ MUCH = (
     """INSERT INTO conversation_participant (conversation_id, user_id, version, status, invited_by)
     SELECT place($1, n), $1, 2, CASE WHEN n <= 20 THEN 'active' ELSE 'invited' END, gen_random_uuid()
     FROM generate_series(1, 119 + least(1, $2::int)) n""",
-    # In each of twenty conversations: a message of the user's, messages that mention everyone, and replies.
+    # In each of twenty conversations: a message of the user, messages that mention everyone, and replies.
     """INSERT INTO message (id, conversation_id, sender_id, content, sent_version, version, loud_mentions, created_at,
         thread_root_id, thread_order)
     SELECT place($1, 1000 * n + k), place($1, n), CASE k WHEN 0 THEN $1 ELSE gen_random_uuid() END, '', 1 + k, 1 + k,
@@ -634,17 +636,17 @@ MUCH = (
     """INSERT INTO user_relationship (from_user_id, to_user_id, type, updated_at)
     SELECT gen_random_uuid(), $1, 'friend', now() - k * interval '1 s' FROM generate_series(1, 20 * $2::int) k""",
 )
-"""Entries in the feed of the user $1: 100 invitations, and $2 of each other kind for each of 20 conversations."""
+"""Feed entries of user $1: 100 invitations, and $2 of each other kind in each of 20 conversations."""
 PLACE = """
 CREATE FUNCTION pg_temp.place(user_id uuid, n bigint) RETURNS uuid LANGUAGE sql IMMUTABLE RETURN
     (left(user_id::text, 24) || lpad(to_hex(n), 12, '0'))::uuid
 """
 
 
-async def test_cost_of_the_feed_does_not_grow_with_what_is_in_it(
+async def test_cost_of_the_feed_does_not_grow_with_its_entries(
     db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
-    """Mentions by name are left out: the index of words has no order."""
+    """Mentions by name are excluded, since the index of words is not ordered by time."""
     await filler.execute(PLACE)
     asked = {kind: (feed.ROWS, [kind], 21) for kind in feed.KINDS} | {"count": (feed.COUNT, list(feed.KINDS), 21)}
     for name, (query, _, _) in asked.items():
@@ -701,7 +703,7 @@ SELECT $1, m.id, m.conversation_id, m.version FROM message m
 """
 
 
-async def test_news_do_not_grow_with_what_one_has_kept(
+async def test_cost_of_changes_does_not_grow_with_unchanged_rows_of_the_user(
     db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
     await db.execute(f"PREPARE news AS {users.NEWS}")
@@ -725,7 +727,7 @@ SELECT m.conversation_id, m.id, $1, 'Rude', now() - interval '2 days' FROM messa
 """
 
 
-async def test_counts_of_a_day_do_not_grow_with_what_is_older(
+async def test_cost_of_daily_counts_does_not_grow_with_older_rows(
     db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
     counts = {"made": bounds.MADE, "reported": bounds.REPORTS}
@@ -742,7 +744,7 @@ async def test_counts_of_a_day_do_not_grow_with_what_is_older(
     await db.close()
 
 
-async def test_turns_of_scheduled_messages_pass_all_that_is_due_once(
+async def test_walk_of_scheduled_messages_reads_each_due_message_once(
     db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
     senders, of_each = 100, 100
@@ -763,14 +765,14 @@ async def test_turns_of_scheduled_messages_pass_all_that_is_due_once(
         found += page
         last = page[-1]
     assert len({one.message_id for one in found}) == len(found) == senders * of_each
-    assert max(plan.rows for plan in plans) <= 2 * scheduled.WALKED, "the limit, and what it reads"
+    assert max(plan.rows for plan in plans) <= 2 * scheduled.WALKED, "the limit, and the rows read"
     assert sum(plan.pages for plan in plans) <= 4 * len(found)
     assert not any(plan.scanned for plan in plans)
     of_one = [await explained(db, name, ("15 seconds", found[-1].sender_id)) for name in ("sender", "claim")]
-    assert max(plan.rows for plan in of_one) < 10 * of_each, "each of the sender's, not each with each"
+    assert max(plan.rows for plan in of_one) < 10 * of_each, "linear, not quadratic"
     assert max(plan.pages for plan in of_one) < 2 * of_each + 50
     assert await scheduled.claim(db, found[-1].sender_id) is not None
-    assert await scheduled.claim(db, found[-1].sender_id) is None, "one at a time"
+    assert await scheduled.claim(db, found[-1].sender_id) is None, "one message of a sender at a time"
     await db.close()
 
 
@@ -789,8 +791,10 @@ FROM CAST('participant_user_idx'::regclass AS oid) i
 """
 
 
-async def test_who_is_together_costs_what_the_smaller_side_has(db: "asyncpg.Connection[asyncpg.Record]") -> None:
-    """Also when both have many conversations, and nothing when they have one of their own."""
+async def test_finding_common_conversations_costs_in_proportion_to_the_smaller_set(
+    db: "asyncpg.Connection[asyncpg.Record]",
+) -> None:
+    """This holds when both have many conversations. Users with a direct conversation cost almost nothing."""
     one, other = [
         await db.fetchval("""INSERT INTO "user" (name, email) VALUES ($1, $1) RETURNING id""", name)
         for name in ("o", "p")
@@ -825,8 +829,10 @@ SELECT sum(pg_stat_get_xact_numscans(i)) FROM unnest(ARRAY[
 TAKE_PART = "INSERT INTO conversation_participant (conversation_id, user_id) SELECT unnest($1::uuid[]), $2"
 
 
-async def test_two_who_have_thousands_are_compared_at_once(db: "asyncpg.Connection[asyncpg.Record]") -> None:
-    """Of neither's conversations each is looked up; and whoever shares the last one alone is found."""
+async def test_common_conversation_of_users_with_thousands_is_found_in_few_index_scans(
+    db: "asyncpg.Connection[asyncpg.Record]",
+) -> None:
+    """The conversations are not looked up one by one. A single common conversation is found, first or last."""
     one, other = [
         await db.fetchval("""INSERT INTO "user" (name, email) VALUES ($1, $1) RETURNING id""", name)
         for name in ("q", "r")
@@ -854,10 +860,10 @@ async def test_two_who_have_thousands_are_compared_at_once(db: "asyncpg.Connecti
         assert not await db.fetchval("SELECT are_together($1, $2)", one, other)
 
 
-async def test_a_search_goes_by_its_index(
+async def test_searches_use_their_indexes(
     db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
-    # Planned as in a new installation, with nobody there, and kept.
+    # Statements are planned with empty tables, as in a new installation.
     statements = {
         "people": users.SEARCH,
         "channels": conversations.FIND,

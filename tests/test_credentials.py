@@ -1,4 +1,4 @@
-"""Credentials hold when they are used, not only when they were issued: tickets, sessions, passwords, attempts."""
+"""Credentials are checked at each use, not only when they are issued: tickets, sessions, passwords, attempts."""
 
 import asyncio
 from collections import Counter
@@ -53,7 +53,7 @@ def bearer(token: str | None) -> dict[str, str]:
 
 
 async def administer(world: World, *arguments: str) -> admin.Answer:
-    """Do what a command of `openchat` does, on a connection of its own."""
+    """Run a command of `openchat` on a separate connection."""
     begun: list[admin.Work] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(admin, "start", lambda work, **_: begun.append(work))
@@ -63,7 +63,7 @@ async def administer(world: World, *arguments: str) -> admin.Answer:
 
 
 async def ticket_of(world: World, token: str) -> str:
-    """Connect with a token to the first worker, and return the ticket that it gives when it drains."""
+    """Connect with a token to the first worker, and return the ticket that it sends when it drains."""
     one = Client(world.workers[0].url, token)
     await one.__aenter__()
     await one.settled()
@@ -130,7 +130,7 @@ ENDINGS: dict[str, Ending] = {
 
 
 @pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
-async def test_ticket_is_refused_once_its_session_has_ended(
+async def test_ticket_of_an_ended_session_is_refused(
     world: World, http: httpx.AsyncClient, ada: LoggedIn, ending: Ending
 ) -> None:
     ticket = await ticket_of(world, ada.token)
@@ -139,7 +139,7 @@ async def test_ticket_is_refused_once_its_session_has_ended(
         await Client(world.workers[1].url, ticket).open()
 
 
-async def test_credential_of_one_use_is_not_spent_by_a_request_that_is_refused(world: World) -> None:
+async def test_refused_request_does_not_use_up_a_ticket_or_invite_code(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     ticket = await ticket_of(world, ada.token)
     connects = world.workers[1].app._connects  # noqa: SLF001
@@ -150,7 +150,7 @@ async def test_credential_of_one_use_is_not_spent_by_a_request_that_is_refused(w
     connects._full_at.clear()  # noqa: SLF001
     async with Client(world.workers[1].url, ticket) as back:
         await back.settled()
-        # An invite code: the use is taken in the transaction that a refusal ends.
+        # The use of an invite code is rolled back with the transaction of a refused frame.
         group = await world.channel(back, max_participants=1)
         lasts = client.SetInviteCode(conversation_id=group, max_uses=1)
         invite = (await back.call(lasts, server.OneConversation)).view.invite
@@ -177,7 +177,7 @@ async def test_credential_of_one_use_is_not_spent_by_a_request_that_is_refused(w
         ("POST", "/v1/call", {"type": "get_me"}),
     ],
 )
-async def test_ticket_is_refused_over_http_and_stays_good_for_the_socket(
+async def test_ticket_is_refused_over_http_and_stays_valid_for_the_socket(
     world: World, http: httpx.AsyncClient, asked: tuple[str, str, dict[str, str] | None]
 ) -> None:
     method, path, body = asked
@@ -185,7 +185,7 @@ async def test_ticket_is_refused_over_http_and_stays_good_for_the_socket(
     ticket = await ticket_of(world, ada.token)
     answer = await http.request(method, f"{world.workers[1].url}{path}", headers=bearer(ticket), json=body)
     error = answer.json()
-    # A client that is told "log in again" would log its user out.
+    # On an error that asks to log in again, a client would log its user out.
     assert (answer.status_code, error["code"], error["path"]) == (401, "unauthenticated", "ticket")
     assert "Log in" not in error["message"]
     back = await world.connect(UserSession(ada.user.id, "Ada", ticket), 1)
@@ -209,7 +209,7 @@ async def test_export_stops_when_its_session_ends(world: World, http: httpx.Asyn
     assert not read.endswith(b"]}\n")
 
 
-async def test_session_that_was_revoked_is_not_slid_into_life(world: World, ada: LoggedIn) -> None:
+async def test_revoked_session_is_not_restored_by_an_extension(world: World, ada: LoggedIn) -> None:
     await world.db.execute("DELETE FROM session")
     await world.workers[0].app.sessions._slide([ada.session_id])  # noqa: SLF001
     assert await world.db.fetchval("SELECT count(*) FROM session") == 0
@@ -219,14 +219,14 @@ async def test_session_that_was_revoked_is_not_slid_into_life(world: World, ada:
 
 
 @pytest.mark.usefixtures("ada")
-async def test_session_of_the_old_password_does_not_outlive_its_reset(world: World, http: httpx.AsyncClient) -> None:
-    """A login that is in flight while the password is reset gets a refusal, or a session that the reset ends."""
+async def test_no_session_of_the_old_password_survives_its_reset(world: World, http: httpx.AsyncClient) -> None:
+    """A login in flight during the reset is refused, or gets a session that the reset ends."""
     outlived = 0
     refusals = 0
     password = ADA["password"]
     for _ in range(8):
         login = asyncio.create_task(http.post("/v1/auth/login", json=LOGIN | {"password": password}))
-        # The reset's own hash takes as long as the login's: they commit at about the same time.
+        # Both hash a password, so they commit at about the same time.
         reset = await administer(world, "user", "reset-password", ADA["email"])
         answer = await login
         http.cookies.clear()
@@ -240,11 +240,11 @@ async def test_session_of_the_old_password_does_not_outlive_its_reset(world: Wor
     assert outlived == 0
 
 
-@pytest.mark.parametrize("deed", ["reset-password", "disable", "erase"])
-async def test_login_whose_password_was_checked_before_a_deed_gets_no_session_after_it(
-    world: World, http: httpx.AsyncClient, ada: LoggedIn, monkeypatch: pytest.MonkeyPatch, deed: str
+@pytest.mark.parametrize("command", ["reset-password", "disable", "erase"])
+async def test_login_checked_before_a_reset_disable_or_erase_gets_no_session_afterwards(
+    world: World, http: httpx.AsyncClient, ada: LoggedIn, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    """The window itself: the check of the password is held open until the deed is done."""
+    """The check of the password is delayed until the command is done."""
     checked, may_go_on = asyncio.Event(), asyncio.Event()
     matches = passwords.matches
 
@@ -258,17 +258,19 @@ async def test_login_whose_password_was_checked_before_a_deed_gets_no_session_af
     monkeypatch.setattr(passwords, "matches", held)
     login = asyncio.create_task(http.post("/v1/auth/login", json=LOGIN))
     await checked.wait()
-    await administer(world, *(("erase", ADA["email"], "--yes") if deed == "erase" else ("user", deed, ADA["email"])))
+    await administer(
+        world, *(("erase", ADA["email"], "--yes") if command == "erase" else ("user", command, ADA["email"]))
+    )
     may_go_on.set()
     answer = await login
     assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated")
     assert await world.db.fetchval("SELECT count(*) FROM session WHERE user_id = $1", ada.user.id) == 0
 
 
-async def test_login_waits_for_a_reset_that_is_not_committed_and_is_refused(
+async def test_login_waits_for_an_uncommitted_reset_and_is_refused(
     world: World, http: httpx.AsyncClient, ada: LoggedIn
 ) -> None:
-    """Without the user's lock, the login sees the old hash, and the reset does not see the new session."""
+    """Without the lock of the user, the login would see the old hash, and the reset would miss the new session."""
     async with world.db.transaction():
         await world.db.execute('SELECT FROM "user" WHERE id = $1 FOR NO KEY UPDATE', ada.user.id)
         await world.db.execute("UPDATE account SET password = 'reset meanwhile' WHERE user_id = $1", ada.user.id)
@@ -281,7 +283,7 @@ async def test_login_waits_for_a_reset_that_is_not_committed_and_is_refused(
     assert await world.db.fetchval("SELECT count(*) FROM session WHERE user_id = $1", ada.user.id) == 0
 
 
-async def test_login_during_deactivation_gives_a_living_session_or_a_refusal(
+async def test_login_during_deactivation_leaves_no_session_of_an_inactive_user(
     world: World, http: httpx.AsyncClient, ada: LoggedIn
 ) -> None:
     token = ada.token
@@ -298,7 +300,7 @@ async def test_login_during_deactivation_gives_a_living_session_or_a_refusal(
             token = answer.json()["token"]
             state = (await http.get("/v1/auth/sessions", headers=bearer(token))).status_code
             is_active = await world.db.fetchval('SELECT is_active FROM "user"')
-            # A session that the deactivation has ended is right: it came after. An inactive user with one is not.
+            # The deactivation may end the new session, but an inactive user must not have one.
             dead += not is_active and await world.db.fetchval("SELECT count(*) FROM session") > 0
             if state == 200:
                 continue
@@ -307,7 +309,7 @@ async def test_login_during_deactivation_gives_a_living_session_or_a_refusal(
     assert dead == 0, answers
 
 
-async def test_password_is_rehashed_only_in_the_place_of_the_one_that_was_checked(
+async def test_rehash_does_not_overwrite_a_concurrent_reset(
     world: World, http: httpx.AsyncClient, ada: LoggedIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passwords, "is_outdated", lambda _: True)
@@ -325,7 +327,7 @@ async def test_password_is_rehashed_only_in_the_place_of_the_one_that_was_checke
     assert await world.db.fetchval("SELECT password FROM account") == "reset meanwhile"
 
 
-async def test_outdated_password_is_rehashed_and_every_login_at_that_moment_succeeds(
+async def test_outdated_hash_is_replaced_and_concurrent_logins_succeed(
     world: World, http: httpx.AsyncClient, ada: LoggedIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = await world.db.fetchval("SELECT password FROM account WHERE user_id = $1", ada.user.id)
@@ -335,7 +337,7 @@ async def test_outdated_password_is_rehashed_and_every_login_at_that_moment_succ
     assert await world.db.fetchval("SELECT password FROM account WHERE user_id = $1", ada.user.id) != before
 
 
-async def test_registration_is_whole_or_not_at_all(world: World, http: httpx.AsyncClient) -> None:
+async def test_failed_registration_leaves_no_user(world: World, http: httpx.AsyncClient) -> None:
     await world.db.execute("ALTER TABLE session ADD CONSTRAINT full_house CHECK (false)")
     answer = await http.post("/v1/auth/register", json=ADA)
     assert answer.status_code == 500
@@ -351,7 +353,7 @@ BODIES: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("ending", [revoked, ENDINGS["password changed elsewhere"]], ids=["revoked", "changed"])
-async def test_a_session_that_ends_while_a_body_arrives_does_nothing_more(
+async def test_request_whose_session_ends_while_its_body_arrives_is_refused(
     world: World, http: httpx.AsyncClient, ada: LoggedIn, ending: Ending
 ) -> None:
     host, _, port = world.url.removeprefix("http://").rpartition(":")
@@ -374,12 +376,10 @@ async def test_a_session_that_ends_while_a_body_arrives_does_nothing_more(
     assert await world.db.fetchval('SELECT bool_and(is_active AND NOT is_deleted) FROM "user"')
 
 
-# ------------------------------------------------------------------------------------------ changing one's password
+# --------------------------------------------------------------------------------------------- change of password
 
 
-async def test_changed_password_ends_every_session_but_the_one_that_changed_it(
-    world: World, http: httpx.AsyncClient, ada: LoggedIn
-) -> None:
+async def test_password_change_ends_all_other_sessions(world: World, http: httpx.AsyncClient, ada: LoggedIn) -> None:
     other = (await http.post("/v1/auth/login", json=LOGIN)).json()["token"]
     http.cookies.clear()
     here = await world.connect(UserSession(ada.user.id, "Ada", ada.token), 0)
@@ -400,7 +400,7 @@ async def test_changed_password_ends_every_session_but_the_one_that_changed_it(
     assert (await http.post("/v1/auth/login", json=LOGIN | {"password": NEW})).status_code == 200
 
 
-async def test_of_concurrent_changes_from_one_password_one_holds(
+async def test_one_of_two_concurrent_password_changes_succeeds(
     world: World, http: httpx.AsyncClient, ada: LoggedIn
 ) -> None:
     tokens = [ada.token, (await http.post("/v1/auth/login", json=LOGIN)).json()["token"]]
@@ -419,7 +419,7 @@ async def test_of_concurrent_changes_from_one_password_one_holds(
 
 
 @pytest.mark.parametrize("ending", [revoked, expired, ENDINGS["disabled"], ENDINGS["password reset"]])
-async def test_change_that_waits_while_its_session_or_password_ends_is_refused(
+async def test_password_change_is_refused_if_its_session_or_password_ends_meanwhile(
     world: World, http: httpx.AsyncClient, ada: LoggedIn, ending: Ending, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed = passwords.hashed
@@ -434,10 +434,10 @@ async def test_change_that_waits_while_its_session_or_password_ends_is_refused(
     assert (await http.post("/v1/auth/login", json=LOGIN | {"password": NEW})).status_code == 401
 
 
-async def test_what_takes_a_password_is_done_although_it_was_hashed_anew_meanwhile(
+async def test_concurrent_rehash_does_not_fail_a_request_with_a_password(
     world: World, http: httpx.AsyncClient, ada: LoggedIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A login hashes a password anew when its parameters are outdated: that is no wrong password."""
+    """A login replaces a hash with outdated parameters. The password stays valid."""
     matches = passwords.matches
 
     async def matches_and_is_replaced(password: str, checked: str | None) -> bool:
@@ -456,7 +456,7 @@ async def test_what_takes_a_password_is_done_although_it_was_hashed_anew_meanwhi
         assert answer.status_code == 204
 
 
-async def test_closed_registration_makes_no_account_and_the_operator_does(settings: Settings) -> None:
+async def test_with_closed_registration_only_the_operator_creates_accounts(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, registration="closed", login_attempts_per_address=3)
     async with World(settings, workers=1) as world, http_client(world.url) as http:
         for body in (ADA, {}):
@@ -472,8 +472,8 @@ async def test_closed_registration_makes_no_account_and_the_operator_does(settin
 # ------------------------------------------------------------------------------------------------------- attempts
 
 
-async def guessed(urls: list[str], count: int, last: str = "wrong horse") -> Counter[int]:
-    """Log in so often at the same time, with a wrong password but for the last time; return how often each answer."""
+async def guess_concurrently(urls: list[str], count: int, last: str = "wrong horse") -> Counter[int]:
+    """Log in `count` times concurrently, with `last` as the last password. Return the counts of statuses."""
     async with httpx.AsyncClient(trust_env=False, timeout=30, limits=httpx.Limits(max_connections=None)) as http:
         passwords = ["wrong horse"] * (count - 1) + [last]
         answers = await asyncio.gather(
@@ -485,24 +485,24 @@ async def guessed(urls: list[str], count: int, last: str = "wrong horse") -> Cou
     return Counter(answer.status_code for answer in answers)
 
 
-async def test_of_concurrent_guesses_ten_are_tried(settings: Settings) -> None:
+async def test_ten_of_many_concurrent_guesses_are_checked(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, login_attempts_per_address=10_000)
     async with World(settings) as world:
         async with http_client(world.url, timeout=30) as http:
             await registered(http)
         urls = [worker.url for worker in world.workers]
-        assert await guessed(urls, 60) == {401: settings.login_attempts, 429: 60 - settings.login_attempts}
-        assert await guessed(urls[:1], 1, last=ADA["password"]) == {429: 1}
+        assert await guess_concurrently(urls, 60) == {401: settings.login_attempts, 429: 60 - settings.login_attempts}
+        assert await guess_concurrently(urls[:1], 1, last=ADA["password"]) == {429: 1}
 
 
-def alone(per_account: int) -> Attempts:
-    """Return counters that find no Redis."""
+def without_redis(per_account: int) -> Attempts:
+    """Return counters without a reachable Redis."""
     redis = Redis(unix_socket_path="/nowhere", retry=Retry(NoBackoff(), 0))
     return Attempts(redis, "one", per_account=per_account, per_address=100)
 
 
-async def test_of_concurrent_guesses_ten_are_tried_without_redis() -> None:
-    attempts = alone(10)
+async def test_ten_of_many_concurrent_guesses_are_checked_without_redis() -> None:
+    attempts = without_redis(10)
     tried = 0
 
     async def guess() -> ErrorCode:
@@ -519,8 +519,8 @@ async def test_of_concurrent_guesses_ten_are_tried_without_redis() -> None:
     assert (tried, codes) == (10, {ErrorCode.UNAUTHENTICATED: 10, ErrorCode.RATE_LIMITED: 70})
 
 
-async def test_attempt_that_could_not_be_made_is_not_counted() -> None:
-    attempts = alone(1)
+async def test_attempt_that_fails_with_another_error_is_not_counted() -> None:
+    attempts = without_redis(1)
     for _ in range(3):
         with pytest.raises(ConnectionError):
             async with attempts.at_account("ada@example.org"):
@@ -531,13 +531,13 @@ async def test_attempt_that_could_not_be_made_is_not_counted() -> None:
 
 async def test_attempts_are_counted_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.auth.attempts.MAX_COUNTED_HERE", 50)
-    attempts = alone(1)
+    attempts = without_redis(1)
     for number in range(200):
         await attempts.of_address(f"address {number}")
     assert len(attempts._here) <= 50  # noqa: SLF001
 
 
-async def test_passwords_that_wait_to_be_hashed_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_passwords_waiting_to_be_hashed_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passwords, "MAX_WAITING", 4)
     answers = await asyncio.gather(*(passwords.hashed("correct horse") for _ in range(20)), return_exceptions=True)
     refused = [answer for answer in answers if isinstance(answer, Refused)]
@@ -547,16 +547,16 @@ async def test_passwords_that_wait_to_be_hashed_are_bounded(monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("ada")
-async def test_owner_logs_in_on_many_devices_at_once(world: World, http: httpx.AsyncClient) -> None:
+async def test_concurrent_logins_of_the_account_owner_succeed(world: World, http: httpx.AsyncClient) -> None:
     urls = [worker.url for worker in world.workers]
     answers = await asyncio.gather(*(http.post(f"{urls[n % 2]}/v1/auth/login", json=LOGIN) for n in range(20)))
     assert Counter(answer.status_code for answer in answers) == {200: 20}
 
 
-async def test_concurrent_guesses_at_the_password_of_a_session_are_counted_first(
+async def test_concurrent_guesses_with_a_session_are_counted_before_checking(
     world: World, http: httpx.AsyncClient, ada: LoggedIn
 ) -> None:
-    """Whoever has stolen a session may not find out the password by deactivating the account."""
+    """A stolen session must not help to guess the password by deactivating the account."""
     wrong = {"password": "wrong horse"}
     bodies = {"deactivate": wrong, "delete": wrong, "password": wrong | {"new_password": NEW}}
     asked = [(f"{worker.url}/v1/auth/{what}", body) for worker in world.workers for what, body in bodies.items()]
@@ -564,11 +564,11 @@ async def test_concurrent_guesses_at_the_password_of_a_session_are_counted_first
         *(http.post(path, headers=bearer(ada.token), json=body) for path, body in (asked * 7)[:40])
     )
     assert Counter(answer.status_code for answer in answers) == {403: 10, 429: 30}
-    # One account has one counter: the ten are those of a login, too.
-    assert await guessed([worker.url for worker in world.workers], 2) == {429: 2}
+    # Logins share the counter of the account.
+    assert await guess_concurrently([worker.url for worker in world.workers], 2) == {429: 2}
 
 
-async def test_concurrent_registrations_of_an_address_are_counted_first(settings: Settings) -> None:
+async def test_concurrent_registrations_from_an_address_are_counted_before_hashing(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, login_attempts_per_address=5)
     async with World(settings, workers=1) as world, http_client(world.url) as http:
         answers = await asyncio.gather(

@@ -1,4 +1,4 @@
-"""Times by key: those that are over are forgotten before there are many, and no other is."""
+"""`Deadlines` maps keys to times. Past times are removed before they are many, and others are kept."""
 
 import itertools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from server.limits.retries import Retries
 from server.limits.token_bucket import Pace, TokenBuckets
 
 
-def test_times_that_are_over_are_forgotten_and_others_never() -> None:
+def test_past_times_are_removed_and_others_are_kept() -> None:
     times: Deadlines[int, int] = Deadlines()
     for key in range(deadlines.SWEEP_AT):
         times.put(key, 10**9 if key % 4 == 0 else key, now=0)
@@ -24,7 +24,7 @@ def test_times_that_are_over_are_forgotten_and_others_never() -> None:
         times.put(now, now + 1, now)
         assert len(times) <= deadlines.SWEEP_AT + 1
     assert [times.get(key, 10**6) for key in range(0, deadlines.SWEEP_AT, 4)] == [10**9] * kept
-    assert times.get(1, 10**6) == 10**6, "what is over is now"
+    assert times.get(1, 10**6) == 10**6, "a past time reads as now"
     for key in range(3 * deadlines.SWEEP_AT):
         times.put(-key, 10**9, 10**6)
     assert len(times) >= 3 * deadlines.SWEEP_AT + kept - 1
@@ -50,7 +50,7 @@ def _refused(admission: Admission, client: Any) -> None:
     ],
     ids=["TokenBuckets", "charge", "Retries", "Admission", "Throttle"],
 )
-def test_whatever_keeps_a_time_for_each_client_forgets_those_that_are_over(
+def test_every_store_of_times_per_client_removes_past_times(
     use: Callable[[Callable[[], int]], Callable[[UserId], object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Deadlines[Any, Any]] = []

@@ -1,6 +1,6 @@
-"""The descriptions for machines: whole in themselves, and true of what the server answers.
+"""The OpenAPI and AsyncAPI documents are complete and match the responses of the server.
 
-`http_client` compares the status of every answer in all tests with those described.
+In all tests, `http_client` compares the status of each response with the OpenAPI document.
 """
 
 import json
@@ -21,7 +21,7 @@ from tests.world import World, http_client, require_described
 
 
 def references(part: Any) -> Iterator[str]:
-    """Yield all references in a document, those of discriminators too."""
+    """Yield all references in a document, including those of discriminators."""
     if isinstance(part, dict):
         for key, inner in part.items():
             if key == "$ref":
@@ -50,9 +50,9 @@ def patterns(part: Any) -> Iterator[str]:
 
 
 def faults(pattern: str) -> list[str]:
-    """Return what an ECMA-262 engine with the flag `u` refuses in a regular expression, or reads otherwise than Python.
+    """Return the parts of a pattern that ECMA-262 with the flag `u` refuses, or reads differently from Python.
 
-    `\\d`, `\\w` and `\\b` are ASCII there. `\\s` differs in control and format characters alone, which no field takes.
+    `\\d`, `\\w` and `\\b` are ASCII there. `\\s` differs only in control and format characters, which fields refuse.
     """
     found, at, is_class = [], 0, False
     while at < len(pattern):
@@ -61,7 +61,7 @@ def faults(pattern: str) -> list[str]:
         )
         one = pattern[at] if escape is None else escape[0]
         if escape is not None:
-            named = escape[1] or "{"  # or a number of times
+            named = escape[1] or "{"  # or a repetition
             is_known = len(named) > 1 or named in "^$\\.*+?()[]{}|/stnvfrS" or (is_class and named == "-")
             found += [] if is_known else [one]
         elif is_class:
@@ -75,7 +75,7 @@ def faults(pattern: str) -> list[str]:
 
 
 @DOCUMENTS
-def test_every_pattern_is_one_for_other_languages(document: dict[str, Any]) -> None:
+def test_every_pattern_is_valid_in_ecma_262(document: dict[str, Any]) -> None:
     found = set(patterns(document))
     assert len(found) > 8
     assert {pattern: faults(pattern) for pattern in found if faults(pattern)} == {}
@@ -85,7 +85,7 @@ def test_every_pattern_is_one_for_other_languages(document: dict[str, Any]) -> N
     assert faults(r"^(?=.*[^\s\x00-\u034f\-{\[])(?!a)\.(?:b|\/){2,}c+?$") == []
 
 
-def test_a_hashtag_that_the_server_takes_is_described() -> None:
+def test_pattern_of_hashtags_matches_those_that_the_server_accepts() -> None:
     described = re.compile(asyncapi.ECMA[HASHTAG])
     taken = [one for one in map(chr, range(sys.maxunicode + 1)) if re.match(HASHTAG, one)]
     assert len(taken) > 100_000
@@ -94,7 +94,7 @@ def test_a_hashtag_that_the_server_takes_is_described() -> None:
 
 
 @DOCUMENTS
-def test_every_reference_resolves_and_every_schema_is_referred_to(document: dict[str, Any]) -> None:
+def test_every_reference_resolves_and_every_schema_is_used(document: dict[str, Any]) -> None:
     found = set(references(document))
     assert len(found) > 100
     for reference in found:
@@ -108,8 +108,8 @@ def test_every_reference_resolves_and_every_schema_is_referred_to(document: dict
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in document["components"]["schemas"])
 
 
-async def test_frames_of_sockets_alone_are_described_as_such_and_no_others(world: World) -> None:
-    """Each frame by plain HTTP, with fields that can be decoded."""
+async def test_socket_only_frames_are_documented_as_such(world: World) -> None:
+    """Each frame is sent over HTTP, with fields that can be decoded."""
     who, refused = await world.user("Ada"), set()
     async with http_client(world.url) as http:
         for frame in CLIENT_FRAMES:
@@ -127,7 +127,7 @@ async def test_frames_of_sockets_alone_are_described_as_such_and_no_others(world
     assert {one.partition("\n")[0] for one in sections if "Socket only." in one} == {tag(frame) for frame in refused}
 
 
-async def test_a_foreign_page_that_logs_in_is_refused_as_described(world: World) -> None:
+async def test_login_from_a_foreign_origin_is_refused_as_documented(world: World) -> None:
     async with http_client(world.url) as http:
         body = {"email": "ada@example.org", "password": "correct horse"}
         answer = await http.post("/v1/auth/login", json=body, headers={"Origin": "https://evil.example"})
@@ -137,4 +137,4 @@ async def test_a_foreign_page_that_logs_in_is_refused_as_described(world: World)
         with pytest.raises(AssertionError, match="418"):
             await require_described(answer)
     (server,) = openapi.document()["servers"]
-    assert server == {"url": "/"}, "wherever the document was served"
+    assert server == {"url": "/"}, "relative to the address of the document"

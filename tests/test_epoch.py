@@ -199,7 +199,7 @@ async def outlives(settings: Settings, backup: Backup, people: int = 4) -> None:
                 assert set(talker.acknowledged) <= set(truth.messages)
                 assert talker.codes == [CloseCode.START_OVER]
                 await talker.leave()
-            said = "\n".join(program.said)
+            said = "\n".join(program.lines)
             assert said.count("has a new epoch; starting another") == 2, said
             assert "Traceback" not in said, said
             assert await kept_without_end(settings.redis_url, old) == []

@@ -68,8 +68,8 @@ async def said(*arguments: str, status: int = 0) -> str:
     """Run a command of the installed program and return what it prints."""
     program = Installed(*arguments)
     await program.start()
-    assert await program.ended() == status, program.said
-    return "\n".join(program.said)
+    assert await program.ended() == status, program.lines
+    return "\n".join(program.lines)
 
 
 @pytest.mark.long
