@@ -199,7 +199,7 @@ async def test_rows_of_others_are_unique_by_what_they_are_of(database_url: str) 
 
 
 def test_tables_with_an_age_have_a_job_that_deletes() -> None:
-    """Which test_each_job_does_all_that_is_due_past_what_fails_again_and_again runs."""
+    """Which test_each_job_handles_all_due_rows_despite_rows_that_always_fail runs."""
     assert {name for name, (bound, _) in listed("Tables").items() if bound == "age"} == AGED.keys()
     for table, job in AGED.items():
         assert f"self.{job})" in inspect.getsource(Background.__init__)

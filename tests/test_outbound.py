@@ -1,4 +1,4 @@
-"""What the server asks of addresses that users name: nothing near, nothing for long, nothing much; link previews."""
+"""Outgoing HTTP to URLs that users name: no private addresses, bounded time and size; and link previews."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ Engine"><meta property="og:image" content="/engine.png"></head><body><title>no</
 
 
 class Site:
-    """A web server that says whatever a test has it say, byte for byte."""
+    """A web server that answers with the bytes that a test gives it."""
 
     def __init__(self) -> None:
         self.answer: Callable[[str], bytes | Awaitable[bytes]] = lambda _: page(PAGE)
@@ -106,18 +106,20 @@ NOWHERE = ["ftp://example.org/", "file:///etc/passwd", "http:///x", "http://user
 
 
 @pytest.mark.parametrize("url", [*NEAR, *NOWHERE])
-async def test_nothing_near_is_asked(careful: SafeHttp, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_private_addresses_are_never_connected_to(
+    careful: SafeHttp, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def send(*_: object, **__: object) -> None:
         raise OSError("sent")
 
-    # The stub keeps a broken check from connecting to these addresses.
+    # The stub prevents connections to these addresses if the check is broken.
     monkeypatch.setattr(careful._transport, "handle_async_request", send)  # noqa: SLF001
     with pytest.raises(Unreachable, match="not a public one" if url in NEAR else "not an address on the web"):
         await careful.get(url, most=10)
 
 
-def test_addresses_that_lead_near_are_not_public() -> None:
-    """Also those that hold another address, and ranges that were given up. Only read, never asked."""
+def test_addresses_that_reach_private_networks_are_not_public() -> None:
+    """Also addresses that embed another address, and deprecated ranges. The test only parses them."""
     near = [
         "127.0.0.1", "0.0.0.1", "10.0.0.1", "169.254.169.254", "100.64.0.1", "192.168.0.1", "224.0.0.1", "240.0.0.1",
         "::", "::1", "fe80::1", "fc00::1", "fec0::1", "ff02::1", "::ffff:127.0.0.1", "::127.0.0.1", "2002:7f00:1::",
@@ -129,7 +131,7 @@ def test_addresses_that_lead_near_are_not_public() -> None:
     assert [one for one in far if not safe_http._is_public(ipaddress.ip_address(one))] == []  # noqa: SLF001
 
 
-async def test_a_name_that_leads_here_is_not_asked(
+async def test_name_that_resolves_to_a_private_address_is_refused(
     careful: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = int(site.url.rsplit(":", 1)[1])
@@ -147,14 +149,16 @@ async def test_a_name_that_leads_here_is_not_asked(
         asked.append(str(request.url))  # type: ignore[attr-defined]
         raise OSError
 
-    monkeypatch.setattr(careful._transport, "handle_async_request", connect)  # noqa: SLF001 - the network is not to be asked
+    monkeypatch.setattr(careful._transport, "handle_async_request", connect)  # noqa: SLF001 - no network in tests
     for _ in range(4):
         with pytest.raises(Unreachable):
             await careful.get(f"http://rebinding.example:{port}/", most=10)
     assert asked == [f"http://93.184.216.34:{port}/"], "one private address refuses all addresses of the name"
 
 
-async def test_nothing_of_an_answer_is_kept(careless: SafeHttp, site: Site, caplog: pytest.LogCaptureFixture) -> None:
+async def test_answers_leave_no_cookies_objects_or_log_entries(
+    careless: SafeHttp, site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
 
     def answer(_: str) -> bytes:
@@ -172,12 +176,12 @@ async def test_nothing_of_an_answer_is_kept(careless: SafeHttp, site: Site, capl
     for _ in range(10):
         await post()
     gc.collect()
-    assert len(gc.get_objects()) < before + 1_000, "as many as one answer has would be ten times as many here"
+    assert len(gc.get_objects()) < before + 1_000, "objects of ten answers remain"
     assert "cookie:" not in site.asked[-1]
     assert caplog.records == []
 
 
-async def test_a_slow_resolver_holds_up_nothing_else(careful: SafeHttp, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_resolver_does_not_block_the_loop(careful: SafeHttp, monkeypatch: pytest.MonkeyPatch) -> None:
     answered = threading.Event()
     asked: list[str] = []
 
@@ -198,7 +202,7 @@ async def test_a_slow_resolver_holds_up_nothing_else(careful: SafeHttp, monkeypa
 
 
 class Names:
-    """A resolver for names: `good` ones are at this machine, all others are silent until `answered` is set."""
+    """A resolver. `good` names resolve to this machine, and all others hang until `answered` is set."""
 
     def __init__(self) -> None:
         self.answered = threading.Event()
@@ -231,7 +235,9 @@ def posts_by(asker: SafeHttp, drops: Drops) -> Posts:
     return Posts(prepared_push, send, drops)
 
 
-async def test_silent_names_fail_no_push_service_that_answers(careless: SafeHttp, site: Site, names: Names) -> None:
+async def test_names_that_hang_do_not_fail_push_services_that_answer(
+    careless: SafeHttp, site: Site, names: Names
+) -> None:
     port = site.url.rsplit(":", 1)[1]
     drops = Drops()
     queue = posts_by(careless, drops)
@@ -248,15 +254,15 @@ async def test_silent_names_fail_no_push_service_that_answers(careless: SafeHttp
         queue.add(post_to(f"http://good-known:{port}/"))
         queue.start()
         await until(lambda: len(site.asked) == 2)
-        assert not drops.counts, "a known host waits for no silent name"
+        assert not drops.counts, "a known host does not wait for names that hang"
         await until(lambda: len(site.asked) == 3 and drops.counts["host_failed"] == silent)
-        assert not names.answered.is_set(), "a new host waits one round of time-outs, not for the silent names"
+        assert not names.answered.is_set(), "a new host waits for one round of time-outs only"
     finally:
         names.answered.set()
         await queue.close()
 
 
-async def test_silent_names_take_a_bounded_number_of_threads(
+async def test_names_that_hang_take_a_bounded_number_of_threads(
     careless: SafeHttp, site: Site, names: Names, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resolver, "MAX_OVERDUE", 8)
@@ -272,7 +278,7 @@ async def test_silent_names_take_a_bounded_number_of_threads(
         await until(lambda: len(names.asked) == SLOW_SLOTS + 8)
         with pytest.raises(Unreachable):
             await careless.get("http://silent-0/", most=1)
-        assert len(names.asked) == SLOW_SLOTS + 8, "a name that is being looked up takes no second thread"
+        assert len(names.asked) == SLOW_SLOTS + 8, "a lookup in progress takes no second thread"
         names.answered.set()
         await until(lambda: len(site.asked) == 1)
         await until(lambda: drops.counts["host_failed"] == silent)
@@ -283,14 +289,14 @@ async def test_silent_names_take_a_bounded_number_of_threads(
 
 @pytest.fixture
 def no_thread() -> Iterator[None]:
-    """Have the system refuse new threads: it has no room for so large a stack."""
+    """Make the system refuse new threads, since it has no room for so large a stack."""
     before = threading.stack_size(1 << 46)
     yield
     threading.stack_size(before)
 
 
 @pytest.mark.usefixtures("no_thread")
-async def test_a_thread_that_the_system_refuses_is_a_look_up_that_failed(careless: SafeHttp) -> None:
+async def test_lookup_fails_if_no_thread_can_be_started(careless: SafeHttp) -> None:
     drops = Drops()
     queue = posts_by(careless, drops)
     queue.add(post_to("http://good/"))
@@ -298,13 +304,13 @@ async def test_a_thread_that_the_system_refuses_is_a_look_up_that_failed(careles
     await until(lambda: drops.counts.total() == 1)
     assert drops.counts == {"host_failed": 1}
     (pause,) = queue._pauses.values()  # noqa: SLF001
-    assert pause.until > time.monotonic(), "it is not asked again immediately"
+    assert pause.until > time.monotonic(), "the lookup is not repeated immediately"
     assert not careless._resolver._running  # noqa: SLF001
     await queue.close()
 
 
 @pytest.mark.usefixtures("no_thread")
-async def test_a_thread_that_the_system_refuses_makes_an_answer_unavailable(
+async def test_request_is_answered_as_unavailable_if_no_thread_can_be_started(
     room: Room,
     world: World,
     monkeypatch: pytest.MonkeyPatch,
@@ -325,7 +331,7 @@ async def test_a_thread_that_the_system_refuses_makes_an_answer_unavailable(
     await room.ada.call(long)
 
 
-def test_a_look_up_that_never_ends_does_not_hold_up_the_stop() -> None:
+def test_lookup_that_hangs_does_not_delay_shutdown() -> None:
     script = """
 import asyncio, socket, threading
 from server.jobs import safe_http
@@ -350,7 +356,7 @@ asyncio.run(main())
     assert ended.stdout == b"closed\n"
 
 
-async def test_a_redirect_is_looked_at_anew(careless: SafeHttp, site: Site) -> None:
+async def test_target_of_a_redirect_is_checked_again(careless: SafeHttp, site: Site) -> None:
     site.answer = lambda path: (
         page("here") if path == "/there" else b"HTTP/1.1 302 Found\r\nlocation: /there\r\ncontent-length: 0\r\n\r\n"
     )
@@ -362,14 +368,14 @@ async def test_a_redirect_is_looked_at_anew(careless: SafeHttp, site: Site) -> N
     site.answer = lambda _: b"HTTP/1.1 302 Found\r\nlocation: http://[\r\ncontent-length: 0\r\n\r\n"
     with pytest.raises(Unreachable, match="to no address"):
         await careless.get(site.url, most=100)
-    # Even where the first one may be asked, the next one is not trusted for it.
+    # The target of a redirect is checked even if the first URL is allowed.
     careless._to_private = False  # noqa: SLF001
     site.answer = lambda _: b"HTTP/1.1 302 Found\r\nlocation: http://169.254.169.254/\r\ncontent-length: 0\r\n\r\n"
     with pytest.raises(Unreachable):
         await careless.get(site.url, most=100)
 
 
-async def test_what_is_too_much_is_cut_and_what_takes_too_long_is_left(
+async def test_long_answers_are_truncated_and_slow_ones_are_abandoned(
     careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.answer = lambda _: page("x" * 1_000_000)
@@ -381,7 +387,7 @@ async def test_what_is_too_much_is_cut_and_what_takes_too_long_is_left(
         await asyncio.sleep(0.3)
         return f"HTTP/1.1 302 Found\r\nlocation: {path}x\r\ncontent-length: 0\r\n\r\n".encode()
 
-    # All redirects have one time limit together.
+    # All redirects share one time limit.
     site.answer = slow
     with pytest.raises(Unreachable) as unreachable:
         await careless.get(site.url, most=1_000)
@@ -402,7 +408,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 class Events:
-    """Counts what is parsed of answers, in all and in one turn of the loop. Each part may be said to take a time."""
+    """Counts the parsed parts of answers, in total and per turn of the loop. Each part may take a given time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, seconds: float = 0.0) -> None:
         self.total = self._in_turn = self.most_in_turn = 0
@@ -427,8 +433,8 @@ class Events:
 @pytest.mark.parametrize(("begin", "part"), [
     (b"", b"HTTP/1.1 103 E\r\n\r\n"), (CHUNKED, b"1\r\nx\r\n"), (b"HTTP/1.1 200 OK\r\n", b"a:\r\n"), (b"", b"x"),
     (CHUNKED + b"0\r\n", b"a:\r\n"), (CHUNKED, b"1;a\r\nx\r\n"),
-], ids=["103", "chunks", "headers", "no HTTP", "trailers", "extensions"])  # fmt: skip
-async def test_an_answer_of_endless_parts_is_left_and_others_have_turns_meanwhile(
+], ids=["103", "chunks", "headers", "not HTTP", "trailers", "extensions"])  # fmt: skip
+async def test_endless_answer_is_abandoned_and_does_not_block_others(
     careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch, begin: bytes, part: bytes
 ) -> None:
     events = Events(monkeypatch)
@@ -443,7 +449,7 @@ async def test_an_answer_of_endless_parts_is_left_and_others_have_turns_meanwhil
     assert events.most_in_turn <= safe_http.TURN_BYTES / 5
 
 
-async def test_an_answer_that_comes_byte_by_byte_is_left(
+async def test_answer_that_arrives_byte_by_byte_is_abandoned(
     careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(safe_http, "TURN_BYTES", 1)
@@ -455,10 +461,10 @@ async def test_an_answer_that_comes_byte_by_byte_is_left(
         await careless.get(site.url, most=1_000)
 
 
-async def test_answers_that_have_begun_take_a_share_of_the_loop(
+async def test_parsing_of_answers_takes_a_bounded_share_of_the_loop(
     careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Previews and notifications alike, and neither waits for the other's share."""
+    """Previews and notifications have separate shares, and neither waits for the other's."""
     events = Events(monkeypatch, seconds=0.001)
     monkeypatch.setattr(safe_http, "TURN_BYTES", 60)
     site.answer = lambda _: CHUNKED + b"1\r\nx\r\n" * 200 + b"0\r\n\r\n"
@@ -480,7 +486,7 @@ async def test_answers_that_have_begun_take_a_share_of_the_loop(
     await asyncio.gather(*waiting, return_exceptions=True)
 
 
-async def test_of_answers_that_arrive_together_one_is_parsed_in_a_turn_of_the_loop(
+async def test_one_answer_is_parsed_per_turn_of_the_loop(
     careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     careless._posts = LoopTime(1.0, 60.0)  # noqa: SLF001
@@ -518,11 +524,11 @@ async def test_of_answers_that_arrive_together_one_is_parsed_in_a_turn_of_the_lo
 
 
 def overdraw(share: LoopTime) -> None:
-    """Have a share be used up for 0.6 seconds."""
+    """Use up a share for 0.6 seconds."""
     share._left, share._at = -0.06, time.monotonic()  # noqa: SLF001
 
 
-async def test_waits_for_our_share_of_the_loop_make_nobody_slow(
+async def test_waits_for_the_share_of_the_loop_do_not_count_as_slowness(
     careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.5)
@@ -547,7 +553,7 @@ async def test_waits_for_our_share_of_the_loop_make_nobody_slow(
     assert not drops.counts
     monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 10.0)
     site.answer = lambda _: late()
-    assert (await post(HOST_USERS)).is_slow, "with nothing to wait for but the answer"
+    assert (await post(HOST_USERS)).is_slow, "the answer alone is waited for"
     assert not drops.counts
     await queue.close()
     site.answer = lambda path: (
@@ -565,12 +571,12 @@ async def test_waits_for_our_share_of_the_loop_make_nobody_slow(
     ("See https://example.org/a?b=c.", "https://example.org/a?b=c"), ("(http://x.y/)", "http://x.y/"), ("none", None),
     ("javascript:alert(1)", None), ("<https://x.y/z>", "https://x.y/z"),
 ])  # fmt: skip
-def test_the_first_link_of_a_text(text: str, link: str | None) -> None:
+def test_first_link_of_a_text_is_found(text: str, link: str | None) -> None:
     assert previews.first_link(text) == link
 
 
 @pytest.mark.parametrize("body", [b"", b"\xff\xfe<title>", b"<title></title>", b"<" * 50_000, b"<meta " * 20_000])
-def test_a_page_that_says_nothing_has_no_preview(body: bytes) -> None:
+def test_page_without_metadata_has_no_preview(body: bytes) -> None:
     assert previews.read(body, "https://x.y", "https://x.y") is None
 
 
@@ -582,7 +588,7 @@ MARKUP = [
 
 
 @given(st.lists(st.sampled_from(MARKUP), max_size=40))
-def test_no_page_of_a_stranger_is_our_defect(parts: list[str]) -> None:
+def test_any_page_is_parsed_without_an_error(parts: list[str]) -> None:
     body = f"<title>{''.join(parts)}".encode(errors="surrogatepass")
     for whole in (body, b"<title>A page</title>" + body):
         preview = previews.read(whole, "https://x.y", "https://x.y")
@@ -593,8 +599,8 @@ def test_no_page_of_a_stranger_is_our_defect(parts: list[str]) -> None:
         assert preview is not None or whole is body
 
 
-def test_a_page_takes_no_time_beyond_its_length() -> None:
-    """Within what 100 times an ordinary page of its length takes."""
+def test_parse_time_is_linear_in_the_length_of_a_page() -> None:
+    """At most 100 times the time of an ordinary page of the same length."""
 
     def seconds(body: str) -> float:
         page = f"<title>a</title>{body * 50_000}".encode(errors="surrogatepass")[:50_000]
@@ -606,14 +612,14 @@ def test_a_page_takes_no_time_beyond_its_length() -> None:
     assert [part for part in MARKUP if seconds(part) > most] == []
 
 
-def test_what_a_page_says_is_kept_short_and_its_picture_is_on_the_web() -> None:
+def test_preview_is_bounded_and_its_picture_has_a_web_address() -> None:
     body = f'<title>{"t" * 999}</title><meta property="og:image" content="javascript:alert(1)">'.encode()
     preview = previews.read(body, "https://x.y", "https://x.y")
     assert preview == LinkPreview(url="https://x.y", title="t" * 300)
 
 
 class TestInTheServer:
-    """Switched on, a preview comes as a change of the message; otherwise nothing is asked."""
+    """If previews are enabled, one is added to the message by an edit. Otherwise no page is fetched."""
 
     @pytest.fixture
     def settings(self, settings: Settings, request: pytest.FixtureRequest) -> Settings:
@@ -621,7 +627,7 @@ class TestInTheServer:
         return msgspec.structs.replace(settings, link_previews=is_on, private_addresses=True)
 
     @pytest.mark.parametrize("is_on", [True, False])
-    async def test_a_preview(self, room: Room, world: World, site: Site, *, is_on: bool) -> None:
+    async def test_preview_is_added_only_if_enabled(self, room: Room, world: World, site: Site, *, is_on: bool) -> None:
         message_id = await sent(room.ada, room.group, f"Look: {site.url}/engine.")
         await room.ada.call(message(room.group, "No link"))
         if not is_on:
@@ -643,7 +649,7 @@ class TestInTheServer:
         assert await world.db.fetchval("SELECT count(*) FROM message WHERE link_preview IS NOT NULL") == 0
 
     @pytest.mark.parametrize("is_on", [True])
-    async def test_link_that_waits_is_asked_for_only_while_its_message_says_it(
+    async def test_queued_link_is_fetched_only_while_its_message_contains_it(
         self,
         room: Room,
         world: World,
@@ -675,7 +681,7 @@ class TestInTheServer:
         await until(lambda: world.workers[0].app.previews._bound.taken == 0)  # noqa: SLF001
 
     @pytest.mark.parametrize("is_on", [True])
-    async def test_links_of_one_user_delay_no_other_users(
+    async def test_links_of_one_user_do_not_delay_links_of_others(
         self,
         world: World,
         site: Site,
@@ -702,7 +708,7 @@ class TestInTheServer:
         for one in connected[1:]:
             await one.event(server.MessageEdited)
         assert [head.split(" ")[1] for head in site.asked if "/silent" in head] == ["/silent/0"]
-        # Nor do those that wait leave no place for the links of others.
+        # Queued links of one user also leave room for the links of others.
         looks._bound.most = looks._bound.taken + 4  # noqa: SLF001
         await sent(connected[0], about[0], f"{site.url}/silent/too-many")
         await sent(connected[1], about[1], f"{site.url}/another")
@@ -713,7 +719,7 @@ class TestInTheServer:
         assert not looks._lines._lines  # noqa: SLF001
 
     @pytest.mark.parametrize("is_on", [True])
-    async def test_a_host_that_fails_is_left_alone_for_a_while(
+    async def test_failing_host_is_paused_for_a_while(
         self,
         world: World,
         site: Site,
@@ -734,17 +740,17 @@ class TestInTheServer:
             await until(lambda: looks._bound.taken == 0)  # noqa: SLF001
             return len(site.asked) > before
 
-        assert [await asked(0, "/broken"), await asked(0, "/good")] == [True, False], "it failed for this user"
+        assert [await asked(0, "/broken"), await asked(0, "/good")] == [True, False], "the host is paused for this user"
         assert [await asked(1, "/good"), await asked(1, "/broken"), await asked(2, "/broken")] == [True, True, True]
-        assert not await asked(3, "/good"), "it failed for three"
+        assert not await asked(3, "/good"), "the host is paused after failures for three users"
         for number in range(3):
             looks._pause(f"http://host-{number}.example/", people[0].id)  # noqa: SLF001
         assert len(looks._pauses) == 2  # noqa: SLF001
         assert await asked(0, "/good")
 
 
-async def test_one_of_all_who_wait_has_a_turn_of_the_loop_whoever_gives_up() -> None:
-    """Parts of 64 answers that were parsed in one turn held up a worker for 30 ms."""
+async def test_one_waiting_task_runs_per_turn_of_the_loop_even_if_others_give_up() -> None:
+    """Parts of 64 answers parsed in one turn blocked a worker for 30 ms."""
     share = LoopTime(1.0, 60.0)
     turn = 0
     served: list[tuple[int, int]] = []

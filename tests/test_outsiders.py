@@ -1,4 +1,4 @@
-"""Who is invited, has declined or is banned: each way to learn of it gives each viewer the same answer."""
+"""Invited, declined and banned users: every way to learn of them gives each viewer the same answer."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
@@ -13,14 +13,15 @@ from prove.client import Client
 from tests.world import Reader, UserSession, World, http_client, received_message, sent
 
 VIEWERS = ("owner", "admin", "moderator", "member", "guest", "adder", "remover", "inviter")
-"""All who take part. `adder` may add people, `remover` may remove them. `inviter` invited people, and lost the right to
-add any.
+"""All participants.
+
+`adder` may add people, `remover` may remove them. `inviter` invited people and lost the right to.
 """
 BEFORE = ("stays", "leaves", "removed", "banned", "left, banned", "left, invited")
-"""Targets who take part before anything happens; the last two leave before the viewers' copies begin."""
+"""Targets who take part at the start. The last two leave before the viewers' state begins."""
 INVITED = ("invited", "declined", "accepted", "taken back", "invited, banned", "left, invited")
 GONE = ("leaves", "removed", "banned")
-"""Targets who end their part, or lose it, after the viewers' copies began."""
+"""Targets whose membership ends after the viewers' state began."""
 Status = Literal["active", "invited", "declined", "banned"]
 STATUSES: dict[Status, set[str]] = {
     "active": {*VIEWERS, "stays", "accepted"},
@@ -34,21 +35,21 @@ SEES: dict[str, tuple[Status, ...]] = {
     **dict.fromkeys(("moderator", "member", "guest"), ("active",)),
     "stranger": (),
 }
-"""The statuses that each viewer sees of others."""
+"""The statuses of others that each viewer sees."""
 OWN = {
     **dict.fromkeys(("invited", "left, invited"), "invited"), "declined": "declined",
     **dict.fromkeys(("stays", "accepted"), "active"), **dict.fromkeys((*GONE, "left, banned"), "left"),
     **dict.fromkeys(("taken back", "invited, banned"), None),
 }  # fmt: skip
-"""What each target's own export says of their part."""
+"""The membership that each target's own export states."""
 
 
 Told: TypeAlias = list[tuple[str, object, object]]
-"""What a way told somebody, with what it should have told."""
+"""Tuples of a source and viewer, the value that the source returned, and the expected value."""
 
 
 class Scene:
-    """A channel in which everything has happened to everybody."""
+    """A channel with a user for each kind of membership."""
 
     def __init__(
         self, world: World, people: dict[str, UserSession], of: dict[str, Client], about: ConversationId
@@ -66,7 +67,7 @@ class Scene:
         await self.of[name].call(frame)
 
     async def gather(self) -> None:
-        """Let everybody in who was there before, and note what the viewers know then."""
+        """Add the first participants, and note the versions that the viewers have then."""
         for name in (*VIEWERS[1:], *BEFORE):
             await self.call(name, client.Join(conversation_id=self.about))
         roles: tuple[Literal["admin", "moderator", "guest"], ...] = ("admin", "moderator", "guest")
@@ -84,7 +85,7 @@ class Scene:
             self.starts[name] = len(self.of[name].events)
 
     async def happen(self) -> None:
-        """Have everything happen, and wait until all viewers were told."""
+        """Change all memberships, and wait until all viewers have the events."""
         invited = [self.id(name) for name in INVITED]
         await self.call("inviter", client.Invite(conversation_id=self.about, participants=invited))
         await self._permit("inviter", can_add_members=False)
@@ -108,13 +109,13 @@ class Scene:
         return self.people[name].id
 
     def named(self, events: Iterable[Any], among: Iterable[str] = OWN) -> set[str]:
-        """Return whose ids are anywhere in events that are not about the reader alone."""
+        """Return the users whose ids occur in events that do not concern the reader alone."""
         text = b"".join(encode(event) for event in events if not hasattr(event, "user_version")).decode()
         return {name for name in among if str(self.id(name)) in text}
 
 
 def told_by(scene: Scene, events: Sequence[Any]) -> tuple[set[str], set[str], set[str]]:
-    """Return whom events name in any way, who left by them, and the statuses that they give to participants."""
+    """Return the users that events name, those that left by them, and the statuses of participants in them."""
     left = [event.user_id for event in events if isinstance(event, server.ParticipantLeft)]
     statuses = {str(event.participant.status) for event in events if isinstance(event, server.ParticipantChanged)}
     assert len(left) == len(set(left))
@@ -188,7 +189,7 @@ async def by_why(scene: Scene) -> Told:
     return [("member, why", {name: found[name] for name in found.keys() & OWN.keys() - STATUSES["active"]}, gone)]
 
 
-async def test_each_way_tells_each_viewer_the_same_of_outsiders(world: World, reader: Reader) -> None:
+async def test_every_source_gives_each_viewer_the_same_list_of_outsiders(world: World, reader: Reader) -> None:
     everyone = [*VIEWERS, "stranger", *BEFORE, *(name for name in INVITED if name not in BEFORE)]
     people = dict(zip(everyone, await world.users(*everyone), strict=True))
     of = {name: await world.connect(who, number % 2) for number, (name, who) in enumerate(people.items())}
@@ -206,8 +207,8 @@ async def test_each_way_tells_each_viewer_the_same_of_outsiders(world: World, re
 GONE_VERSION = "SELECT gone_version(json_populate_record(NULL::conversation_participant, $1::json))"
 
 
-async def test_departure_of_an_older_worker_counts_from_its_own_version(world: World) -> None:
-    """Workers before migration 0030 reset no `left_version` when somebody joins, and set none when they leave."""
+async def test_departure_recorded_by_an_older_worker_has_its_own_version(world: World) -> None:
+    """Workers before migration 0030 do not reset `left_version` on joining, and do not set it on leaving."""
     table = [
         # status, joined_version, left_version, version, has left_at -> gone_version
         ("active", 5, 0, 5, False, 0), ("active", 5, 3, 5, False, 0),
@@ -222,7 +223,7 @@ async def test_departure_of_an_older_worker_counts_from_its_own_version(world: W
         if (found := await world.db.fetchval(GONE_VERSION, encode(row).decode())) != expected:
             wrong.append((row, found, expected))
     assert wrong == []
-    # Whoever was away is told once of the last departure, by its version.
+    # A user who was away receives the last departure once, by its version.
     ada, charles = await world.users("Ada", "Charles")
     hers, his = await world.connect(ada), await world.connect(charles)
     about = await world.channel(hers, is_public=True)

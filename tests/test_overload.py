@@ -1,4 +1,4 @@
-"""Too much at once: who comes in is bounded and told when to come, and what can wait is refused before what cannot."""
+"""Under overload, connecting clients are admitted in bounded numbers, and deferrable frames are refused first."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ class Clock:
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.floats(0, 0.5)), max_size=300))
-def test_never_more_than_so_many_are_on_their_way_in(steps: list[tuple[int, bool, float]]) -> None:
+def test_number_of_connecting_clients_is_bounded(steps: list[tuple[int, bool, float]]) -> None:
     clock = Clock()
     admission = Admission(at_once=8, clock=clock)
     inside: list[Slot] = []
@@ -49,13 +49,13 @@ def test_never_more_than_so_many_are_on_their_way_in(steps: list[tuple[int, bool
                 inside[-1].require(UserId(UUID(int=who)))
             except Refused as refused:
                 if len(inside) > before:
-                    inside.pop().end()  # the address has room, and the user has none
+                    inside.pop().end()  # the address has room, but the user does not
                 assert refused.retry_after_ms is not None
                 assert 250 <= refused.retry_after_ms <= 30_000
         elif inside:
             place = inside.pop(who % len(inside))
             place.end()
-            place.end()  # in vain
+            place.end()  # has no effect
             if who % 2:
                 place.again()
                 inside += [place] * place.is_held
@@ -67,7 +67,7 @@ def test_never_more_than_so_many_are_on_their_way_in(steps: list[tuple[int, bool
 
 
 @given(st.lists(st.integers(0, 11), max_size=1_000), st.booleans())
-def test_twelve_clients_leave_places_for_others_whatever_they_hold(who: list[int], is_address: bool) -> None:  # noqa: FBT001
+def test_twelve_clients_cannot_take_all_places(who: list[int], is_address: bool) -> None:  # noqa: FBT001
     admission = Admission()
     for number in [*who, *list(range(12)) * 64]:
         with contextlib.suppress(Refused):
@@ -80,7 +80,7 @@ def test_twelve_clients_leave_places_for_others_whatever_they_hold(who: list[int
     admission.begin("198.51.100.1").require(UserId(UUID(int=99)))
 
 
-def test_a_client_that_asks_again_and_again_puts_off_others_only_by_its_share() -> None:
+def test_client_that_retries_constantly_delays_others_only_by_its_share() -> None:
     clock = Clock()
     admission = Admission(at_once=40, clock=clock)
     for number in range(40):
@@ -91,17 +91,17 @@ def test_a_client_that_asks_again_and_again_puts_off_others_only_by_its_share() 
             admission.begin("192.0.2.1")
     with pytest.raises(Refused) as refused:
         admission.begin("198.51.100.1")
-    # At the rate that is guessed, 200 a second, 40 are inside and a fourth as many have been told to come.
+    # At the estimated rate of 200 per second, 40 are inside, and a quarter as many have been given a time.
     assert (refused.value.retry_after_ms or 0) <= (40 + 10 + 1) * 1_000 / 200 * 1.3
 
 
 @pytest.mark.parametrize("rate", [20, 500])
-def test_those_who_come_when_told_come_about_as_fast_as_others_get_in(rate: int) -> None:
+def test_retry_times_match_the_rate_of_admission(rate: int) -> None:
     clock = Clock()
     admission = Admission(at_once=50, clock=clock)
     numbers = itertools.count()
     inside = [admission.begin(str(next(numbers))) for _ in range(50)]
-    for _ in range(5 * rate):  # five seconds of it
+    for _ in range(5 * rate):  # for five seconds
         clock.now += 1 / rate
         inside.pop(0).end()
         inside.append(admission.begin(str(next(numbers))))
@@ -110,15 +110,15 @@ def test_those_who_come_when_told_come_about_as_fast_as_others_get_in(rate: int)
         with pytest.raises(Refused) as refused:
             admission.begin(str(next(numbers)))
         told.append(refused.value.retry_after_ms or 0)
-    # They need four seconds, after those who are inside: the last are told about that, and not all the same.
+    # They need four seconds, after the clients inside. The last ones get about that delay, with variation.
     last = sorted(told[-rate:])
     assert 3_000 + 50_000 / rate * 0.9 < sum(last) / len(last) < 5_500 + 50_000 / rate * 1.3
     assert len(set(last)) > 10
 
 
-async def test_a_full_door_says_when_to_come_and_everyone_gets_in(world: World) -> None:
+async def test_refused_clients_get_a_retry_time_and_all_connect_in_the_end(world: World) -> None:
     worker = world.workers[0].app
-    worker.admission._addresses.most = 40  # noqa: SLF001 - a small door: ten places for one address
+    worker.admission._addresses.most = 40  # noqa: SLF001 - few places, ten of them for one address
     ada = await world.user("Ada")
     people = [ada, *await world.users(*(f"Person {number}" for number in range(CLIENTS // 40)))]
     turned_away = 0
@@ -146,26 +146,26 @@ async def test_a_full_door_says_when_to_come_and_everyone_gets_in(world: World) 
     await asyncio.gather(*(one.close() for one in clients))
 
 
-async def test_who_says_nothing_keeps_nobody_out(world: World) -> None:
+async def test_silent_clients_keep_no_places(world: World) -> None:
     worker = world.workers[0].app
     worker.admission._addresses.most = worker.admission._users.most = 2  # noqa: SLF001 - one place for each
     ada, charles = await world.users("Ada", "Charles")
     silent = [Client(world.url, None) for _ in range(5)]
     for one in silent:
         await one.open()
-    # Who says that they will resume, and do not, keep no place.
+    # Clients that announce a resume and do not send it keep no place.
     resuming = [await world.connect(ada, query="?resume=1") for _ in range(5)]
     for one in resuming:
         await one.event(server.Ready)
     await world.connect(charles)
-    # What they say at last is done, and is work.
+    # Their late `resume` is handled, and takes a place meanwhile.
     async with world.db.transaction():
         await world.db.execute("LOCK TABLE conversation_participant")
         late = asyncio.create_task(resuming[0].call(client.Resume(epoch="", versions={}), server.Resumed))
         await until(lambda: len(worker.admission) == 1)
         with pytest.raises(InvalidStatus, match="503"):
             await Client(world.url, charles.token).open()
-        # There is no place left in the share of this one, and its resume is done without.
+        # The share of this client has no place left, and its resume is handled without one.
         others = asyncio.create_task(resuming[1].call(client.Resume(epoch="", versions={}), server.Resumed))
     await asyncio.gather(late, others)
     await until(lambda: len(worker.admission) == 0)
@@ -174,13 +174,13 @@ async def test_who_says_nothing_keeps_nobody_out(world: World) -> None:
         assert await one.closed() == CloseCode.WITH_TOKEN
 
 
-async def test_who_does_not_read_keeps_no_place(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_client_that_does_not_read_keeps_no_place(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = world.workers[0].app
     ada = await world.user("Ada")
     await world.channel(await world.connect(ada))
     is_slow = True
     monkeypatch.setattr(WebSocket, "is_behind", property(lambda one: is_slow and one.receiver.attached))
-    slow = await world.connect(ada)  # has its first page, which it seems not to read
+    slow = await world.connect(ada)  # has its first page, which it appears not to read
     entering = [one for one in worker.hub.online_users.sockets(ada.id) if one._entering is not None]  # type: ignore[attr-defined]  # noqa: SLF001
     assert (len(entering), len(worker.admission)) == (1, 0)
     is_slow = False
@@ -188,7 +188,7 @@ async def test_who_does_not_read_keeps_no_place(world: World, monkeypatch: pytes
     assert entering[0]._entering is None  # type: ignore[attr-defined]  # noqa: SLF001
 
 
-async def test_first_typing_then_presence_then_receipts_never_messages(settings: Settings) -> None:
+async def test_typing_is_shed_first_then_presence_then_receipts_and_never_messages(settings: Settings) -> None:
     async with World(settings, workers=1) as world:
         ada = await world.connect(await world.user("Ada"))
         channel = await world.channel(ada)
@@ -212,13 +212,13 @@ async def test_first_typing_then_presence_then_receipts_never_messages(settings:
             await ada.call(message(channel), server.Sent)
 
 
-async def test_a_worker_notices_that_it_is_behind_and_recovers(world: World) -> None:
+async def test_worker_detects_its_overload_and_recovers(world: World) -> None:
     load_shedding = world.workers[0].app.load_shedding
     ada = await world.connect(await world.user("Ada"))
     channel = await world.channel(ada)
     async with asyncio.timeout(20):
         while load_shedding.level < 3:
-            time.sleep(0.6)  # noqa: ASYNC251 - the loop is late, on purpose
+            time.sleep(0.6)  # noqa: ASYNC251 - block the loop on purpose
             await asyncio.sleep(0)
         assert isinstance(await ada.ask(client.Typing(conversation_id=channel)), Error)
         while load_shedding.level:

@@ -1,4 +1,4 @@
-"""Who keeps to the limits, or waits as told, is never refused for it, or closed; who does not is."""
+"""Rate limits: clients that keep to them, or wait as told, are never refused for it or closed; others are."""
 
 import asyncio
 import random
@@ -53,7 +53,7 @@ class Clock:
 
 
 class Paced:
-    """A client that keeps to a limit of `ready`, as docs/clients.md says."""
+    """A client that keeps to a limit of `ready`, as docs/clients.md describes."""
 
     def __init__(self, limit: RateLimit) -> None:
         self._limit = limit
@@ -61,7 +61,7 @@ class Paced:
         self._at = 0.0
 
     def wait(self, now: float, tokens: int = 1) -> float:
-        """Return how long to wait before the next frame, and count its tokens."""
+        """Count the tokens of the next frame, and return how long to wait before it."""
         tokens = min(tokens, self._limit.burst)
         self._tokens = min(self._limit.burst, self._tokens + (now - self._at) * self._limit.per_second) - tokens
         self._at = now
@@ -75,10 +75,10 @@ class Paced:
     delays=st.lists(st.floats(0.0, 0.9), min_size=1, max_size=20),
     costs=st.lists(st.tuples(st.integers(1, 17), st.sampled_from([0, 0, 0, 1, 10, 20])), min_size=1, max_size=20),
 )
-def test_a_client_that_keeps_to_the_limits_is_never_refused(
+def test_client_that_keeps_to_the_limits_is_never_refused(
     rate: float, pauses: list[float], delays: list[float], costs: list[tuple[int, int]]
 ) -> None:
-    """Also when frames take up to nearly a second to arrive, each another time, in order."""
+    """Frames may take up to nearly a second to arrive, with varying delay, in order."""
     clock = Clock()
     bucket = TokenBuckets[str]("frames", rate, clock=clock)
     paced = Paced(rate_limit(rate))
@@ -87,7 +87,7 @@ def test_a_client_that_keeps_to_the_limits_is_never_refused(
         first, further = costs[number % len(costs)]
         now += pause
         now += paced.wait(now, first + further)
-        paced._at = now  # noqa: SLF001 - it waited
+        paced._at = now  # noqa: SLF001 - it has waited
         paced._tokens = max(paced._tokens, 0.0)  # noqa: SLF001
         arrived = max(arrived, now + delays[number % len(delays)])
         clock.now = round(arrived * NS)
@@ -148,10 +148,10 @@ COSTLY: dict[str, client.Frame] = {
     "list_invitations": client.ListInvitations(),
 }
 CHEAP = {"list_votes"}
-"""Frames with a `limit` whose dearest page costs the database little more than a row (docs/performance.md)."""
+"""Frames with a `limit` whose most expensive page costs the database little more than a row (docs/performance.md)."""
 
 
-def test_every_page_takes_tokens_by_its_limit() -> None:
+def test_tokens_of_a_page_depend_on_its_limit() -> None:
     for frame, route in ROUTES.items():
         name = str(frame.__struct_config__.tag)
         if route.rate is not Rate.READ or "limit" not in frame.__struct_fields__ or name in CHEAP:
@@ -168,7 +168,7 @@ def test_every_page_takes_tokens_by_its_limit() -> None:
     assert [further(frame) for frame in few] == [0, 1, 10]
 
 
-async def test_one_retry_after_the_time_told_is_not_refused_whatever_the_frame_costs(world: World) -> None:
+async def test_retry_after_the_given_time_is_not_refused_at_any_cost(world: World) -> None:
     assert COSTLY.keys() == FURTHER_TOKENS.keys()
     ada = await world.user("Ada")
     asker = await world.connect(ada)
@@ -180,7 +180,7 @@ async def test_one_retry_after_the_time_told_is_not_refused_whatever_the_frame_c
     for rate, (name, frame), left in product((100.0, 5.0, 1.0), costly.items(), (0, 1)):
         clock = Clock()
         rate_limit = rate_limits[ROUTES[type(frame)].rate]
-        # In its place: the handlers have it, too.
+        # Change the rate in place, since the handlers hold it, too.
         vars(rate_limit).update(vars(SharedRateLimit("write", rate, None, clock=clock)))
         for _ in range(round(4 * rate) - left):
             rate_limit.require(ada.id)
@@ -193,8 +193,8 @@ async def test_one_retry_after_the_time_told_is_not_refused_whatever_the_frame_c
         assert not isinstance(answer, Error) or answer.code is ErrorCode.NOT_FOUND, (name, rate, left, answer)
 
 
-async def test_many_short_messages_at_once_are_told_to_come_back_one_token_apart(world: World) -> None:
-    """And one with mentions, whose content is not looked into, as many tokens later as it may take."""
+async def test_retry_times_of_concurrent_messages_are_one_token_apart(world: World) -> None:
+    """The time of a message with mentions, which is not decoded yet, allows for the most tokens that it may take."""
     asker = await world.connect(await world.user("Ada"))
     about = await world.channel(asker)
     rate_limit = world.workers[0].app._rate_limits[Rate.WRITE]  # noqa: SLF001
@@ -203,11 +203,11 @@ async def test_many_short_messages_at_once_are_told_to_come_back_one_token_apart
         rate_limit.require(asker.ready.user.id)
     frames = [message(about) for _ in range(5)] + [message(about, "@" * MAX_MENTIONS)]
     told = [(await asker.ask(frame)).retry_after_ms for frame in frames]  # type: ignore[union-attr]
-    assert told == [1_001, 2_000, 3_000, 4_000, 5_000, 8_000]  # the last one is all that the bucket holds
+    assert told == [1_001, 2_000, 3_000, 4_000, 5_000, 8_000]  # the last one needs the full bucket
 
 
 @given(st.text(alphabet='@"\\a\u2028'), st.integers(0, 100))
-def test_a_frame_takes_no_more_than_is_told_before_it_is_decoded(content: str, count: int) -> None:
+def test_estimate_before_decoding_is_an_upper_bound_of_the_tokens(content: str, count: int) -> None:
     about, people = ConversationId(uuid7()), [UserId(uuid7()) for _ in range(count)]
     escaped = msgspec.json.encode(message(about, content or "x")).replace(b"@", b"\\u0040")
     for frame, data in (
@@ -221,9 +221,7 @@ def test_a_frame_takes_no_more_than_is_told_before_it_is_decoded(content: str, c
         assert further(frame) <= most_further(str(type(frame).__struct_config__.tag), data) <= further(frame) + 2
 
 
-async def test_a_message_costs_the_same_by_whatever_frame_it_is_made(
-    room: Room, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_message_takes_the_same_tokens_in_every_frame(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
     monkeypatch.setattr(SharedRateLimit, "_tell", lambda _, __, count: told.append(count))
     text = " ".join(f"@somebody{number}" for number in range(MAX_MENTIONS))
@@ -237,7 +235,7 @@ async def test_a_message_costs_the_same_by_whatever_frame_it_is_made(
         client.Schedule(**room.at(MessageId(uuid7())), content=text, send_at=datetime.now(UTC) + timedelta(hours=1)),
         client.Forward(**place, to_conversation_id=room.group, new_message_id=MessageId(uuid7())),
     ]
-    # A draft makes no message, and nobody is looked up for it.
+    # A draft creates no message, and its mentions are not resolved.
     assert {type(frame) for frame in frames} - {client.Forward} == {
         kind for kind in ROUTES if "content" in kind.__struct_fields__
     } - {client.SetDraft}
@@ -249,17 +247,17 @@ async def test_a_message_costs_the_same_by_whatever_frame_it_is_made(
 
 @examples(max_examples=20, deadline=None)
 @given(rate=st.floats(0.1, 500.0), seed=st.integers(0, 1 << 32), latest=st.sampled_from([0.0, 0.001, 0.1]))
-def test_waiting_as_told_is_never_a_strike(rate: float, seed: int, latest: float) -> None:
+def test_client_that_waits_as_told_gets_no_strikes(rate: float, seed: int, latest: float) -> None:
     clock, rng = Clock(), random.Random(seed)
     bucket, strikes = TokenBuckets[str]("frames", rate, clock=clock), Strikes(clock=clock)
     for _ in range(3_000):
         if rng.random() < 0.1:
-            bucket.charge("Ada", rng.randrange(20))  # what she sent to another worker
+            bucket.charge("Ada", rng.randrange(20))  # tokens that she used on another worker
         wait = bucket.take("Ada")
         if wait:
             retry = int(wait * 1000) + 1
             assert not strikes.is_abuse(too_many(retry), is_flood=True)
-            # Timers may be early by a little, and late by more.
+            # Timers may fire slightly early, and later by more.
             clock.now += retry * 1_000_000 - GRACE_NS + round(rng.uniform(0, latest) * NS)
 
 
@@ -270,10 +268,10 @@ def test_waiting_as_told_is_never_a_strike(rate: float, seed: int, latest: float
     seed=st.integers(0, 1 << 32),
     latest=st.sampled_from([0.0, 0.001, 0.2]),
 )
-def test_a_frame_repeated_when_told_is_not_refused_again_however_many_wait(
+def test_frame_repeated_at_its_retry_time_is_not_refused_again(
     rate: int, waiting: int, seed: int, latest: float
 ) -> None:
-    """Timers may be early by a little, and late by more. Some clients give up."""
+    """Many frames wait. Timers may fire slightly early, and later by more. Some clients give up."""
     clock, rng = Clock(), random.Random(seed)
     bucket, strikes = ReservingBucket(Pace.of(rate), clock=clock), Strikes(clock=clock)
     assert not any(bucket.take() for _ in range(4 * rate))
@@ -292,7 +290,7 @@ def test_a_frame_repeated_when_told_is_not_refused_again_however_many_wait(
     assert [bucket.take() > 0 for _ in range(4 * rate + 1)] == [False] * 4 * rate + [True]
 
 
-def test_refused_frames_of_a_user_are_told_to_come_one_after_another() -> None:
+def test_retry_times_of_refused_frames_of_a_user_follow_each_other() -> None:
     clock = Clock()
     retries: Retries[str] = Retries(Pace.of(50.0), clock=clock)
     told = [retries.after("Ada", 500, 1) for _ in range(400)]
@@ -301,13 +299,13 @@ def test_refused_frames_of_a_user_are_told_to_come_one_after_another() -> None:
     assert retries.after("Ben", 500, 1) == 500
     assert retries.after("Ada", 60_000, 1) == 60_000
     assert retries.after("Ada", 500, 17) == 401 * 20 + 17 * 20
-    # A client that hammers waits longer, within a bound.
+    # A client that keeps retrying waits longer, up to a bound.
     assert max(retries.after("Ada", 500, 1) for _ in range(5_000)) <= LATEST_NS // 1_000_000
     clock.now += LATEST_NS
     assert retries.after("Ada", 500, 1) == 500
 
 
-def test_coming_back_before_the_time_told_is_a_strike_beyond_the_rate_of_the_connection_alone() -> None:
+def test_early_retries_are_strikes_only_over_the_rate_of_the_connection() -> None:
     clock = Clock()
     strikes = Strikes(clock=clock)
     for _ in range(300):
@@ -317,18 +315,18 @@ def test_coming_back_before_the_time_told_is_a_strike_beyond_the_rate_of_the_con
 
 
 @pytest.mark.parametrize("code", ErrorCode)
-def test_what_is_a_strike(code: ErrorCode) -> None:
+def test_only_incorrect_frames_are_strikes(code: ErrorCode) -> None:
     strikes = Strikes(clock=Clock())
     are_abuse = [strikes.is_abuse(Error(code=code, message="", retry_after_ms=None)) for _ in range(300)]
     assert any(are_abuse) == (code in {ErrorCode.BAD_FRAME, ErrorCode.INVALID, ErrorCode.INTERNAL})
 
 
-def test_no_rate_is_so_small_that_nothing_is_allowed() -> None:
+def test_smallest_rate_allows_a_frame() -> None:
     assert TokenBucket(Pace.of(0.01)).take() == 0
 
 
-async def test_a_client_that_waits_as_told_is_not_closed(settings: Settings) -> None:
-    # Pings ask nothing of the database, so that a busy machine answers more of them than are allowed.
+async def test_client_that_waits_as_told_is_not_closed(settings: Settings) -> None:
+    # Pings do not use the database, so that a busy machine answers more of them than the rate allows.
     settings = msgspec.structs.replace(settings, ephemeral_rate=100.0)
     async with World(settings, workers=1) as world:
         ada = await world.connect(await world.user("Ada"))
@@ -341,12 +339,12 @@ async def test_a_client_that_waits_as_told_is_not_closed(settings: Settings) -> 
                 assert answer.retry_after_ms is not None
                 refusals += 1
                 await asyncio.sleep(answer.retry_after_ms / 1000)
-        # More than would be abuse, had they counted; and it goes on.
+        # More refusals than the limit of strikes, had they counted. The connection continues.
         assert refusals > 200
         await ada.call(client.GetMe())
 
 
-async def test_a_client_with_many_frames_in_flight_is_refused_and_not_closed(settings: Settings) -> None:
+async def test_client_with_many_frames_in_flight_is_refused_and_not_closed(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, write_rate=1.0)
     async with World(settings, workers=1) as world:
         ada = await world.connect(await world.user("Ada"))
@@ -357,8 +355,8 @@ async def test_a_client_with_many_frames_in_flight_is_refused_and_not_closed(set
 
 
 @pytest.mark.parametrize("rate", [50.0, 5.0])
-async def test_a_large_frame_takes_tokens_by_its_size_before_it_is_decoded(settings: Settings, rate: float) -> None:
-    """Frames that are refused for what they hold count, too: decoding them is what they cost."""
+async def test_large_frame_takes_tokens_by_its_size_before_it_is_decoded(settings: Settings, rate: float) -> None:
+    """Frames that are refused for their content count too, since decoding them is their cost."""
     settings = msgspec.structs.replace(settings, write_rate=rate)
     async with World(settings, workers=1) as world:
         ada = await world.connect(await world.user("Ada"))
@@ -370,7 +368,7 @@ async def test_a_large_frame_takes_tokens_by_its_size_before_it_is_decoded(setti
         assert ErrorCode.RATE_LIMITED in codes[whole:]
 
 
-async def test_a_client_that_does_not_wait_is_closed(settings: Settings) -> None:
+async def test_client_that_does_not_wait_is_closed(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, frame_rate=1.0)
     async with World(settings, workers=1) as world:
         who = await world.user("Ada")
@@ -379,11 +377,11 @@ async def test_a_client_that_does_not_wait_is_closed(settings: Settings) -> None
         for _ in range(300):
             await ada.socket.send(frame)
         assert await ada.closed() == CloseCode.ABUSE
-        # Another connection begins with nothing held against it, whatever `id` it has.
+        # Another connection starts without strikes, whatever `id` it has.
         await (await world.connect(who)).call(client.Ping())
 
 
-async def test_ready_tells_the_rates(settings: Settings) -> None:
+async def test_ready_has_the_rates(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, write_rate=50.0, frame_rate=200.0)
     async with World(settings, workers=1) as world:
         limits = (await world.connect(await world.user("Ada"))).ready.limits
@@ -393,8 +391,8 @@ async def test_ready_tells_the_rates(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9, 1.0, 5.0])
-def test_a_charge_never_gives_tokens_back(rate: float) -> None:
-    """Rates below one a second have a bucket of less than two tokens, and so little ahead."""
+def test_charge_never_adds_tokens(rate: float) -> None:
+    """With a rate below one per second, the bucket holds less than two tokens, and reserves little."""
     bucket = TokenBuckets[str]("frames", rate, clock=lambda: 0)
     while bucket.take("Ada") == 0:
         pass

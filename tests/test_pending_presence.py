@@ -1,4 +1,4 @@
-"""Announcements of presence: whoever has one made waits for no others than those in it."""
+"""Announcements of presence: a caller waits only for the announcement that contains its user."""
 
 import asyncio
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ def user() -> UserId:
     return UserId(uuid7())
 
 
-class Told:
-    """The announcements that were made. Others are due after each of them, as in a storm of arrivals."""
+class Announced:
+    """The announcements that were made. Each one makes another due, as in a storm of arrivals."""
 
     def __init__(self) -> None:
         self.made: list[list[UserId]] = []
@@ -35,14 +35,14 @@ class Told:
         await asyncio.sleep(0)
 
 
-async def test_frame_waits_for_one_announcement_however_many_others_are_due(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_frame_waits_for_one_announcement_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pending_presence, "AT_ONCE", 3)
-    told = Told()
+    told = Announced()
     others, (mine,) = told.keep(6), told.keep()
     async with asyncio.timeout(5):
         assert await told.pending.tell(mine)
     assert told.made == [[mine, *others[:2]]]
-    # A job announces the others, and asks to be run again as long as there are as many as one announcement takes.
+    # A job announces the others, and runs again while a full announcement is due.
     assert await told.pending.tell_due()
     told.is_storm = False
     assert not await told.pending.tell_due()
@@ -50,11 +50,11 @@ async def test_frame_waits_for_one_announcement_however_many_others_are_due(monk
     assert [len(one) for one in told.made] == [3, 3, 3]
     assert not told.pending
     assert await told.pending.tell(mine)
-    assert len(told.made) == 3, "nobody is due"
+    assert len(told.made) == 3, "no announcement is due"
 
 
-async def test_frames_share_an_announcement_which_has_all_of_theirs() -> None:
-    told = Told()
+async def test_concurrent_frames_share_an_announcement() -> None:
+    told = Announced()
     theirs = told.keep(4)
     async with asyncio.timeout(5):
         assert all(await asyncio.gather(*(told.pending.tell(one) for one in theirs)))

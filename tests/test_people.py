@@ -1,15 +1,15 @@
-"""People by themselves: news that came between the check of a session and the first look is not missed."""
+"""`OnlineUsers`: a change between the authentication of a session and the first check is not missed."""
 
 from protocol.errors import CloseCode
 from server.gateway.connection import Connection
 from tests.world import World
 
 
-async def test_a_session_revoked_while_its_socket_comes_in_ends_it(world: World) -> None:
+async def test_session_revoked_while_its_socket_connects_closes_the_socket(world: World) -> None:
     who = await world.user("Ada")
     app = world.workers[0].app
     stale = await app.sessions.authenticate(who.token)
-    # Revoked before the socket is in, and nobody is told.
+    # The session is revoked before the socket is added, and no worker is notified.
     await world.db.execute("DELETE FROM session")
     await world.db.execute('UPDATE "user" SET version = version + 1')
     other = await world.user("Charles")

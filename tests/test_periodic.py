@@ -1,4 +1,4 @@
-"""Jobs: when they begin, and that they end."""
+"""Periodic jobs: when they run, what they log, and that they finish."""
 
 import asyncio
 import logging
@@ -43,7 +43,7 @@ from tests.world import World, message
 SERVER = Path(__file__).parent.parent / "server"
 
 
-async def test_a_job_that_fails_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+async def test_failing_job_continues(caplog: pytest.LogCaptureFixture) -> None:
     done = asyncio.Event()
     tries = iter((ValueError("once"), None))
 
@@ -78,7 +78,7 @@ DEFECTS = (
 )
 
 
-def test_of_what_happens_again_and_again_one_is_logged_a_minute_for_each_key() -> None:
+def test_repeated_failures_are_logged_once_a_minute_per_key() -> None:
     at = 0.0
     throttle: Throttle[str] = Throttle(clock=lambda: at)
     for minute in range(3):
@@ -91,7 +91,7 @@ def test_of_what_happens_again_and_again_one_is_logged_a_minute_for_each_key() -
     assert throttle.passes("a")
 
 
-def test_failures_of_two_kinds_in_turn_are_logged_as_often_as_those_of_one(caplog: pytest.LogCaptureFixture) -> None:
+def test_alternating_failures_are_logged_as_often_as_one_kind(caplog: pytest.LogCaptureFixture) -> None:
     at = 0.0
     failures = Failures(logging.getLogger("test"), "the job", clock=lambda: at)
     for _ in range(50):
@@ -110,7 +110,7 @@ def test_failures_of_two_kinds_in_turn_are_logged_as_often_as_those_of_one(caplo
 @pytest.mark.parametrize(
     ("error", "is_defect"), [*((one, False) for one in OUTAGES), *((one, True) for one in DEFECTS)]
 )
-def test_an_outage_is_a_line_and_a_defect_has_one_traceback(
+def test_outage_is_logged_in_one_line_and_defect_with_one_traceback(
     caplog: pytest.LogCaptureFixture, error: Exception, *, is_defect: bool
 ) -> None:
     at = 0.0
@@ -132,7 +132,7 @@ def test_an_outage_is_a_line_and_a_defect_has_one_traceback(
         assert record.exc_info or "will be retried" in record.message
 
 
-async def test_a_job_that_the_database_ends_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+async def test_job_cancelled_by_the_database_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     done = asyncio.Event()
     tries: Iterator[Exception | None] = iter((TimeoutError(), asyncpg.QueryCanceledError("statement timeout"), None))
 
@@ -151,13 +151,13 @@ async def test_a_job_that_the_database_ends_is_one_line(caplog: pytest.LogCaptur
 INTERVAL = 0.01
 
 
-async def test_runs_longer_than_their_interval_are_counted_until_nothing_more_is_due(tmp_path: Path) -> None:
+async def test_runs_longer_than_their_interval_are_counted_until_no_work_is_due(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, 0)
     ran = asyncio.Event()
     portions = iter((True, True, False))
 
     async def slow() -> bool:
-        """Do one of three portions, each of which alone takes less than the interval."""
+        """Do one of three batches, each of which takes less than the interval."""
         if (is_more_due := next(portions, None)) is None:
             ran.set()
             await asyncio.Event().wait()
@@ -177,16 +177,16 @@ async def test_runs_longer_than_their_interval_are_counted_until_nothing_more_is
     assert 'openchat_job_overruns_total{job="slow",worker="0"} 1.0' in metrics.page().decode()
 
 
-async def test_index_of_words_is_tidied_by_one_worker_at_a_time(world: World) -> None:
+async def test_search_index_is_tidied_by_one_worker_at_a_time(world: World) -> None:
     jobs = [worker.app.background.tidy for worker in world.workers]
     async with world.db.transaction():
         await world.db.execute(search_index.TIDY)
-        # It would wait for the end of this transaction.
+        # A second run would wait for the end of this transaction.
         await asyncio.wait_for(asyncio.gather(*(job() for job in jobs)), 5)
     await asyncio.gather(*(job() for job in jobs))
 
 
-async def test_workers_that_start_together_begin_their_jobs_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_workers_that_start_together_run_their_jobs_at_different_times(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     done = asyncio.Event()
 
@@ -208,7 +208,7 @@ async def test_workers_that_start_together_begin_their_jobs_apart(monkeypatch: p
         assert slept == expected
 
 
-async def test_a_job_that_swallows_its_cancellation_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_job_that_swallows_its_cancellation_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(periodic, "SWALLOWED_SECONDS", 0.01)
     swallowed = 0
     begun = asyncio.Event()
@@ -233,14 +233,14 @@ AT_ONCE = 2
 DUE = 5
 """More than two batches."""
 STUCK = 3
-"""More than a batch of what fails whenever it is tried, and is due before all others."""
+"""More than a batch of rows that always fail and are due before all others."""
 FAIL = """
 CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'never'; END $$
 """
 
 
 class Backlog:
-    """What is due for each job of a worker, `count` of it; and how much of it is left."""
+    """Rows that are due for each job of a worker, and the number that is left."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -332,7 +332,7 @@ class Backlog:
         return "SELECT (SELECT count(*) FROM message_reaction) + (SELECT count(*) FROM poll_vote)"
 
     async def mark_remains(self) -> str:
-        """As a worker leaves them that takes the mark away though there are invitations."""
+        """As a worker leaves them that clears `has_remains` although invitations remain."""
         for number in range(DUE):
             about = await self._messages(f"invited {number}", 0, ConversationSettings())
             invited = [(await self.world.user("Mary")).id for _ in range(1 + number % 2)]
@@ -370,7 +370,7 @@ class Backlog:
         return "SELECT count(*) FROM user_relationship WHERE status = 'inactive'"
 
     async def _messages(self, title: str, count: int, settings: ConversationSettings) -> ConversationId:
-        """Make a conversation in which Charles, a member, has said so many things."""
+        """Make a conversation with `count` messages of Charles, a member."""
         about = await self.world.channel(self.owner, title=title, is_public=True, settings=settings)
         await self.member.call(client.Join(conversation_id=about))
         for number in range(count):
@@ -391,14 +391,15 @@ AGED = {
     "user_relationship": "forget_relationships",
     "audit_entry": "forget_audit",
 }
-"""Tables whose rows have an age, and the job that deletes them."""
+"""Tables whose rows expire by age, and the job that deletes them."""
 NO_QUEUE = {"push_due", "tidy", "check_epoch"}
-"""Jobs without rows that wait for them: push_due empties a list in memory, tidy sorts what is new into an index,
-check_epoch compares.
+"""Jobs without a queue of rows.
+
+`push_due` empties a list in memory, `tidy` sorts new entries into an index, and `check_epoch` compares epochs.
 """
 
 
-async def test_each_job_does_all_that_is_due_past_what_fails_again_and_again(
+async def test_each_job_handles_all_due_rows_despite_rows_that_always_fail(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
@@ -433,7 +434,7 @@ async def test_each_job_does_all_that_is_due_past_what_fails_again_and_again(
             await end([task])
             assert await world.db.fetchval(left) == stuck, name
         assert await world.db.fetchval("SELECT count(*) FROM message WHERE content = 'Due'") == DUE
-        # What has to wait for slow mode is put off for so long, and not tried again and again.
+        # A message in slow mode is postponed for its interval, and not retried meanwhile.
         waits = "SELECT min(not_before) > now() + interval '30 minutes' FROM scheduled_message WHERE status = 'waiting'"
         assert await world.db.fetchval(waits)
 
@@ -449,12 +450,12 @@ HELD = {
     "erase_due": ("SELECT FROM \"user\" WHERE name = 'e1' FOR NO KEY UPDATE", STUCK),
     "expire_due": ("SELECT FROM conversation WHERE title = 'stuck' FOR NO KEY UPDATE", STUCK),
 }
-"""For each job: rows that somebody else holds, and how much is left until they are free."""
+"""For each job, a statement that locks rows, and how many rows are left until they are unlocked."""
 ELSEWHERE = {"send_due"}
-"""Jobs that tests/test_held_rows.py is about."""
+"""Jobs that tests/test_held_rows.py tests."""
 
 
-async def test_no_job_leaves_what_is_due_for_others_because_a_row_is_held(
+async def test_locked_row_does_not_keep_a_job_from_the_other_due_rows(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):

@@ -1,4 +1,4 @@
-"""Pokes: what a worker reads when something changed for a user, how often, and for whom."""
+"""Notifications between workers: what a worker reads when a user's data changed, how often, and for whom."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -35,8 +35,8 @@ SELECT id, $1, 'member', 1, 1 FROM made
 """
 
 
-class Asked:
-    """How often the database was asked for memberships of a user, and for their own news."""
+class QueryCounter:
+    """Counts queries of a user's memberships and of their own changes."""
 
     def __init__(self) -> None:
         self.memberships = 0
@@ -44,14 +44,14 @@ class Asked:
         self.who: UserId | None = None
 
     def taken(self) -> tuple[int, int]:
-        """Return both numbers since the last call."""
+        """Return both counts since the last call."""
         counts, self.memberships, self.news = (self.memberships, self.news), 0, 0
         return counts
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    counts = Asked()
+def asked(monkeypatch: pytest.MonkeyPatch) -> QueryCounter:
+    counts = QueryCounter()
     read_memberships, read_news = memberships.read, users.news
 
     async def read(db: Db, user_ids: Sequence[UserId]) -> list[dict[ConversationId, Membership]]:
@@ -74,7 +74,7 @@ async def lone(settings: Settings) -> AsyncIterator[World]:
 
 
 async def quiet(world: World, *who: UserSession) -> None:
-    """Wait until all sockets of some users were told of everything, and no worker looks at them."""
+    """Wait until all sockets of the users have received all events, and no recheck is running."""
     for one in who:
         version = await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', one.id)
         for online_users in [worker.app.hub.online_users for worker in world.workers]:
@@ -90,9 +90,7 @@ def _knows(online_users: OnlineUsers, user_id: UserId, version: int) -> bool:
     )
 
 
-async def test_own_change_is_read_once_per_worker_and_memberships_only_when_they_may_have_changed(
-    world: World, asked: Asked
-) -> None:
+async def test_own_change_is_read_once_per_worker_without_memberships(world: World, asked: QueryCounter) -> None:
     ada, charles = await world.users("Ada", "Charles")
     await world.db.execute(MANY, ada.id)
     sockets = [await world.connect(ada, number % 2) for number in range(8)]
@@ -129,7 +127,7 @@ async def test_own_change_is_read_once_per_worker_and_memberships_only_when_they
     for socket in sockets:
         await socket.event(server.DraftChanged, lambda event: event.draft.content == "Dear Charles")
 
-    # A change of memberships is read once by each worker, too, and every socket is told.
+    # A change of memberships is also read once by each worker, and every socket receives it.
     other = await world.group(friend, ada)
     for socket in sockets:
         await socket.event(server.ConversationJoined, lambda event: event.view.conversation.id == other)
@@ -160,7 +158,7 @@ async def _removed(world: World, ada: UserSession, group: ConversationId) -> Non
 
 
 @pytest.mark.parametrize("change", [_joins, _removed])
-async def test_own_change_does_not_hide_news_that_was_missed(
+async def test_own_change_does_not_hide_a_missed_change(
     lone: World, change: Callable[[World, UserSession, ConversationId], Awaitable[None]]
 ) -> None:
     ada, charles = await lone.users("Ada", "Charles")
@@ -171,7 +169,7 @@ async def test_own_change_does_not_hide_news_that_was_missed(
     group = await lone.group(friend, other, *([ada] if change is _removed else []))
     sockets = [await lone.connect(ada) for _ in range(2)]
     mine = await lone.channel(sockets[0])
-    # Nobody is told of it but the clock.
+    # Only the user version announces the change.
     await change(lone, ada, group)
     await lone.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
     await sockets[0].call(client.SetDraft(conversation_id=mine, content="Dear"))
@@ -180,14 +178,14 @@ async def test_own_change_does_not_hide_news_that_was_missed(
             await socket.event(server.ConversationJoined, lambda event: event.view.conversation.id == group)
         else:
             await socket.event(server.ConversationLeft, lambda event: event.conversation_id == group)
-    # Nor a session that ended.
+    # A session that ended is not hidden either.
     await lone.db.execute("DELETE FROM session")
     await lone.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
     lone.workers[0].app.hub.notify([ada.id])
     assert [await socket.closed() for socket in sockets] == [CloseCode.SESSION_ENDED] * 2
 
 
-async def test_memberships_that_are_older_than_a_socket_end_nothing(lone: World) -> None:
+async def test_memberships_read_before_a_socket_connected_detach_nothing(lone: World) -> None:
     ada = await lone.user("Ada")
     socket = await lone.connect(ada)
     app = lone.workers[0].app
@@ -202,8 +200,8 @@ async def test_memberships_that_are_older_than_a_socket_end_nothing(lone: World)
     assert not [event for event in socket.events if isinstance(event, server.ConversationLeft)]
 
 
-async def test_news_while_a_user_rests_is_one_look_and_others_do_not_wait(
-    lone: World, asked: Asked, monkeypatch: pytest.MonkeyPatch
+async def test_changes_during_a_pause_are_read_in_one_recheck_and_other_users_do_not_wait(
+    lone: World, asked: QueryCounter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ada, charles = await lone.users("Ada", "Charles")
     sockets: list[Client] = [await lone.connect(ada) for _ in range(2)]
@@ -221,10 +219,12 @@ async def test_news_while_a_user_rests_is_one_look_and_others_do_not_wait(
     await other[0].call(client.SetDraft(conversation_id=theirs, content="Dear"))
     await other[1].event(server.DraftChanged)
     assert asked.taken() == (0, 1)
-    assert len(lone.workers[0].app.hub.online_users._rechecks) <= 3  # noqa: SLF001 - two of Ada, one of Charles
+    assert len(lone.workers[0].app.hub.online_users._rechecks) <= 3  # noqa: SLF001 - two sockets of Ada, one of Charles
 
 
-async def test_revoked_session_ends_while_own_news_cannot_be_read(lone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_revoked_session_ends_while_own_changes_cannot_be_read(
+    lone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ada = await lone.user("Ada")
     socket = await lone.connect(ada)
     group = await lone.channel(socket)
@@ -233,7 +233,7 @@ async def test_revoked_session_ends_while_own_news_cannot_be_read(lone: World, m
     read_news, may_read = users.news, asyncio.Event()
 
     async def news(*given: Any, **options: Any) -> Undecoded[OwnNews]:
-        await may_read.wait()  # as while the user's other frames hold all of the user's turns
+        await may_read.wait()  # as if other frames of the user held all turns of the user
         return await read_news(*given, **options)
 
     monkeypatch.setattr(users, "news", news)
@@ -246,7 +246,7 @@ async def test_revoked_session_ends_while_own_news_cannot_be_read(lone: World, m
 
 
 @pytest.mark.parametrize("moved", ["hidden_version = hidden_version + 1", "version = version + 1"])
-async def test_look_hides_no_lost_news_of_who_may_watch_whom(
+async def test_recheck_hides_no_lost_change_of_watch_permissions(
     lone: World, moved: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ada = await lone.user("Ada")
@@ -263,4 +263,4 @@ async def test_look_hides_no_lost_news_of_who_may_watch_whom(
     await online_users.compare(parts=1)
     assert doubted == [ada.id]
     await online_users.compare(parts=1)
-    assert doubted == [ada.id], "asked once"
+    assert doubted == [ada.id], "the comparison is requested once"

@@ -1,4 +1,4 @@
-"""Polls under concurrent votes from two workers: one vote for each user, bounds, closing, and counts that add up."""
+"""Polls under concurrent votes on two workers: one vote per user, bounds, closing, and correct counts."""
 
 import asyncio
 import random
@@ -21,7 +21,7 @@ ROUNDS = 6
 
 
 async def poll(room: Room, world: World, *, is_multiple: bool) -> tuple[MessageId, list[list[Client]]]:
-    """Return a poll in the room, and its voters with a device at each worker."""
+    """Return a poll in the room, and its voters with a device on each worker."""
     people = await world.users(*(f"Voter {number}" for number in range(VOTERS)))
     ids = [one.id for one in people]
     await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=ids))
@@ -43,7 +43,7 @@ async def standing(room: Room, message_id: MessageId) -> tuple[list[int], int]:
 
 
 @pytest.mark.parametrize("is_multiple", [False, True])
-async def test_concurrent_votes_count_once_for_each_user(room: Room, world: World, *, is_multiple: bool) -> None:
+async def test_concurrent_votes_count_once_per_user(room: Room, world: World, *, is_multiple: bool) -> None:
     chance = random.Random(int(is_multiple))
     message_id, devices = await poll(room, world, is_multiple=is_multiple)
 
@@ -56,7 +56,7 @@ async def test_concurrent_votes_count_once_for_each_user(room: Room, world: Worl
             assert code is (ErrorCode.INVALID if is_refused else None), options
 
     await asyncio.gather(*(keep_voting(one) for both in devices for one in both))
-    # The same vote from both devices of each voter: it counts once.
+    # Both devices of each voter send the same vote, which counts once.
     last = [client.Vote(**room.at(message_id), options=[number % OPTIONS]) for number in range(VOTERS)]
     await asyncio.gather(
         *(one.call(client.Vote(**room.at(message_id), options=vote.options))
@@ -69,7 +69,7 @@ async def test_concurrent_votes_count_once_for_each_user(room: Room, world: Worl
     assert await recount(world.db) == []
 
 
-async def test_no_vote_counts_after_the_poll_was_closed(room: Room, world: World) -> None:
+async def test_vote_after_the_poll_was_closed_does_not_count(room: Room, world: World) -> None:
     message_id, devices = await poll(room, world, is_multiple=False)
     every = [one for both in devices for one in both]
     answered: list[int] = []
@@ -85,7 +85,7 @@ async def test_no_vote_counts_after_the_poll_was_closed(room: Room, world: World
 
     voting = [asyncio.create_task(vote_until_closed(one, number)) for number, one in enumerate(every)]
     await until(lambda: len(answered) >= len(every))
-    # Closed concurrently at both workers, it is closed once.
+    # The poll is closed concurrently on both workers, and counts as closed once.
     again = await world.connect(room.users[0], 1)
     closed = await asyncio.gather(
         *(one.call(client.ClosePoll(**room.at(message_id)), Changed) for one in (room.ada, again))

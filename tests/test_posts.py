@@ -1,4 +1,4 @@
-"""Whose posts to push services wait for what: endpoints are named by users, and one user's slow down nobody else's."""
+"""The queue of posts to push services: endpoints are named by users, and one user's must not delay those of others."""
 
 import asyncio
 import time
@@ -43,7 +43,7 @@ class Service:
             raise self.refusals[push.endpoint]
 
     async def post(self, *new: PushPost) -> list[str]:
-        """Enqueue posts, and return to which endpoints posts began."""
+        """Enqueue posts, and return the endpoints of the posts that began."""
         before = len(self.begun)
         for one in new:
             self.queue.add(one)
@@ -61,7 +61,7 @@ async def service() -> AsyncIterator[Service]:
 
 
 @pytest.mark.parametrize("refusal", [Rejected(3_600.0), Failed(3_600.0), Failed(), None])
-async def test_endpoints_of_one_user_pause_no_host_for_others(service: Service, refusal: Exception | None) -> None:
+async def test_failures_of_one_user_do_not_pause_a_host_for_others(service: Service, refusal: Exception | None) -> None:
     user_id = UserId(uuid7())
     bad = [post_to(f"{HOST}/bad/{number}", user_id) for number in range(20)]
     assert await service.post(post_to(f"{HOST}/good")) == [f"{HOST}/good"]
@@ -77,8 +77,8 @@ async def test_endpoints_of_one_user_pause_no_host_for_others(service: Service, 
     assert await service.post(post_to(f"{HOST}/other"), post_to(f"{HOST}/good")) == [f"{HOST}/other", f"{HOST}/good"]
 
 
-async def test_whatever_a_post_raises_is_a_failure_of_its_user_at_that_host(service: Service) -> None:
-    """A defect that an answer sets off pauses as a 503 does: first its user, and the host after several users."""
+async def test_any_exception_of_a_post_is_a_failure_of_its_user_at_that_host(service: Service) -> None:
+    """A defect that an answer triggers pauses like a 503: first the user, and after several users the host."""
     user_id = UserId(uuid7())
     service.refusals = {f"{HOST}/{number}": OverflowError("a defect") for number in range(push_hosts.HOST_USERS)}
     assert await service.post(post_to(f"{HOST}/0", user_id), post_to(f"{HOST}/good")) == [f"{HOST}/0", f"{HOST}/good"]
@@ -100,27 +100,27 @@ FORMS = ["%a, %d %b %Y %H:%M:%S GMT", "%d %b %Y %H:%M:%S -0000", "%A, %d-%b-%y %
 )
 @example("Mon, 01 Jan 99999999999999999999 00:00:00 GMT")
 @example("9" * 10_000)
-def test_any_retry_after_is_a_bounded_number_of_seconds(value: str) -> None:
+def test_retry_after_is_a_bounded_number_of_seconds(value: str) -> None:
     assert 0.0 <= push.seconds_of(value) <= push_posts.MAX_RETRY_AFTER
     assert push.seconds_of("120") == 120.0
     assert 0.0 < push.seconds_of(format_datetime(datetime.now(UTC) + timedelta(seconds=120))) <= 120.0
 
 
-async def test_endpoint_that_is_refused_waits_alone(service: Service) -> None:
+async def test_refused_endpoint_is_paused_alone(service: Service) -> None:
     bad = post_to(f"{HOST}/bad")
     service.refusals = {bad.endpoint: Rejected(3_600.0)}
     await service.post(bad)
     assert await service.post(post_to(bad.endpoint, bad.user_id), post_to(bad.endpoint, bad.user_id)) == []
-    assert service.queue._queued == 1, "the newest one waits"  # noqa: SLF001
+    assert service.queue._queued == 1, "the newest post waits"  # noqa: SLF001
     assert await service.post(post_to(f"{HOST}/second", bad.user_id)) == [f"{HOST}/second"]
     assert service.queue._drops.counts == {"refused": 1, "paused": 1}  # noqa: SLF001
 
 
-async def test_failures_of_several_users_pause_a_host_for_all_and_not_for_an_hour(service: Service) -> None:
+async def test_failures_of_several_users_pause_a_host_for_less_than_an_hour(service: Service) -> None:
     bad = [post_to(f"{HOST}/{number}") for number in range(push_hosts.HOST_USERS)]
     service.refusals = {one.endpoint: Failed(3_600.0) for one in bad}
     await service.post(*bad[:-1], post_to(f"{HOST}/good"))
-    assert await service.post(bad[-1]) == [bad[-1].endpoint], "the host answered somebody in between"
+    assert await service.post(bad[-1]) == [bad[-1].endpoint], "the host answered another user in between"
     assert await service.post(post_to(f"{HOST}/good")) == [f"{HOST}/good"]
     again = [post_to(f"{HOST}/again/{number}") for number in range(push_hosts.HOST_USERS)]
     service.refusals |= {one.endpoint: Failed(3_600.0) for one in again}
@@ -130,16 +130,16 @@ async def test_failures_of_several_users_pause_a_host_for_all_and_not_for_an_hou
     assert host.pause.until <= time.monotonic() + push_hosts.MAX_BACKOFF
 
 
-async def test_users_take_turns_and_each_has_a_pace(service: Service) -> None:
+async def test_users_take_turns_and_each_has_a_rate(service: Service) -> None:
     greedy = UserId(uuid7())
     many = [post_to(f"{HOST}/greedy/{number}", greedy) for number in range(int(push_posts.USER_BURST) + 20)]
     begun = await service.post(*many, post_to(f"{HOST}/other"))
     assert begun.index(f"{HOST}/other") <= push_hosts.PER_USER
-    assert len(begun) == int(push_posts.USER_BURST) + 1, "the others wait for the pace of their user"
+    assert len(begun) == int(push_posts.USER_BURST) + 1, "the others wait for the rate of their user"
     assert await service.post(post_to(f"{HOST}/other")) == [f"{HOST}/other"]
 
 
-async def test_user_has_a_share_of_hosts_and_slots_whatever_hosts_they_name(service: Service) -> None:
+async def test_each_user_has_a_share_of_hosts_and_slots(service: Service) -> None:
     greedy = UserId(uuid7())
     many = [post_to(f"https://{number}.example/", greedy) for number in range(50)]
     service.silent = {one.endpoint for one in many}
@@ -151,14 +151,14 @@ async def test_user_has_a_share_of_hosts_and_slots_whatever_hosts_they_name(serv
     assert len(service.queue._hosts) == push_posts.MAX_HOSTS_OF_USER  # noqa: SLF001
     assert service.queue._drops.counts == {"user_hosts": 50 - push_posts.MAX_HOSTS_OF_USER}  # noqa: SLF001
     service.queue.keep(greedy, {many[0].endpoint})
-    assert service.queue._queued == 0, "posts to endpoints that are gone are dropped at once"  # noqa: SLF001
+    assert service.queue._queued == 0, "posts to deleted endpoints are dropped immediately"  # noqa: SLF001
     assert service.queue._drops.counts["gone"] == push_posts.MAX_HOSTS_OF_USER - push_hosts.PER_USER  # noqa: SLF001
     service.queue.add(post_to(f"{HOST}/good"))
     service.queue.start()
     await until(lambda: service.begun[-1] == f"{HOST}/good")
 
 
-async def test_user_whose_posts_take_long_is_paused_at_every_new_host(
+async def test_user_with_slow_posts_is_paused_at_every_new_host(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = 1_000.0
@@ -178,15 +178,15 @@ async def test_user_whose_posts_take_long_is_paused_at_every_new_host(
         assert len(await service.post(post_to(f"https://new{wait}.example/", greedy))) == 1
         assert await service.post(post_to("https://new.example/", greedy)) == []
         service.queue.keep(greedy, ())
-        assert await service.post(post_to(f"{HOST}/good", greedy)) == [f"{HOST}/good"], "what is fast goes on"
-        assert await service.post(post_to(f"https://other{wait}.example/")) != [], "others notice nothing"
+        assert await service.post(post_to(f"{HOST}/good", greedy)) == [f"{HOST}/good"], "fast hosts continue"
+        assert await service.post(post_to(f"https://other{wait}.example/")) != [], "other users are not delayed"
         clock += wait
     clock += push_hosts.MAX_BACKOFF
     assert len(await service.post(post_to("https://new.example/", greedy))) == 1
-    assert service.queue._pauses[greedy].until == clock + 1.0, "it is forgotten"  # noqa: SLF001
+    assert service.queue._pauses[greedy].until == clock + 1.0, "the earlier pauses are forgotten"  # noqa: SLF001
 
 
-async def test_host_that_was_fast_for_one_user_and_is_slow_for_them_is_not_fast_any_more(
+async def test_host_that_becomes_slow_for_its_only_user_is_no_longer_fast(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = 1_000.0
@@ -205,7 +205,9 @@ async def test_host_that_was_fast_for_one_user_and_is_slow_for_them_is_not_fast_
     assert is_fast == {"https://own.example": False, HOST: True}
 
 
-async def test_full_tables_take_from_who_has_most(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_full_tables_evict_entries_of_the_user_with_the_most(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(push_posts, "MAX_HOSTS", 6)
     monkeypatch.setattr(push_posts, "MAX_QUEUED", 24)
     queue = service.queue
@@ -215,20 +217,20 @@ async def test_full_tables_take_from_who_has_most(service: Service, monkeypatch:
             queue.add(post_to(f"https://{user_id}-{number}.example/", user_id))
     queue.add(post_to("https://new.example/"))
     assert queue._drops.counts == {"too_many_hosts": 1}  # noqa: SLF001
-    assert len(queue._hosts_of(greedy)) == 4, "who is at most hosts made room"  # noqa: SLF001
+    assert len(queue._hosts_of(greedy)) == 4, "most hosts: evicted"  # noqa: SLF001
     queue.add(post_to("https://newer.example/", ada))
     queue.add(post_to("https://newest.example/", ada))
     queue.add(post_to("https://greedy.example/", greedy))
-    assert (len(queue._hosts_of(greedy)), len(queue._hosts_of(ada))) == (3, 2), "and only who has fewer"  # noqa: SLF001
+    assert (len(queue._hosts_of(greedy)), len(queue._hosts_of(ada))) == (3, 2), "only users with fewer"  # noqa: SLF001
     for number in range(20):
         queue.add(post_to(f"https://{greedy}-4.example/{number}", greedy))
-    assert queue._queued == 12, "hosts that are not known to be fast fill half"  # noqa: SLF001
+    assert queue._queued == 12, "hosts that are not known to be fast fill half of the queue"  # noqa: SLF001
     before = queue._queued_of[greedy]  # noqa: SLF001
     queue.add(post_to("https://new.example/"))
-    assert (queue._queued, queue._queued_of[greedy]) == (12, before - 1), "who has most made room"  # noqa: SLF001
+    assert (queue._queued, queue._queued_of[greedy]) == (12, before - 1), "most posts: dropped"  # noqa: SLF001
 
 
-async def test_users_whose_posts_take_long_leave_slots_and_hosts_to_others(
+async def test_users_with_slow_posts_leave_slots_and_hosts_to_others(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(push_posts, "MAX_HOSTS", 4)
@@ -241,17 +243,17 @@ async def test_users_whose_posts_take_long_leave_slots_and_hosts_to_others(
     service.silent = {one.endpoint for one in slow}
     for one in slow:
         queue.add(one)
-    assert queue._drops.counts == {"too_many_hosts": 1}, "one host for each, and no room for the last one"  # noqa: SLF001
+    assert queue._drops.counts == {"too_many_hosts": 1}, "one host per user, and no room for the last one"  # noqa: SLF001
     queue.start()
     await until(lambda: queue._next is None)  # noqa: SLF001
     assert len(service.begun) == 2
     queue.add(post_to("https://good.example/"))
-    assert queue._drops.counts == {"too_many_hosts": 2}, "one of theirs made room"  # noqa: SLF001
+    assert queue._drops.counts == {"too_many_hosts": 2}, "one of their hosts was evicted"  # noqa: SLF001
     queue.start()
     await until(lambda: service.begun[-1] == "https://good.example/")
 
 
-async def test_posts_of_large_conversations_take_turns_with_others_and_fill_half_of_the_queue(
+async def test_posts_of_large_conversations_take_turns_and_fill_at_most_half_of_the_queue(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(push_posts, "MAX_QUEUED", 60)
@@ -261,10 +263,10 @@ async def test_posts_of_large_conversations_take_turns_with_others_and_fill_half
     assert service.queue._drops.counts == {"queue_full": 10}  # noqa: SLF001
     begun = await service.post(*(post_to(f"{HOST}/pair/{number}") for number in range(10)))
     assert len(begun) == 40
-    assert max(place for place, one in enumerate(begun) if "pair" in one) <= 2 * 10, "every second one"
+    assert max(place for place, one in enumerate(begun) if "pair" in one) <= 2 * 10, "every second post"
 
 
-async def test_newer_notification_of_a_conversation_replaces_the_one_that_waits(service: Service) -> None:
+async def test_newer_notification_of_a_conversation_replaces_the_queued_one(service: Service) -> None:
     older = post_to(f"{HOST}/a")
     newer = older._replace(message_id=post_to(HOST).message_id)
     read: list[PushPost] = []
@@ -279,7 +281,7 @@ async def test_newer_notification_of_a_conversation_replaces_the_one_that_waits(
     assert service.queue._drops.counts == {"replaced": 1}  # noqa: SLF001
 
 
-async def test_one_post_begins_in_a_turn_of_the_loop(service: Service) -> None:
+async def test_one_post_begins_per_turn_of_the_loop(service: Service) -> None:
     at: Counter[int] = Counter()
     turn = 0
 
@@ -297,7 +299,7 @@ async def test_one_post_begins_in_a_turn_of_the_loop(service: Service) -> None:
     assert max(at.values()) == 1
 
 
-async def test_posts_stop_beginning_when_their_share_of_the_loop_is_used_up(service: Service) -> None:
+async def test_no_post_begins_while_the_share_of_the_loop_is_used_up(service: Service) -> None:
     used, now = 0.0, 0.0
     service.queue._time = LoopTime(0.1, 0.1, clock=lambda: now, used=lambda: used)  # noqa: SLF001
 
@@ -318,7 +320,7 @@ async def test_posts_stop_beginning_when_their_share_of_the_loop_is_used_up(serv
     assert 0.1 <= used <= 0.1 * now + 0.1 + 0.004
 
 
-async def test_metered_work_keeps_its_outcome_its_errors_and_its_cancellation() -> None:
+async def test_metered_work_keeps_its_result_errors_and_cancellation() -> None:
     used = 0.0
     budget = LoopTime(0.5, 1.0, used=lambda: used)
     log: list[str] = []
@@ -351,13 +353,13 @@ async def test_metered_work_keeps_its_outcome_its_errors_and_its_cancellation() 
 
 
 class TestInTheServer:
-    """A push service that limits one endpoint, over the wire."""
+    """A push service that rate-limits one endpoint, over the network."""
 
     @pytest.fixture
     def settings(self, settings: Settings) -> Settings:
         return msgspec.structs.replace(settings, push_after_seconds=0.0, private_addresses=True)
 
-    async def test_endpoint_with_too_many_requests_silences_nobody_else_at_its_host(self, world: World) -> None:
+    async def test_rate_limited_endpoint_does_not_silence_others_at_its_host(self, world: World) -> None:
         ada, charles, mary = await world.users("Ada", "Charles", "Mary")
         await world.befriend(ada, charles)
         await world.befriend(ada, mary)
@@ -382,7 +384,7 @@ class TestInTheServer:
             await browser.stop()
 
 
-def test_host_keeps_as_few_users_as_it_takes_to_judge_it() -> None:
+def test_host_remembers_only_the_users_needed_to_judge_it() -> None:
     host = push_hosts.Host(HOST)
     for kept, note in (
         (host.failing, host.note_slow),

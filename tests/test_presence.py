@@ -1,4 +1,4 @@
-"""Presence: who is here, how they want to be seen, and what happens when a worker dies."""
+"""Presence: who is online, the chosen status, and what happens when a worker dies."""
 
 import asyncio
 import time
@@ -22,14 +22,14 @@ from tests.world import UserSession, World, message, refused, until
 
 
 class Pair:
-    """Ada watches Charles, from the other worker."""
+    """Ada watches Charles, who is connected to the other worker."""
 
     def __init__(self, ada: Client, charles: UserSession) -> None:
         self.ada = ada
         self.charles = charles
 
     async def becomes(self, status: PresenceStatus) -> server.PresenceChanged:
-        """Return the next event by which Charles is seen like this, or the last one."""
+        """Return the next event that shows Charles with this status, or the last one."""
         await until(lambda: bool(self.seen) and self.seen[-1].presence.status == status)
         return self.seen[-1]
 
@@ -46,7 +46,7 @@ async def pair(world: World) -> Pair:
     return Pair(ada, charles)
 
 
-async def test_online_away_and_busy_over_several_devices(pair: Pair, world: World) -> None:
+async def test_status_of_several_devices_is_combined(pair: Pair, world: World) -> None:
     phone, laptop = await world.connect(pair.charles, 0), await world.connect(pair.charles, 1)
     await pair.becomes("online")
     await phone.call(client.SetPresence(status="away"))
@@ -62,7 +62,7 @@ async def test_online_away_and_busy_over_several_devices(pair: Pair, world: Worl
     await until(lambda: pair.seen[-1].presence.custom_status is None)
 
 
-async def test_invisible_is_offline_to_others(pair: Pair, world: World) -> None:
+async def test_invisible_user_appears_offline_to_others(pair: Pair, world: World) -> None:
     phone = await world.connect(pair.charles, 1)
     await pair.becomes("online")
     await phone.call(client.SetPresence(status="invisible"))
@@ -71,7 +71,7 @@ async def test_invisible_is_offline_to_others(pair: Pair, world: World) -> None:
     assert listed.presences[0].status == "offline"
 
 
-async def test_offline_waits_for_who_comes_right_back(pair: Pair, world: World) -> None:
+async def test_quick_reconnect_is_not_shown_as_offline(pair: Pair, world: World) -> None:
     phone = await world.connect(pair.charles, 1)
     await pair.becomes("online")
     seen = len(pair.seen)
@@ -89,7 +89,7 @@ async def test_offline_waits_for_who_comes_right_back(pair: Pair, world: World) 
         await asyncio.sleep(0.05)
 
 
-async def test_who_does_not_show_it_is_offline(pair: Pair, world: World) -> None:
+async def test_user_who_hides_their_status_appears_offline(pair: Pair, world: World) -> None:
     await world.db.execute('UPDATE "user" SET show_online_status = false WHERE id = $1', pair.charles.id)
     await world.connect(pair.charles, 1)
     listed = await pair.ada.call(client.Watch(user_ids=[pair.charles.id]), server.PresenceList)
@@ -97,7 +97,7 @@ async def test_who_does_not_show_it_is_offline(pair: Pair, world: World) -> None
     assert all(event.presence.status == "offline" for event in pair.seen)
 
 
-async def test_who_may_not_be_seen_is_not_watched(pair: Pair, world: World) -> None:
+async def test_user_who_may_not_be_seen_cannot_be_watched(pair: Pair, world: World) -> None:
     private = await world.user("Private")
     await world.db.execute('UPDATE "user" SET is_private = true WHERE id = $1', private.id)
     asked = client.Watch(user_ids=[private.id, UserId(uuid7()), pair.charles.id])
@@ -110,8 +110,9 @@ async def test_who_may_not_be_seen_is_not_watched(pair: Pair, world: World) -> N
 
 
 async def three(world: World) -> tuple[list[UserSession], list[Client]]:
-    """Return Ada, Charles and Mary, who are strangers, and their clients. Charles is at the other worker, and his
-    arrival has been announced: an announcement may take longer than the frames that follow it.
+    """Return Ada, Charles and Mary, who are strangers, and their clients.
+
+    Charles is on the other worker. His arrival has been announced, which may take longer than the next frames.
     """
     people = await world.users("Ada", "Charles", "Mary")
     ada, mary = await world.connect(people[0]), await world.connect(people[2])
@@ -135,10 +136,10 @@ async def unfriends(charles: Client, ada: UserId) -> None:
 
 
 @pytest.mark.parametrize("act", [blocks, switches_off, unfriends])
-async def test_a_busy_connection_gets_no_presence_that_it_may_no_longer_see(
+async def test_busy_connection_gets_no_presence_that_it_may_no_longer_see(
     world: World, act: Callable[[Client, UserId], Awaitable[None]]
 ) -> None:
-    """A client can delay the comparison of what it follows: by not reading, or by frames that wait for a lock."""
+    """A client can delay the comparison of its watches, by not reading or by frames that wait for a lock."""
     people, (ada, charles, mary) = await three(world)
     for friend in (people[0], people[2]):
         await world.befriend(people[1], friend)
@@ -163,11 +164,11 @@ async def test_a_busy_connection_gets_no_presence_that_it_may_no_longer_see(
     await ada.synced()
     told = [event for event in ada.events[seen:] if isinstance(event, server.PresenceChanged | server.UserUpdated)]
     assert [event.presence.status for event in told if isinstance(event, server.PresenceChanged)] == ["offline"]
-    # A switch hides presence alone.
+    # Switching presence off hides only presence.
     assert any(isinstance(event, server.UserUpdated) for event in told) == (act is switches_off)
 
 
-async def test_a_name_that_comes_with_privacy_is_not_told_to_strangers(world: World) -> None:
+async def test_name_set_together_with_privacy_is_not_shown_to_strangers(world: World) -> None:
     people, (ada, charles, mary) = await three(world)
     await world.befriend(people[1], people[2])
     for one in (ada, mary):
@@ -194,7 +195,7 @@ async def loses_the_group(group: ConversationId, _: Client, __: UserId, owner: C
 
 
 @pytest.mark.parametrize("act", [leaves, is_removed, loses_the_group])
-async def test_who_is_private_is_seen_no_more_by_those_whose_conversation_they_have_left(
+async def test_private_user_is_no_longer_seen_after_leaving_the_shared_conversation(
     world: World, act: Callable[[ConversationId, Client, UserId, Client], Awaitable[None]]
 ) -> None:
     people, (ada, charles, mary) = await three(world)
@@ -218,7 +219,7 @@ async def test_who_is_private_is_seen_no_more_by_those_whose_conversation_they_h
     assert told == ["offline"]
 
 
-async def test_what_changed_during_the_comparison_is_told_after_it(world: World) -> None:
+async def test_changes_during_the_comparison_are_sent_after_it(world: World) -> None:
     people = await world.users("Ada", "Charles", "Mary")
     ada, charles = [await world.connect(one, number) for number, one in enumerate(people[:2])]
     await world.befriend(*people[:2])
@@ -238,8 +239,8 @@ async def test_what_changed_during_the_comparison_is_told_after_it(world: World)
     assert busy.presence.user_id == named.user.id == people[1].id
 
 
-@pytest.mark.parametrize("is_new", [True, False], ids=["a new watch", "a comparison"])
-async def test_answer_that_was_read_before_a_block_decides_nothing(
+@pytest.mark.parametrize("is_new", [True, False], ids=["new-watch", "comparison"])
+async def test_permission_read_before_a_block_is_not_used(
     world: World, monkeypatch: pytest.MonkeyPatch, *, is_new: bool
 ) -> None:
     people, (ada, charles, mary) = await three(world)
@@ -276,12 +277,12 @@ async def test_answer_that_was_read_before_a_block_decides_nothing(
     told = [event for event in ada.events[seen:] if isinstance(event, server.PresenceChanged | server.UserUpdated)]
     assert [event for event in told if isinstance(event, server.UserUpdated)] == []
     statuses = [event.presence.status for event in told if isinstance(event, server.PresenceChanged)]
-    # What Ada has not been told of yet is not ended for her, either.
+    # A change that Ada has not received yet is not ended for her either.
     assert statuses == ([] if is_new else ["offline"])
 
 
-class Reads:
-    """Holds what is read about who may watch whom until the test lets it go on."""
+class HeldReads:
+    """Holds queries of watch permissions until the test releases them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[set[tuple[UserId, UserId]]] = []
@@ -291,16 +292,16 @@ class Reads:
         monkeypatch.setattr(users, "watchable", self._held)
 
     async def number(self, count: int) -> None:
-        """Wait for so many."""
+        """Wait until `count` queries are held."""
         await until(lambda: len(self._may_go_on) >= count)
 
     def go_on(self, *numbers: int) -> None:
-        """Let these go on."""
+        """Release these queries."""
         for number in numbers:
             self._may_go_on[number].set()
 
     def end(self) -> None:
-        """Let all go on, and hold none any more."""
+        """Release all queries, and hold no more."""
         self._is_over = True
         self.go_on(*range(len(self._may_go_on)))
 
@@ -316,7 +317,7 @@ class Reads:
         return found
 
 
-async def test_nothing_newer_than_the_reply_of_a_watch_comes_before_it(
+async def test_no_event_newer_than_the_reply_to_watch_comes_before_it(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     people, (ada, charles, mary) = await three(world)
@@ -325,7 +326,7 @@ async def test_nothing_newer_than_the_reply_of_a_watch_comes_before_it(
     group = await world.group(mary, people[0])
     await ada.event(server.ConversationJoined)
     await mary.call(client.Watch(user_ids=[charles_]))
-    reads = Reads(monkeypatch)
+    reads = HeldReads(monkeypatch)
     seen = len(ada.events)
     asked = asyncio.create_task(ada.call(client.Watch(user_ids=[charles_, mary_]), server.PresenceList))
     await reads.number(1)
@@ -333,10 +334,10 @@ async def test_nothing_newer_than_the_reply_of_a_watch_comes_before_it(
     await reads.number(2)
     reads.go_on(0)
     await reads.number(3)
-    assert reads.asked[2] == {(ada_, mary_)}, "only what changed is asked about again"
+    assert reads.asked[2] == {(ada_, mary_)}, "only the changed user is queried again"
     await charles.call(client.SetPresence(status="busy"))
     await mary.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
-    # Ada's connection is told of this after all that it was told before.
+    # Ada's connection receives this after all earlier events.
     await mary.call(client.Typing(conversation_id=group))
     await ada.event(server.TypingStarted, start=seen)
     assert not [event for event in ada.events[seen:] if isinstance(event, server.PresenceChanged)]
@@ -346,8 +347,8 @@ async def test_nothing_newer_than_the_reply_of_a_watch_comes_before_it(
     await ada.event(server.PresenceChanged, lambda event: event.presence.status == "busy", start=seen)
 
 
-@pytest.mark.parametrize("is_blocked", [False, True], ids=["nothing changes", "a block in between"])
-async def test_watches_of_one_user_do_not_have_each_other_ask_again(
+@pytest.mark.parametrize("is_blocked", [False, True], ids=["no-change", "block-in-between"])
+async def test_watches_of_one_user_do_not_cause_repeated_queries(
     world: World, monkeypatch: pytest.MonkeyPatch, *, is_blocked: bool
 ) -> None:
     people, (ada, charles, mary) = await three(world)
@@ -355,7 +356,7 @@ async def test_watches_of_one_user_do_not_have_each_other_ask_again(
     await mary.call(client.Watch(user_ids=[people[1].id]))
     watchers = world.workers[0].app.hub.watchers
     await until(lambda: not watchers.are_in_doubt)
-    reads = Reads(monkeypatch)
+    reads = HeldReads(monkeypatch)
     watch = client.Watch(user_ids=[people[1].id])
     first = asyncio.create_task(ada.call(watch, server.PresenceList))
     await reads.number(1)
@@ -382,7 +383,7 @@ async def test_watches_of_one_user_do_not_have_each_other_ask_again(
         assert is_blocked != any(isinstance(event, server.PresenceChanged) for event in one.events)
 
 
-async def test_a_change_of_privacy_takes_one_statement_however_many_watch(
+async def test_change_of_privacy_takes_one_statement_for_all_watchers(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
@@ -408,7 +409,7 @@ async def test_a_change_of_privacy_takes_one_statement_however_many_watch(
     assert sum(asked) >= len(watching)
 
 
-async def test_unwatch(pair: Pair, world: World) -> None:
+async def test_unwatch_ends_events(pair: Pair, world: World) -> None:
     await pair.ada.call(client.Unwatch(user_ids=[pair.charles.id]))
     other = await world.connect(await world.user("Mary"))
     await other.call(client.Watch(user_ids=[pair.charles.id]))
@@ -418,7 +419,7 @@ async def test_unwatch(pair: Pair, world: World) -> None:
     assert pair.seen == []
 
 
-async def test_one_watches_a_bounded_number(pair: Pair, world: World) -> None:
+async def test_number_of_watched_users_is_bounded(pair: Pair, world: World) -> None:
     await world.db.execute(
         """INSERT INTO "user" (name, email) SELECT 'n' || n, n || '@example.org' FROM generate_series(1, 501) n"""
     )
@@ -428,7 +429,7 @@ async def test_one_watches_a_bounded_number(pair: Pair, world: World) -> None:
         await pair.ada.call(client.Watch(user_ids=ids[499:]))
 
 
-async def test_presence_is_right_soon_after_a_worker_is_killed(settings: Settings, cluster: Cluster) -> None:
+async def test_presence_is_correct_soon_after_a_worker_is_killed(settings: Settings, cluster: Cluster) -> None:
     world = World(settings, workers=0)
     world.db = await asyncpg.connect(settings.database_url)
     ada, charles, mary = await world.users("Ada", "Charles", "Mary")
@@ -458,7 +459,7 @@ async def test_presence_is_right_soon_after_a_worker_is_killed(settings: Setting
     await world.db.close()
 
 
-async def test_a_worker_that_drains_knows_who_is_still_elsewhere(world: World) -> None:
+async def test_draining_worker_keeps_users_with_devices_elsewhere_online(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     for who, worker in ((ada, 0), (ada, 1), (charles, 0)):
         await world.connect(who, worker)
@@ -474,7 +475,7 @@ async def test_a_worker_that_drains_knows_who_is_still_elsewhere(world: World) -
     assert await online() == {ada.id}
 
 
-async def test_presence_of_whom_the_database_does_not_know_is_not_kept(world: World) -> None:
+async def test_presence_of_unknown_users_is_discarded(world: World) -> None:
     (ada,) = await world.users("Ada")
     there = {one: Transition(is_online=True) for one in (ada.id, UserId(uuid7()))}
     async with asyncio.timeout(5):

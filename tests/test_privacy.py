@@ -1,4 +1,4 @@
-"""The table of privacy, cell by cell, and that frames keep to it."""
+"""The table of privacy rules, cell by cell, and the frames that follow it."""
 
 from itertools import product
 
@@ -19,7 +19,7 @@ ON CONFLICT ON CONSTRAINT user_relationship_key DO UPDATE SET status = excluded.
 
 
 async def stand(world: World, viewer: UserId, target: UserId, standing: str) -> None:
-    """Have one user stand to another as said, in nothing else."""
+    """Give two users the relationship `standing`, and no other."""
     await world.db.execute("DELETE FROM user_relationship; DELETE FROM conversation_participant")
     await stand_also(world, viewer, target, standing)
 
@@ -45,11 +45,11 @@ async def stand_also(world: World, viewer: UserId, target: UserId, standing: str
 
 @pytest.mark.parametrize("before", ["stranger", "together"])
 @pytest.mark.parametrize("standing", STANDINGS)
-async def test_each_cell(world: World, standing: str, before: str) -> None:
+async def test_each_cell_of_the_privacy_table(world: World, standing: str, before: str) -> None:
     viewer, target = await world.users("Viewer", "Target")
     await stand(world, viewer.id, target.id, before)
     await stand_also(world, viewer.id, target.id, standing)
-    # A relationship that says nothing by itself carries the switches.
+    # A row of an inactive relationship carries the switches.
     await world.db.execute(RELATE, target.id, viewer.id, "mute", "inactive")
     place = list(STANDINGS).index(standing)
     for is_private, *flags in product((False, True), repeat=1 + len(SETTINGS) + len(SWITCHES)):
@@ -79,7 +79,7 @@ async def test_each_cell(world: World, standing: str, before: str) -> None:
             assert answer is expected, (action, is_private, is_on)
 
 
-async def test_who_has_gone_has_a_face_at_most(world: World) -> None:
+async def test_only_the_profile_of_a_departed_user_may_be_visible(world: World) -> None:
     viewer, target = await world.users("Viewer", "Target")
     ask = "SELECT array_agg(action) FROM unnest($1::text[]) AS a (action) WHERE may(action, $2, $3)"
 
@@ -101,7 +101,7 @@ async def test_who_has_gone_has_a_face_at_most(world: World) -> None:
 # ------------------------------------------------------------------------------------------------ what frames do
 
 
-async def test_blocking_ends_what_there_was(world: World) -> None:
+async def test_block_ends_existing_relationships(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     one, other = await world.connect(ada), await world.connect(charles, 1)
     direct = (await one.call(client.CreateDirect(user_id=charles.id), server.OneConversation)).view.conversation.id
@@ -110,7 +110,7 @@ async def test_blocking_ends_what_there_was(world: World) -> None:
     await other.call(client.RequestFriend(user_id=ada.id))
     await one.call(client.AnswerFriend(user_id=charles.id, accept=True))
     watched = await other.call(client.Watch(user_ids=[ada.id]), server.PresenceList)
-    if watched.presences[0].status == "offline":  # her worker has not told yet
+    if watched.presences[0].status == "offline":  # her worker was not notified yet
         await other.event(server.PresenceChanged, lambda event: event.presence.status == "online")
     await one.call(client.SetPresence(status="online", custom_status="Here"))
     await other.event(server.PresenceChanged, lambda event: event.presence.custom_status == "Here")
@@ -136,15 +136,17 @@ async def test_blocking_ends_what_there_was(world: World) -> None:
     ):
         with refused(code, path):
             await each.call(frame)
-    # They share the direct conversation still, its history, and the faces of who takes part.
+    # They still share the direct conversation, its history, and the names and pictures of its participants.
     assert len((await other.call(client.History(conversation_id=direct), server.MessagePage)).messages) == 1
     assert [face.id for face in (await other.call(client.GetUsers(user_ids=[ada.id]), server.UserList)).users] == [
         ada.id
     ]
     assert [face.id for face in (await other.call(client.SearchUsers(text="Ada"), server.UserList)).users] == [ada.id]
-    # Whoever is blocked is not told so, and may block, too.
+    # A blocked user is not informed, and may block, too.
     theirs = await other.call(client.ListRelationships(), server.RelationshipPage)
-    assert [entry.relationship.kind for entry in theirs.relationships] == ["follow"], "their own, which only they end"
+    assert [entry.relationship.kind for entry in theirs.relationships] == ["follow"], (
+        "a relationship of their own, which only they end"
+    )
     await other.call(client.Block(user_id=ada.id))
     await one.call(client.Unblock(user_id=charles.id))
     with refused(ErrorCode.FORBIDDEN, "conversation_id"):
@@ -157,7 +159,7 @@ def group_with(who: UserSession) -> client.CreateGroup:
     return client.CreateGroup(conversation_id=ConversationId(uuid7()), title="Us", participants=[who.id])
 
 
-async def test_private_people_are_for_friends_and_those_they_meet(world: World) -> None:
+async def test_private_profile_is_for_friends_and_name_for_shared_conversations(world: World) -> None:
     ada, charles, mary = await world.users("Ada", "Charles", "Mary")
     private, friend, stranger = await world.connect(ada), await world.connect(charles), await world.connect(mary, 1)
     await private.call(client.UpdateProfile(bio="Poetical science", location="London"))
@@ -181,7 +183,7 @@ async def test_private_people_are_for_friends_and_those_they_meet(world: World) 
         await stranger.call(client.GetProfile(user_id=ada.id))
 
 
-async def test_a_switch_is_for_one_person(world: World) -> None:
+async def test_switch_applies_to_one_user(world: World) -> None:
     ada, charles, mary = await world.users("Ada", "Charles", "Mary")
     one, other, third = await world.connect(ada), await world.connect(charles, 1), await world.connect(mary, 1)
     hide = client.SetSwitches(user_id=charles.id, can_see_online_status=False, can_send_messages=False)

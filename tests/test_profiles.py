@@ -1,11 +1,11 @@
-"""Profiles: changed, told to who watches, searched; and statuses that pass."""
+"""Profiles: changes, events to watchers, search, and custom statuses that expire."""
 
 from protocol import client, server
 from protocol.errors import ErrorCode
 from tests.world import World, refused
 
 
-async def test_a_profile_is_told_to_who_watches_and_to_ones_other_devices(world: World) -> None:
+async def test_profile_change_is_sent_to_watchers_and_own_devices(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     phone, desk, other = await world.connect(ada), await world.connect(ada, 1), await world.connect(charles, 1)
     await other.call(client.Watch(user_ids=[ada.id]))
@@ -26,7 +26,7 @@ async def test_a_profile_is_told_to_who_watches_and_to_ones_other_devices(world:
         assert (error.code, error.path) == (ErrorCode.INVALID, path)
 
 
-async def test_people_are_found_by_beginnings_of_their_names(world: World) -> None:
+async def test_users_are_found_by_prefixes_of_their_names(world: World) -> None:
     await world.users("Ada Lovelace", "Ada Byron", "Charles Babbage")
     one = await world.connect(await world.user("Mary"))
     for text, names in (
@@ -41,12 +41,12 @@ async def test_people_are_found_by_beginnings_of_their_names(world: World) -> No
         await one.call(client.SearchUsers(text="&|!"))
 
 
-async def test_a_custom_status_passes(world: World) -> None:
+async def test_custom_status_expires(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     phone, other = await world.connect(ada), await world.connect(charles, 1)
     watched = await other.call(client.Watch(user_ids=[ada.id]), server.PresenceList)
     assert watched.presences[0].custom_status is None
-    # A client that restores what `get_me` says of who never chose hides nobody.
+    # A client that sets the status that `get_me` returns for a user without one hides nobody.
     mine = (await phone.call(client.GetMe(), server.OneMe)).me.status
     assert mine == "online"
     await phone.call(client.SetPresence(status=mine))

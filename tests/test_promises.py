@@ -1,4 +1,4 @@
-"""SECURITY.md and docs/limits.md name tests for what they promise; and the promises that no other file tests."""
+"""The promises of SECURITY.md and docs/limits.md name tests, and the promises that no other file tests."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ def rows(text: str) -> list[list[str]]:
 
 
 def parts_of_limits() -> tuple[str, str]:
-    """Return what docs/limits.md tells the users of the server, and the bounds with their tests."""
+    """Return the first part of docs/limits.md, for users of the server, and the table of bounds with their tests."""
     page = (ROOT / "docs" / "limits.md").read_text()
     first, _, rest = page.partition("\n## Every bound, and its test\n")
     return first, rest.partition("\n## ")[0]
@@ -45,7 +45,7 @@ def one_line(text: str) -> str:
 
 
 def faults_of(item: str) -> list[str]:
-    """Return what is wrong with one item of SECURITY.md: a promise with how it is kept, and its tests."""
+    """Return the faults of an item of SECURITY.md: a promise, how it is kept, and its tests."""
     first, *points = (one_line(part) for part in re.split(r"^  - ", item, flags=re.MULTILINE))
     tests = points.pop() if points else ""
     found = []
@@ -73,7 +73,7 @@ def faults_of(item: str) -> list[str]:
 
 
 def faults(page: str) -> list[str]:
-    """Return what is wrong with a page like SECURITY.md: sections of promises, each of which names its tests."""
+    """Return the faults of a page like SECURITY.md: sections of promises, each of which names its tests."""
     found = []
     for section in re.split(r"^## ", page, flags=re.MULTILINE):
         introduction, *items = re.split(r"^- ", section, flags=re.MULTILINE)
@@ -139,14 +139,14 @@ def test_every_bound_names_a_test_that_exists() -> None:
 
 
 def in_words(value: float) -> set[str]:
-    """Return the ways in which a page writes a number, of bytes or others."""
+    """Return the forms in which a page writes a number, of bytes or others."""
     whole = int(value)
     return {f"{whole:,}", *(f"{whole // size} {unit}" for size, unit in ((1 << 10, "KiB"), (1 << 20, "MiB"))
             if whole % size == 0)}  # fmt: skip
 
 
 def test_limits_that_users_read_are_those_of_the_code() -> None:
-    """Each has the number of the setting, the field of `ready.limits` or the constant in its row; none is missing."""
+    """Each row has the value of its setting, field of `ready.limits` or constant. No limit is missing."""
     page = parts_of_limits()[0]
     settings = {variable(name): getattr(Settings(), name) for name in Settings.__struct_fields__}
     told = {name: getattr(advertised(Settings()), name) for name in Limits.__struct_fields__}
@@ -172,13 +172,13 @@ def test_without_settings_it_listens_on_loopback() -> None:
 
 
 async def test_no_setting_is_a_secret(world: World) -> None:
-    """The databases' addresses may hold passwords, which are theirs."""
+    """The URLs of the databases may contain passwords, which belong to the databases."""
     names = [field.name for field in msgspec.structs.fields(Settings)]
     assert [name for name in names if re.search("secret|key|token|password|salt", name)] == []
     assert await world.db.fetchval("SELECT count(*) FROM server_key WHERE name = 'vapid'") == 1
 
 
-def test_everything_that_is_installed_is_pinned_with_its_hash() -> None:
+def test_installed_packages_are_pinned_with_their_hashes() -> None:
     for name in ("requirements.lock", "requirements-dev.lock"):
         wanted = [line for line in (ROOT / name).read_text().splitlines() if line and line[0] not in " #"]
         assert len(wanted) > 10

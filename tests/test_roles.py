@@ -70,7 +70,7 @@ class Room:
 
 
 @pytest.mark.parametrize("role", ["guest", "member", "moderator", "admin"])
-async def test_each_cell(world: World, role: Role) -> None:
+async def test_each_cell_of_the_privacy_table(world: World, role: Role) -> None:
     for grant in (None, *GRANTS):
         await try_each_act(world, role, grant)
     assert await recount(world.db) == []
