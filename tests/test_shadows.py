@@ -1,4 +1,4 @@
-"""Shadows: a reader may call things as the database's own are called; nothing of them runs as its owner."""
+"""A reader may create objects with the names of the database's own objects, and none of them runs as the owner."""
 
 import re
 from collections.abc import AsyncIterator
@@ -14,7 +14,7 @@ from tests.world import World, sent
 
 PATH = "pg_catalog, public, pg_temp"
 SHADOWS = "shadows"
-# What a reader's functions must not resolve by name, in every way that PostgreSQL lets a reader call something.
+# Objects of every kind that a reader could call, which must not be found by name.
 TRAP = f"""
 CREATE FUNCTION {SHADOWS}.trap() RETURNS boolean LANGUAGE plpgsql AS
 $$ BEGIN RAISE EXCEPTION 'a shadow ran as %', current_user; END $$
@@ -26,7 +26,7 @@ SELECT format('CREATE VIEW {{schema}}.%I AS SELECT * FROM (SELECT %s FROM {SHADO
 FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
 WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v') GROUP BY c.relname
 """
-# Of pg_catalog, those whose arguments are of the types that we use: no function can be made for "any".
+# Functions of pg_catalog whose argument types the schema uses. A function for "any" cannot be created.
 FUNCTIONS = f"""
 WITH ours AS MATERIALIZED (
     SELECT string_agg(pg_get_functiondef(oid), ' ') AS source
@@ -55,7 +55,7 @@ WHERE o.oprnamespace = 'pg_catalog'::regnamespace AND l.typtype <> 'p' AND r.typ
     AND l.typname IN ('uuid', 'text', 'bool', 'int4', 'int8', 'jsonb', 'json', 'timestamptz', '_uuid', '_text')
     AND r.typname IN ('uuid', 'text', 'bool', 'int4', 'int8', 'jsonb', 'json', 'timestamptz', '_uuid', '_text')
 """
-# `pg_temp` is searched for types as it is for tables: before pg_catalog, unless a path names it.
+# Types are looked up like tables: in `pg_temp` before pg_catalog, unless the path names it.
 TYPES = """
 SELECT format('CREATE TYPE {schema}.%I AS (shadow boolean)', t)
 FROM unnest(ARRAY['record', 'uuid', 'text', 'bigint', 'int8', 'bool', 'boolean', 'jsonb', 'json', 'bytea',
@@ -101,7 +101,7 @@ PATHS = (
 
 @pytest.fixture
 async def role(world: World) -> AsyncIterator[str]:
-    """A reader who, whatever the schema takes from others, may make objects of its own."""
+    """A reader that may create objects, despite the rights that the schema revokes."""
     name = f"reader_{uuid7().hex}"
     await world.db.execute(f"CREATE ROLE {name} LOGIN; SELECT grant_reader('{name}')")
     await world.db.execute(f"CREATE SCHEMA {SHADOWS} AUTHORIZATION {name}")
@@ -114,13 +114,13 @@ async def role(world: World) -> AsyncIterator[str]:
 
 
 async def read(db: "asyncpg.Connection[asyncpg.Record]", path: str) -> dict[str, list[Any]]:
-    """Return all that Ada may read, with names looked up along `path`."""
+    """Return all rows that Ada may read, with `path` as the search path."""
     await db.execute(f"SET search_path = {path}")
     return {name: sorted(row[0] for row in await db.fetch(query)) for name, query in READING.items()}
 
 
 async def shadow(db: "asyncpg.Connection[asyncpg.Record]") -> None:
-    """Make something of the reader's own with the name of everything there is, in a schema and in `pg_temp`."""
+    """Create an object with the name of every existing one, in a schema of the reader and in `pg_temp`."""
     await db.execute(TRAP)
     made = [[row[0] for row in await db.fetch(query)] for query in (RELATIONS, FUNCTIONS, OPERATORS, TYPES)]
     assert all(len(statements) > 10 for statements in made)
@@ -129,7 +129,7 @@ async def shadow(db: "asyncpg.Connection[asyncpg.Record]") -> None:
             await db.execute(";".join(statements).replace("{schema}", schema))
 
 
-async def test_nothing_that_a_reader_makes_runs_as_the_owner(world: World, role: str) -> None:
+async def test_objects_of_a_reader_never_run_as_the_owner(world: World, role: str) -> None:
     ada, charles, mary = await world.users("Ada", "Charles", "Mary")
     one, other, third = await world.connect(ada), await world.connect(charles), await world.connect(mary)
     group = await world.group(one, charles, mary)
@@ -160,7 +160,7 @@ async def test_nothing_that_a_reader_makes_runs_as_the_owner(world: World, role:
         await db.close()
 
 
-async def test_a_cast_of_a_type_of_ours_cannot_be_made(world: World, role: str) -> None:
+async def test_reader_cannot_create_casts(world: World, role: str) -> None:
     await world.db.execute(f"SET ROLE {role}")
     for source, target in (("jsonb", "boolean"), ("text", "boolean"), ("public.message", "text")):
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
@@ -168,8 +168,8 @@ async def test_a_cast_of_a_type_of_ours_cannot_be_made(world: World, role: str) 
     await world.db.execute("RESET ROLE")
 
 
-async def test_what_runs_as_the_owner_has_its_path(world: World) -> None:
-    """And what is resolved by name when it runs has one too, or can be called by nobody who has none."""
+async def test_functions_that_run_as_the_owner_have_a_search_path(world: World) -> None:
+    """Functions that resolve names at run time also have one, or only roles with a path may call them."""
     functions = await world.db.fetch("""
         SELECT p.proname, p.prosrc, p.prosecdef, p.proconfig, p.prosqlbody IS NULL AS is_text,
             EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a WHERE a.grantee = 0)
@@ -186,7 +186,7 @@ async def test_what_runs_as_the_owner_has_its_path(world: World) -> None:
         assert path in (None, [f"search_path={PATH}"]), name
         assert path or not function["prosecdef"], name
         assert not (function["is_for_all"] and (function["prosecdef"] or function["is_text"])), name
-        if function["is_text"] and not path:  # as `may`, which each direct message asks: a path costs time
+        if function["is_text"] and not path:  # a path would slow down `may`
             ours = "|".join(one["proname"] for one in functions)
             names = re.findall(
                 rf"\b(?:FROM|JOIN|INTO|UPDATE) (?!them|theirs|\()\S+|(?<!\w)(?:public\.)?(?:{ours})\(",
@@ -196,7 +196,7 @@ async def test_what_runs_as_the_owner_has_its_path(world: World) -> None:
             assert [one for one in names if "public." not in one] == [], name
 
 
-async def test_a_reader_who_would_not_be_held_is_refused(world: World) -> None:
+async def test_role_that_bypasses_policies_cannot_be_a_reader(world: World) -> None:
     name = f"reader_{uuid7().hex}"
     for make in ("SUPERUSER", "BYPASSRLS"):
         await world.db.execute(f"CREATE ROLE {name} {make}")
@@ -209,8 +209,8 @@ async def test_a_reader_who_would_not_be_held_is_refused(world: World) -> None:
     await world.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
 
 
-async def test_what_is_granted_to_everybody_is_taken_back(world: World) -> None:
-    """A template, a dump and an upgrade from before PostgreSQL 15 all bring it along."""
+async def test_grants_to_public_are_revoked(world: World) -> None:
+    """Templates, dumps and upgrades from before PostgreSQL 15 contain such grants."""
     name = f"reader_{uuid7().hex}"
     database = await world.db.fetchval("SELECT current_database()")
     await world.db.execute(f"""

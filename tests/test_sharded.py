@@ -1,4 +1,4 @@
-"""Workers on a cluster of three Valkey servers: sharded pub/sub, and presence, over all of them."""
+"""Workers on a cluster of three Valkey servers: sharded pub/sub and presence on all of them."""
 
 import socket
 import subprocess
@@ -28,7 +28,7 @@ PATIENCE = 20.0
 
 
 class Node:
-    """One of the servers."""
+    """A server of the cluster."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -108,7 +108,7 @@ async def circle(nodes: list[Node], settings: Settings) -> AsyncIterator["Circle
 
 
 class Circle(NamedTuple):
-    """Two people on two workers, and groups whose channels are all over the cluster."""
+    """Two users on two workers, and groups whose channels are spread over the cluster."""
 
     world: World
     ada_id: UserId
@@ -122,11 +122,11 @@ class Circle(NamedTuple):
         return self.prefix + channel(group)
 
     def fetched(self) -> int:
-        """Return how often something did not come by the bus."""
+        """Return how many times events did not arrive by the bus and were fetched."""
         return sum(worker.app.hub.topics.fetched for worker in self.world.workers)
 
     async def talk(self) -> None:
-        """Send a message in each group, and see that it arrives at the other worker."""
+        """Send a message in each group, and wait until it arrives at the other worker."""
         wanted = {await sent(self.ada, group) for group in self.groups}
         await until(lambda: wanted <= {one.id for event in self.charles.events for one in said(event)})
 
@@ -135,23 +135,23 @@ class Circle(NamedTuple):
 
 
 def joined(one: Client) -> int:
-    """Return how many conversations somebody was told of."""
+    """Return how many `conversation_joined` events a client received."""
     return sum(isinstance(event, server.ConversationJoined) for event in one.events)
 
 
 def said(event: server.ServerFrame) -> list[Message]:
-    """Return the messages in an event, whether it came by the bus or from PostgreSQL."""
+    """Return the messages in an event, from the bus or from PostgreSQL."""
     if isinstance(event, server.Changes):
         return [one for inner in event.events for one in said(inner)]
     return [event.message] if isinstance(event, server.MessageSent) else []
 
 
 def home(name: bytes) -> int:
-    """Return the number of the node that a channel is on."""
+    """Return the number of the node that has a channel."""
     return key_slot(name) * NODES // REDIS_CLUSTER_HASH_SLOTS
 
 
-async def test_every_node_carries_its_conversations(circle: Circle) -> None:
+async def test_events_of_conversations_on_every_node_arrive(circle: Circle) -> None:
     await circle.talk()
     assert circle.fetched() == 0
     await circle.charles.call(client.Watch(user_ids=[circle.ada_id]), server.PresenceList)
@@ -159,7 +159,7 @@ async def test_every_node_carries_its_conversations(circle: Circle) -> None:
     await circle.charles.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
 
 
-async def test_a_node_that_dies_costs_no_message(circle: Circle, nodes: list[Node]) -> None:
+async def test_no_message_is_lost_when_a_node_dies(circle: Circle, nodes: list[Node]) -> None:
     await circle.talk()
     nodes[0].kill()
     await circle.is_up(is_so=False)
@@ -172,7 +172,7 @@ async def test_a_node_that_dies_costs_no_message(circle: Circle, nodes: list[Nod
     assert circle.fetched() == before
 
 
-async def test_a_slot_that_moves_is_followed(circle: Circle, nodes: list[Node]) -> None:
+async def test_workers_follow_a_slot_that_moves(circle: Circle, nodes: list[Node]) -> None:
     group = circle.groups[0]
     name = circle.name(group)
     slot, owner = key_slot(name), nodes[home(name)]

@@ -1,4 +1,4 @@
-"""Two installations that share a Redis: nothing of one reaches the other, also where all ids are the same."""
+"""Two installations that share a Redis do not affect each other, even if all ids are the same."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.new_database
 
 
 class Twins(NamedTuple):
-    """A world, and one whose database is a copy: both have the same users, sessions and conversations."""
+    """A world and one whose database is a copy, with the same users, sessions and conversations."""
 
     one: World
     copy: World
@@ -53,7 +53,7 @@ async def seen(one: Client, who: UserSession) -> str:
     return watched.presences[0].status
 
 
-async def test_nothing_of_one_installation_reaches_another_on_the_same_redis(twins: Twins) -> None:
+async def test_no_event_of_one_installation_reaches_another_on_the_same_redis(twins: Twins) -> None:
     ada, charles = twins.people
     here, there = [await world.connect(ada) for world in (twins.one, twins.copy)]
     twin = await twins.copy.connect(charles, 1)
@@ -68,7 +68,7 @@ async def test_nothing_of_one_installation_reaches_another_on_the_same_redis(twi
     assert await seen(here, charles) == "online"
     await twin.call(client.SetPresence(status="busy"))
     await there.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
-    # What the original says next has the version that the copy's message had.
+    # The next message of the original has the version that the copy's message had.
     mine = await sent(other, group, "In the original")
     await here.event(server.MessageSent, lambda event: event.message.id == mine)
     got = [event.message.content for event in here.events if isinstance(event, server.MessageSent)]
@@ -76,7 +76,7 @@ async def test_nothing_of_one_installation_reaches_another_on_the_same_redis(twi
     assert not [event for event in here.events if getattr(getattr(event, "presence", None), "status", "") == "busy"]
 
 
-async def test_failed_logins_at_one_installation_lock_nobody_out_of_another(twins: Twins) -> None:
+async def test_failed_logins_at_one_installation_do_not_lock_accounts_of_another(twins: Twins) -> None:
     wrong = {"email": ADA["email"], "password": "wrong horse"}
     async with http_client(twins.copy.url) as http:
         codes = {(await http.post("/v1/auth/login", json=wrong)).status_code for _ in range(12)}
@@ -85,8 +85,8 @@ async def test_failed_logins_at_one_installation_lock_nobody_out_of_another(twin
         assert (await http.post("/v1/auth/login", json=LOGIN)).status_code == 200
 
 
-async def test_every_key_and_channel_names_its_installation(twins: Twins) -> None:
-    """Of both: the copy has another id, and none has no id."""
+async def test_every_key_and_channel_has_the_id_of_its_installation(twins: Twins) -> None:
+    """The copy has another id than the original."""
     ids = [await epoch_id(world.db) for world in (twins.one, twins.copy)]
     assert len(set(ids)) == 2
     for world in (twins.one, twins.copy):

@@ -1,4 +1,4 @@
-"""Short turns of the loop: whatever one account asks for, others are served in between."""
+"""Each turn of the event loop is short, so that no account delays others for long."""
 
 import asyncio
 from collections import Counter
@@ -51,7 +51,7 @@ async def turn() -> Any:
     counting.stop()
 
 
-async def test_connections_that_begin_at_once_are_taken_in_over_many_turns(turn: Turn) -> None:
+async def test_concurrent_connections_are_accepted_over_many_turns_of_the_loop(turn: Turn) -> None:
     sockets = Sockets(
         most=1_000, per_address=1_000, proxies=Proxies.read(""), frames=Pace.of(1.0), outbox_bytes=1 << 20
     )
@@ -63,7 +63,7 @@ async def test_connections_that_begin_at_once_are_taken_in_over_many_turns(turn:
     assert [number for _, number in begun] == list(range(21))
 
 
-async def test_connection_that_cannot_be_taken_in_keeps_nobody_else_out(
+async def test_failure_to_accept_a_connection_does_not_affect_others(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     receive, begun = Http._receive, 0  # noqa: SLF001
@@ -85,7 +85,7 @@ async def test_connection_that_cannot_be_taken_in_keeps_nobody_else_out(
     assert sum("first bytes" in record.getMessage() for record in caplog.records) == 3
 
 
-async def test_frames_that_arrive_at_once_are_refused_over_many_turns(
+async def test_concurrent_frames_are_refused_over_many_turns_of_the_loop(
     world: World, turn: Turn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ada = await world.connect(await world.user("Ada"))
@@ -105,7 +105,7 @@ async def test_frames_that_arrive_at_once_are_refused_over_many_turns(
 
 @pytest.fixture
 def pages(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How many large and small pages are read now, and the most at a time."""
+    """The number of large and small pages that are being read, and its maximum."""
     now: Counter[str] = Counter()
     read = messages.page
 
@@ -114,7 +114,7 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         now[size] += 1
         now[f"most {size}"] = max(now[f"most {size}"], now[size])
         try:
-            await asyncio.sleep(0.01)  # as a database that is far away
+            await asyncio.sleep(0.01)  # like a database far away
             return await read(*given, **options)
         finally:
             now[size] -= 1
@@ -123,7 +123,7 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return now
 
 
-async def test_large_pages_of_a_user_are_read_one_at_a_time_and_small_ones_beside(
+async def test_large_pages_of_a_user_are_read_one_at_a_time_beside_small_ones(
     world: World, pages: Counter[str]
 ) -> None:
     ada, charles = await world.users("Ada", "Charles")
@@ -139,7 +139,7 @@ async def test_large_pages_of_a_user_are_read_one_at_a_time_and_small_ones_besid
     assert pages["most large"] == 2
 
 
-async def test_page_is_read_in_portions(turn: Turn) -> None:
+async def test_page_is_decoded_in_parts(turn: Turn) -> None:
     reader, text = Reader(dict[str, str]), '{"said": "' + "x" * (PORTION // 4) + '"}'
     before = turn.number
     read = await reader.each([text] * 41).decoded()
@@ -148,7 +148,7 @@ async def test_page_is_read_in_portions(turn: Turn) -> None:
 
 @pytest.fixture
 def portions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many connections whoever reads rows holds before each portion of them, which is one row here."""
+    """The number of connections that the task holds before each part, which is one row here."""
     held: Counter[Any] = Counter()
     portions: list[int] = []
     enter, leave = Lease.__aenter__, Lease.__aexit__
@@ -189,7 +189,7 @@ async def test_no_connection_is_held_while_rows_are_decoded(room: Room, world: W
         assert (frame, set(portions)) == (frame, {0})
 
 
-async def test_short_message_does_not_wait_for_long_ones_of_others(world: World, monkeypatch: Any) -> None:
+async def test_short_message_does_not_wait_for_long_messages_of_others(world: World, monkeypatch: Any) -> None:
     (ada, charles), held, app = await world.users("Ada", "Charles"), asyncio.Event(), world.workers[0].app
     chatty, quiet = await world.connect(ada), await world.connect(charles)
     rooms = await world.channel(chatty), await world.channel(quiet)

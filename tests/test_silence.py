@@ -1,4 +1,4 @@
-"""Connections that say nothing, or never finish: they are counted, they end, and they keep nobody out."""
+"""Connections that send nothing or never finish are counted, are closed, and do not block other clients."""
 
 import asyncio
 import contextlib
@@ -57,12 +57,12 @@ async def dial(world: World, source: str = "127.0.0.1") -> Streams:
 
 
 async def known(world: World, request: bytes) -> bytes:
-    """Return a request of somebody with a session, whose body is read."""
+    """Return a request of a user with a session, whose body the server reads."""
     return request.replace(b"TOKEN", (await world.user("Ada")).token.encode())
 
 
 async def heard(reader: asyncio.StreamReader) -> bytes:
-    """Return all that is said until the connection ends, also where what was sent meanwhile makes it end in a reset."""
+    """Return all bytes until the connection ends, even if it ends with a reset because of unread bytes."""
     said = b""
     with contextlib.suppress(ConnectionError):
         async with asyncio.timeout(PATIENCE):
@@ -72,7 +72,7 @@ async def heard(reader: asyncio.StreamReader) -> bytes:
 
 
 async def drip(streams: Streams, bytes_: bytes) -> None:
-    """Write a byte now and then, for ever: no deadline between two bytes would end this."""
+    """Keep writing single bytes, so that no deadline between two bytes would end the connection."""
     _, writer = streams
     with contextlib.suppress(ConnectionError):
         while True:
@@ -97,11 +97,11 @@ async def drip(streams: Streams, bytes_: bytes) -> None:
         (CHUNKED, b"1\r\nx\r\n", b"HTTP/1.1 408"),
     ],
     ids=[
-        "nothing", "half a header", "a dripping header", "dripping empty lines", "idle", "idle, with empty lines",
-        "idle, with half a header", "no body", "a dripping body", "dripping chunks",
+        "nothing", "half-header", "dripping-header", "dripping-empty-lines", "idle", "idle-with-empty-lines",
+        "idle-with-half-header", "no-body", "dripping-body", "dripping-chunks",
     ],
 )  # fmt: skip
-async def test_what_is_never_finished_ends(alone: World, short: None, begin: bytes, more: bytes, answer: bytes) -> None:  # noqa: ARG001
+async def test_unfinished_request_ends(alone: World, short: None, begin: bytes, more: bytes, answer: bytes) -> None:  # noqa: ARG001
     app = alone.workers[0].app
     alone.workers[0].server.config.timeout_keep_alive = SHORT  # type: ignore[assignment]
     streams = await dial(alone)
@@ -132,9 +132,9 @@ HANDSHAKE = (
         b"POST /v1/call HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n",
         b"GET /v1/ws HTTP/1.0\r\nHost: here\r\nSec-WebSocket-Version: 12\r\n",
     ],
-    ids=["200 headers", "a long header", "a long address", "a body", "chunks", "another version"],
+    ids=["200-headers", "long-header", "long-address", "body", "chunks", "wrong-version"],
 )
-async def test_every_upgrade_is_answered_and_ends(alone: World, short: None, begin: bytes) -> None:  # noqa: ARG001
+async def test_every_invalid_upgrade_is_answered_and_ends(alone: World, short: None, begin: bytes) -> None:  # noqa: ARG001
     app = alone.workers[0].app
     reader, writer = await dial(alone)
     writer.write(begin + HANDSHAKE)
@@ -144,7 +144,7 @@ async def test_every_upgrade_is_answered_and_ends(alone: World, short: None, beg
     assert_nothing_is_kept(app.sockets)
 
 
-async def test_a_handshake_that_the_application_does_not_answer_ends(
+async def test_handshake_without_an_answer_of_the_application_ends(
     alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(websocket, "HANDSHAKE_SECONDS", SHORT)
@@ -157,8 +157,8 @@ async def test_a_handshake_that_the_application_does_not_answer_ends(
     writer.close()
 
 
-async def test_trailers_are_no_headers(alone: World) -> None:
-    """A proxy may pass on its client's trailers: an address or a token there would be the client's to choose."""
+async def test_trailers_are_not_headers(alone: World) -> None:
+    """A proxy may forward trailers of a client, who could then choose an address or a token."""
     trailer = await known(alone, b"Authorization: Bearer TOKEN\r\n\r\n")
     reader, writer = await dial(alone)
     writer.write(
@@ -169,7 +169,7 @@ async def test_trailers_are_no_headers(alone: World) -> None:
     writer.close()
 
 
-async def test_no_path_leads_to_the_host_that_a_request_names(alone: World) -> None:
+async def test_no_path_redirects_to_the_host_of_the_request(alone: World) -> None:
     reader, writer = await dial(alone)
     writer.write(b"GET /healthz/ HTTP/1.1\r\nHost: elsewhere.example\r\nConnection: close\r\n\r\n")
     said = await heard(reader)
@@ -187,15 +187,15 @@ HOSTS = [
 ]  # fmt: skip
 
 
-async def test_request_names_one_valid_host_or_is_refused(alone: World) -> None:
-    """RFC 9112, section 3.2: what is before the server may have taken the request for another host's."""
+async def test_request_needs_exactly_one_valid_host(alone: World) -> None:
+    """RFC 9112, section 3.2: a proxy in front may have read another host from the request."""
     for version, hosts, status in HOSTS:
         lines = "".join(f"Host: {host}\r\n" for host in hosts)
         for line, fine in (("GET /healthz", 200), ("GET /v1/ws", 101)):
             if fine == 101 and version == "1.0":
                 continue
             shake = HANDSHAKE.decode() if fine == 101 else "\r\n"
-            # The first request, and a later one of a connection that is kept.
+            # The first request of a connection, and a later one.
             for before in (b"", DONE) if fine == 200 and version == "1.1" else (b"",):
                 reader, writer = await dial(alone)
                 if before:
@@ -208,9 +208,9 @@ async def test_request_names_one_valid_host_or_is_refused(alone: World) -> None:
                 assert head.split()[1] == b"%d" % (fine if status == 200 else status), (version, hosts, line, before)
 
 
-async def test_an_answer_that_nobody_reads_ends(alone: World, short: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+async def test_unread_answer_ends_connection(alone: World, short: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
     monkeypatch.setattr("server.http.openapi.document", lambda: {"pad": "x" * 30_000_000})
-    # Or else uvicorn ends the connection, which it takes for an idle one: it has handed over the whole answer.
+    # Otherwise uvicorn would end the connection as idle, since it has handed over the whole answer.
     alone.workers[0].server.config.timeout_keep_alive = 3_600
     app = alone.workers[0].app
     reader, writer = await dial(alone)
@@ -222,7 +222,7 @@ async def test_an_answer_that_nobody_reads_ends(alone: World, short: None, monke
     assert reader is not None
 
 
-async def test_silent_sockets_are_counted_by_address(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+async def test_silent_sockets_are_limited_per_address(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     settings = msgspec.structs.replace(settings, connections_per_address=3)
     async with World(settings, workers=1) as world:
         app = world.workers[0].app
@@ -238,7 +238,7 @@ async def test_silent_sockets_are_counted_by_address(settings: Settings, caplog:
         await until(lambda: len(app.sockets) == 1)
 
 
-async def test_behind_a_proxy_its_own_address_has_no_limit(settings: Settings) -> None:
+async def test_address_of_a_trusted_proxy_has_no_limit(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, connections_per_address=3, trusted_proxies="1")
     async with World(settings, workers=1) as world:
         silent = [await dial(world) for _ in range(40)]
@@ -251,12 +251,12 @@ async def test_behind_a_proxy_its_own_address_has_no_limit(settings: Settings) -
             writer.close()
 
 
-async def test_behind_a_proxy_requests_count_for_whom_they_are_forwarded_for(settings: Settings) -> None:
-    """Their bytes and their connections, from the end of the header to the answer; between two requests, for nobody."""
+async def test_requests_behind_a_proxy_count_for_the_forwarded_address(settings: Settings) -> None:
+    """Their bytes and connections count from the end of the header to the answer, and not between two requests."""
     settings = msgspec.structs.replace(settings, connections_per_address=3, trusted_proxies="1")
     async with World(settings, workers=1) as world:
         sockets = world.workers[0].app.sockets
-        sockets.unread.most = 400_000  # a fourth of it is for one address
+        sockets.unread.most = 400_000  # of which one address may use a quarter
         ada, by_mal, by_eve = (await known(world, POST)).partition(b"Content")[0], b"203.0.113.9", b"198.51.100.7"
 
         async def ask(client_ip: bytes, sent: int, of: int) -> Streams:
@@ -288,7 +288,7 @@ async def test_behind_a_proxy_requests_count_for_whom_they_are_forwarded_for(set
         assert_nothing_is_kept(sockets)
 
 
-async def test_bodies_that_do_not_end_are_bounded(alone: World) -> None:
+async def test_unfinished_bodies_are_bounded(alone: World) -> None:
     """400 requests of 250 KB would be 100 MB."""
     app = alone.workers[0].app
     held: list[Streams] = []
@@ -296,7 +296,7 @@ async def test_bodies_that_do_not_end_are_bounded(alone: World) -> None:
     for _ in range(60):
         held.append(await dial(alone, "127.0.0.2"))
         held[-1][1].write(request + b"x" * 249_000)
-    # Those that are too many are told so, and the others go on.
+    # Requests over the limit are refused, and the others continue.
     async with asyncio.timeout(PATIENCE):
         while app.sockets.unread.taken < UNREAD_BYTES // SHARE * 3 // 4:
             await asyncio.sleep(0.01)
@@ -316,7 +316,7 @@ async def test_bodies_that_do_not_end_are_bounded(alone: World) -> None:
     assert_nothing_is_kept(app.sockets)
 
 
-async def test_a_body_that_ends_too_early_is_no_fault_of_the_server(
+async def test_body_that_ends_too_early_is_not_logged_as_an_error(
     alone: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, writer = await dial(alone)
@@ -338,9 +338,9 @@ async def test_a_body_that_ends_too_early_is_no_fault_of_the_server(
         CHUNKED + b"0\r\n" + b"x: y\r\n" * 1_000_000,
         DONE * 100_000,
     ],
-    ids=["a long header", "a long path", "many headers", "tiny chunks", "many trailers", "pipelined requests"],
+    ids=["long-header", "long-path", "many-headers", "tiny-chunks", "many-trailers", "pipelined-requests"],
 )
-async def test_what_has_no_end_is_cut_off(alone: World, endless: bytes) -> None:
+async def test_endless_requests_are_cut_off(alone: World, endless: bytes) -> None:
     sockets = alone.workers[0].app.sockets
     _, writer = await dial(alone)
     await until(lambda: len(sockets) == 1)
@@ -368,7 +368,7 @@ REFUSED = [
 ]
 
 
-async def test_who_sends_all_before_reading_is_told_why_it_was_refused(alone: World) -> None:
+async def test_client_that_sends_before_it_reads_receives_the_refusal(alone: World) -> None:
     host, _, port = alone.url.removeprefix("http://").rpartition(":")
     sockets = alone.workers[0].app.sockets
     token = (await alone.user("Ada")).token.encode()
@@ -389,7 +389,7 @@ async def test_who_sends_all_before_reading_is_told_why_it_was_refused(alone: Wo
         assert_nothing_is_kept(sockets)
 
 
-async def test_who_was_refused_and_does_not_go_makes_room_and_is_closed(alone: World, short: None) -> None:  # noqa: ARG001
+async def test_refused_client_that_stays_is_closed(alone: World, short: None) -> None:  # noqa: ARG001
     sockets = alone.workers[0].app.sockets
     for more in (b"", b"x"):
         streams = await dial(alone)
@@ -405,7 +405,7 @@ async def test_who_was_refused_and_does_not_go_makes_room_and_is_closed(alone: W
         assert_nothing_is_kept(sockets)
 
 
-# ------------------------------------------------------------------------------------------------ the counting
+# ------------------------------------------------------------------------------------------------ counting
 
 
 def assert_nothing_is_kept(sockets: Sockets) -> None:
@@ -414,7 +414,7 @@ def assert_nothing_is_kept(sockets: Sockets) -> None:
     assert (len(sockets), sockets._of_address, *kept, *of_users) == (0, {}, 0, {}, {}, 0, {})  # noqa: SLF001
 
 
-async def test_addresses_take_turns_when_connections_begin() -> None:
+async def test_addresses_take_turns_in_opening_connections() -> None:
     sockets = counting(most=1_000)
     begun: list[str] = []
     for key in ["a"] * 100 + ["b"] * 10 + ["c"]:
@@ -434,7 +434,7 @@ def counting(*, most: int, per_address: int = 100) -> Sockets:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["wait", "work", "leave"])), max_size=200))
-def test_there_are_never_more_than_there_may_be(steps: list[tuple[int, str]]) -> None:
+def test_number_of_connections_never_exceeds_its_limits(steps: list[tuple[int, str]]) -> None:
     sockets = counting(most=8)
     here: dict[object, str] = {}
 
@@ -460,7 +460,7 @@ def test_there_are_never_more_than_there_may_be(steps: list[tuple[int, str]]) ->
     assert_nothing_is_kept(sockets)
 
 
-def test_who_waits_longest_makes_room_and_it_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_longest_waiting_connection_is_evicted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     sockets = counting(most=4)
     closed: list[int] = []
     for number in range(4):
@@ -483,7 +483,7 @@ DESCRIPTORS = 700
 
 @pytest.fixture
 def few_descriptors() -> Iterator[None]:
-    """Let what is started have few descriptors: its hard limit is this process's soft one, for a moment."""
+    """Give child processes few descriptors: their hard limit is this process's temporary soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 8_000:
         pytest.fail("this test needs 8,000 descriptors")
@@ -494,7 +494,7 @@ def few_descriptors() -> Iterator[None]:
 
 @pytest.mark.more
 @pytest.mark.usefixtures("few_descriptors")
-async def test_three_thousand_silent_sockets_keep_nobody_out(settings: Settings, tmp_path: Path) -> None:
+async def test_three_thousand_silent_sockets_do_not_block_other_clients(settings: Settings, tmp_path: Path) -> None:
     cluster = Cluster(settings, tmp_path, 1)
     (url,) = cluster.urls()
     host, _, port = url.removeprefix("http://").rpartition(":")
@@ -505,7 +505,7 @@ async def test_three_thousand_silent_sockets_keep_nobody_out(settings: Settings,
             worker.start()
             assert worker.process is not None
             process = worker.process.pid
-            # Before it looks: its hard limit is what it may have.
+            # This must be set before the worker reads its limits.
             resource.prlimit(process, resource.RLIMIT_NOFILE, (DESCRIPTORS // 2, DESCRIPTORS))
             await asyncio.to_thread(worker.wait_ready)
             assert resource.prlimit(process, resource.RLIMIT_NOFILE) == (DESCRIPTORS, DESCRIPTORS)
@@ -522,7 +522,7 @@ async def test_three_thousand_silent_sockets_keep_nobody_out(settings: Settings,
                     await bystander.call(client.Ping())
                 assert len(silent) > DESCRIPTORS
                 before = cpu_ticks(process)
-                # Somebody else still gets in, and what a request needs is there.
+                # Another client can still connect, and requests still have the resources that they need.
                 async with Client(url, who.token) as newcomer:
                     await newcomer.settled()
                 async with http_client(url) as http:
@@ -533,7 +533,7 @@ async def test_three_thousand_silent_sockets_keep_nobody_out(settings: Settings,
                 for _ in range(20):
                     await bystander.call(client.Ping())
                     await asyncio.sleep(0.05)
-                assert cpu_ticks(process) - before < 100, "it spins"
+                assert cpu_ticks(process) - before < 100, "the worker uses too much CPU time"
 
                 async def sockets() -> float:
                     async with http_client(url) as http:
@@ -552,13 +552,13 @@ async def test_three_thousand_silent_sockets_keep_nobody_out(settings: Settings,
 
 
 def cpu_ticks(process: int) -> int:
-    """Return the hundredths of a second that a process has run."""
+    """Return the CPU time of a process, in hundredths of a second."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
 
 
 async def test_refused_upgrade_leaves_no_deadline(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The deadline of a handshake keeps the transport for half a minute."""
+    """The deadline of a handshake would keep the transport for half a minute."""
     made: list[WebSocket] = []
     begin = WebSocket.__init__
 

@@ -1,4 +1,4 @@
-"""Statistics: a reader of the database learns nothing of hidden rows by the estimates of EXPLAIN."""
+"""EXPLAIN estimates reveal nothing about hidden rows to a reader of the database."""
 
 import json
 from collections.abc import AsyncIterator
@@ -17,11 +17,11 @@ SELECT count(*) FROM pg_attribute a
 WHERE a.attnum > 0 AND NOT a.attisdropped AND a.attstattarget IS DISTINCT FROM 0
     AND a.attrelid IN (SELECT p.polrelid FROM pg_policy p)
 """
-"""Columns of tables with policies that ANALYZE makes statistics of."""
+"""Counts columns of tables with policies for which ANALYZE collects statistics."""
 
 
 class Both(NamedTuple):
-    """A connection of the owner, and one of a reader, by its name."""
+    """A connection of the owner, and one of a reader with its name."""
 
     owner: Db
     reader: Db
@@ -32,7 +32,7 @@ class Both(NamedTuple):
 async def both(database_url: str) -> AsyncIterator[Both]:
     owner, reader = [await asyncpg.connect(database_url) for _ in range(2)]
     name = f"reader_{uuid7().hex}"
-    assert not await owner.fetchval(KEPT), "before anybody reads"
+    assert not await owner.fetchval(KEPT), "without a reader, there are no statistics either"
     await owner.execute(f"CREATE ROLE {name}; ALTER TABLE draft ALTER COLUMN content SET STATISTICS 100")
     await owner.execute("SELECT grant_reader($1)", name)
     await reader.execute(f"SET ROLE {name}")
@@ -49,7 +49,7 @@ WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v')
     AND has_column_privilege($1, c.oid, a.attnum, 'SELECT')
 ORDER BY 1, a.attnum
 """
-# Rows that no constraint of ours allows, with the same value in nine of ten.
+# Rows that our constraints would reject, with the same value in nine of ten.
 UNBOUND = """
 DO $$
 DECLARE
@@ -80,24 +80,24 @@ VALUES = {
     "text[]": ("'{frequent}'::text[]", "ARRAY[md5(n::text)]", "'{nowhere}'"),
     "integer[]": ("'{7}'::integer[]", "ARRAY[n::integer + 100]", "'{9}'"),
 }
-"""For each type: the value of most rows, that of each other one, and one that no row has."""
+"""For each type: the value of most rows, an expression for the other rows, and a value that no row has."""
 TEXTS = {
     "to_tsvector('simple', name || ' ' || coalesce(display_name, '')) @@": '"user"',
     "to_tsvector('simple', coalesce(title, '') || ' ' || coalesce(description, '')) @@": "conversation",
 }
-"""Expressions of indexes, which have statistics of their own."""
+"""Expressions of indexes, which have their own statistics."""
 
 
 async def estimated(db: Db, table: str, condition: str) -> int:
-    """Return how many rows PostgreSQL expects, times 10^9, so that no difference is lost by rounding."""
+    """Return the number of rows that PostgreSQL expects, times 10^9, so that rounding hides no difference."""
     plan = await db.fetchval(
         f"EXPLAIN (FORMAT JSON) SELECT FROM {table} t, generate_series(1, 1000000000) WHERE {condition}"
     )
     return int(json.loads(plan)[0]["Plan"]["Plan Rows"])
 
 
-async def test_no_estimate_tells_which_values_are_frequent(both: Both) -> None:
-    """Statistics are made of all rows, hidden ones too, and leakproof comparisons are estimated by them."""
+async def test_estimates_do_not_reveal_frequent_values(both: Both) -> None:
+    """Statistics cover all rows, including hidden ones, and PostgreSQL estimates leakproof comparisons by them."""
     columns = await both.owner.fetch(READABLE, both.name)
     await both.owner.execute(UNBOUND)
     await both.owner.execute("SET session_replication_role = replica")
@@ -130,7 +130,7 @@ async def test_no_estimate_tells_which_values_are_frequent(both: Both) -> None:
             told.add(expression)
     assert told == set()
     assert {"message", "user", "session", "report", "user_profile", "attachment"} <= {row["table"] for row in columns}
-    # Nor which are null, nor how many or how long they are.
+    # Statistics of nulls, lengths and combinations are not readable either.
     readable = sorted({row["table"] for row in columns})
     assert await both.owner.fetch("SELECT tablename, attname FROM pg_stats WHERE tablename = ANY($1)", readable) == []
     assert await both.owner.fetchval("SELECT count(*) FROM pg_statistic_ext") == 0

@@ -1,4 +1,4 @@
-"""The shipped deploy/openchat.service: it says what the program takes, and leaves it the time to stop."""
+"""The shipped deploy/openchat.service uses valid options, and leaves the program the time to stop."""
 
 import configparser
 import re
@@ -24,14 +24,14 @@ PROGRAM = "/opt/openchat/bin/openchat"
 
 @pytest.fixture
 def service() -> configparser.SectionProxy:
-    """Return the part of the unit that says how the program runs."""
+    """Return the `Service` section of the unit."""
     unit = configparser.ConfigParser(interpolation=None, delimiters=("=",))
     unit.optionxform = str  # type: ignore[assignment,method-assign]
     unit.read(UNIT)
     return unit["Service"]
 
 
-def test_its_command_and_its_settings_are_those_of_the_program(service: configparser.SectionProxy) -> None:
+def test_unit_uses_existing_options_and_settings(service: configparser.SectionProxy) -> None:
     program, *arguments = shlex.split(service["ExecStart"])
     assert program == PROGRAM
     given = main.openchat.make_context("openchat", [*arguments]).params
@@ -43,16 +43,16 @@ def test_its_command_and_its_settings_are_those_of_the_program(service: configpa
     assert named
     assert named <= {variable(field) for field in Settings.__struct_fields__}
     assert service["User"] == service["StateDirectory"] == USER
-    assert service["Environment"] == "OPENCHAT_DATA_DIR=%S/openchat", "what StateDirectory makes"
+    assert service["Environment"] == "OPENCHAT_DATA_DIR=%S/openchat", "the folder of StateDirectory"
 
 
-def test_it_lets_the_supervisor_stop_its_servers_last(service: configparser.SectionProxy) -> None:
+def test_unit_lets_the_supervisor_stop_its_servers(service: configparser.SectionProxy) -> None:
     assert service["KillMode"] == "mixed"
     most = supervisor.STOP_SECONDS + postgres.STOP_SECONDS + valkey.STOP_SECONDS
     assert int(service["TimeoutStopSec"]) > most
 
 
-def test_the_handbook_tells_how_to_install_it() -> None:
+def test_handbook_describes_the_installation_of_the_unit() -> None:
     handbook = (ROOT / "docs" / "operations.md").read_text()
     assert f"{' '.join(MAKE_USER)}\n" in handbook
     for words in ("deploy/openchat.service", PROGRAM.rpartition("/bin/")[0], "/etc/openchat.env"):
@@ -61,10 +61,10 @@ def test_the_handbook_tells_how_to_install_it() -> None:
 
 
 @pytest.mark.skipif(ANALYZE is None, reason="needs systemd")
-def test_systemd_finds_nothing_wrong(tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     copy = tmp_path / UNIT.name
     for option, said in (("", ""), ("NoNewPrivilege=yes\n", "Unknown key")):
-        # The program is not installed here.
+        # The program is not installed at this path.
         copy.write_text(UNIT.read_text().replace(PROGRAM, "/bin/true").replace("UMask=", f"{option}UMask="))
         done = subprocess.run([str(ANALYZE), "verify", "--man=no", copy], capture_output=True, text=True, check=False)
         ours = [line for line in done.stderr.splitlines() if UNIT.name in line]

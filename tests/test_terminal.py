@@ -1,4 +1,4 @@
-"""The administrator's terminal: what people wrote is shown there, and never obeyed."""
+"""The administrator's terminal shows text of users, and never interprets control characters in it."""
 
 import contextlib
 import io
@@ -31,7 +31,7 @@ from tests.world import sent
 __all__ = ("shell",)
 ROOT = Path(__file__).parent.parent
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\n\x9b31m\x7f\u202eevil\u2066\u2028\u2029\u200b\U000e0041"
-OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+CONTROL = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 MAY_WRITE = {
     "core.terminal": "it makes lines visible",
     "cli.tables": "it draws what it has made visible, for core.terminal to print",
@@ -41,11 +41,11 @@ MAY_WRITE = {
 }
 
 
-def obeyed(text: str) -> set[str]:
-    return {character for character in text if unicodedata.category(character) in OBEYED} - {"\n"}
+def control_characters(text: str) -> set[str]:
+    return {character for character in text if unicodedata.category(character) in CONTROL} - {"\n"}
 
 
-async def test_nothing_that_a_command_prints_of_people_is_obeyed(shell: Shell) -> None:
+async def test_commands_print_no_control_characters_of_users(shell: Shell) -> None:
     db = shell.world.db
     ada, charles = await shell.world.users("Ada", "Charles")
     connection = await shell.world.connect(ada)
@@ -68,27 +68,29 @@ async def test_nothing_that_a_command_prints_of_people_is_obeyed(shell: Shell) -
         f"export --user {ada.id}", "check", "check --json", f"user disable {charles.id}",
     ):  # fmt: skip
         text = await shell.run(*words.split())
-        assert not obeyed(text), (words, obeyed(text))
+        assert not control_characters(text), (words, control_characters(text))
         printed.append(text)
     _, more = await shell.both("user", "list", "--limit", "1")
     assert "there are more" in more
-    assert not obeyed(more)
+    assert not control_characters(more)
     refused = await shell.run("erase", str(ada.id), status=1)
-    assert not obeyed(refused)
+    assert not control_characters(refused)
     assert refused.count("\n") == 1
     for text in printed[:2]:
-        assert r"\u202e" in text, "it is shown"
-    assert (await shell.json("user", "show", str(ada.id)))["name"] == f"Ada {HOSTILE}", "JSON means the same"
-    assert not obeyed(await shell.run("user", "show", HOSTILE, status=1))
-    assert not obeyed(await shell.run("import", "openchat", f"/nowhere/{HOSTILE}".replace("\n", ""), status=1))
+        assert r"\u202e" in text, "the text is shown escaped"
+    assert (await shell.json("user", "show", str(ada.id)))["name"] == f"Ada {HOSTILE}", "JSON decodes to the same text"
+    assert not control_characters(await shell.run("user", "show", HOSTILE, status=1))
+    assert not control_characters(
+        await shell.run("import", "openchat", f"/nowhere/{HOSTILE}".replace("\n", ""), status=1)
+    )
 
 
 ESCAPES = re.compile(r"\x1b\[[\d;]*m")
-"""What rich itself writes on a terminal."""
+"""The sequences that rich itself writes to a terminal."""
 
 
 def on_a_terminal(columns: int, work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return what is shown on a terminal that is so wide."""
+    """Return the output of `work` on a terminal with `columns` columns."""
     primary, secondary = pty.openpty()
     try:
         termios.tcsetwinsize(secondary, (24, columns))
@@ -99,7 +101,7 @@ def on_a_terminal(columns: int, work: Callable[[], None], monkeypatch: pytest.Mo
             patch.delenv("NO_COLOR", raising=False)
             work()
         found = b""
-        with contextlib.suppress(OSError):  # nobody writes any more
+        with contextlib.suppress(OSError):  # no more output follows
             while piece := os.read(primary, 65_536):
                 found += piece
     finally:
@@ -107,7 +109,9 @@ def on_a_terminal(columns: int, work: Callable[[], None], monkeypatch: pytest.Mo
     return found.decode().replace("\r\n", "\n")
 
 
-def test_tables_fit_the_terminal_and_nothing_in_them_is_obeyed_or_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_fit_the_terminal_and_cells_have_no_control_characters_or_markup(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rows = [[f"{number}", f"Ada [red]{HOSTILE}[/]", "x" * 20] for number in range(3)]
 
     def work() -> None:
@@ -116,9 +120,9 @@ def test_tables_fit_the_terminal_and_nothing_in_them_is_obeyed_or_markup(monkeyp
 
     wide, narrow = (on_a_terminal(columns, work, monkeypatch) for columns in (160, 80))
     for shown in (wide, narrow):
-        assert "\x1b[5m" not in shown, "no blinking"
+        assert "\x1b[5m" not in shown, "markup in a cell has no effect"
         bare = ESCAPES.sub("", shown)
-        assert not obeyed(bare)
+        assert not control_characters(bare)
         assert "[red]\\x1b" in bare
     assert len(wide.splitlines()) == 1 + 3 + 1
     assert ESCAPES.sub("", wide).splitlines()[0].split() == ["number", "name", "[b]", "rest"]
@@ -126,15 +130,15 @@ def test_tables_fit_the_terminal_and_nothing_in_them_is_obeyed_or_markup(monkeyp
     assert re.findall(r"^number +(\d)$", narrow, re.MULTILINE) == ["0", "1", "2"]
 
 
-def test_each_row_of_a_table_is_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_row_of_a_table_is_one_line_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     tables.show_rows(("a", "b"), [["x" * 300, f"[red]{HOSTILE}"], ["", ""]])
     printed = capsys.readouterr().out
-    assert not obeyed(printed)
+    assert not control_characters(printed)
     assert len(printed.splitlines()) == 3
     assert "x" * 300 + "  [red]" in printed
 
 
-def test_what_a_server_answers_the_crowd_is_not_obeyed_and_is_no_markup() -> None:
+def test_load_and_prove_escape_answers_of_the_server() -> None:
     hostile = f"[blink]{HOSTILE}[/]"
     drawn = io.StringIO()
     console = Console(file=drawn, force_terminal=True, width=200)
@@ -150,22 +154,22 @@ def test_what_a_server_answers_the_crowd_is_not_obeyed_and_is_no_markup() -> Non
     prove.Screen(plain_console, Proof(seed=1, people=1, rate=1, where="")).tell(hostile)
     shown = drawn.getvalue()
     assert shown.count(r"\u202eevil") >= 3
-    assert "\x1b[5m" not in shown, "no blinking"
-    assert not obeyed(re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown)) - {"\r"}
+    assert "\x1b[5m" not in shown, "markup in a cell has no effect"
+    assert not control_characters(re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown)) - {"\r"}
 
 
-async def test_what_the_supervisor_and_progress_tell_is_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_supervisor_and_progress_print_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     supervisor.tell(HOSTILE)
     Progress().line(HOSTILE)
     printed = capsys.readouterr().out
-    assert not obeyed(printed)
+    assert not control_characters(printed)
     assert printed.count("\n") == 2
     terminal = Progress(is_terminal=True)
     terminal.begins(HOSTILE)
-    assert not obeyed(capsys.readouterr().err.removeprefix("\r\x1b[K"))
+    assert not control_characters(capsys.readouterr().err.removeprefix("\r\x1b[K"))
 
 
-def test_a_log_line_is_one_line_and_is_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_entry_is_one_line_without_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("worker 1")
     logging.getLogger("test").warning("by %s", HOSTILE)
     try:
@@ -173,23 +177,23 @@ def test_a_log_line_is_one_line_and_is_not_obeyed(capsys: pytest.CaptureFixture[
     except ValueError:
         logging.getLogger("test").exception("failed")
     printed = capsys.readouterr().err
-    assert not obeyed(printed)
+    assert not control_characters(printed)
     lines = printed.splitlines()
     assert [line for line in lines if not line.startswith("  ")] == [
         line for line in lines if re.match(r"\d{4}-.* worker 1 (WARNING|ERROR) ", line)
-    ], "a line that a text begins cannot pass for an entry"
+    ], "a line within a text cannot be taken for an entry"
 
 
-def test_every_character_that_a_terminal_obeys_is_replaced_and_no_other() -> None:
+def test_exactly_the_control_characters_are_replaced() -> None:
     for number in range(sys.maxunicode + 1):
         character = chr(number)
-        if unicodedata.category(character) in OBEYED:
-            assert not obeyed(plain(character) + plain_json(character).replace("\n", " "))
+        if unicodedata.category(character) in CONTROL:
+            assert not control_characters(plain(character) + plain_json(character).replace("\n", " "))
         elif unicodedata.category(character) not in {"Co", "Cn"}:
             assert plain(character) == plain_json(character) == character
 
 
-def test_only_the_terminal_writes_to_the_terminal() -> None:
+def test_only_the_terminal_module_writes_to_the_terminal() -> None:
     writes = re.compile(r"sys\.(stdout|stderr)\.(write|buffer\.write)|= sys\.(stdout|stderr)\.|\bprint\(")
     for path in sorted((ROOT / "server").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT / "server").with_suffix("").parts)

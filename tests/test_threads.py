@@ -1,4 +1,4 @@
-"""Threads: replies have their place, whoever takes part follows, and what is unread there is counted there."""
+"""Threads: numbers of replies, followers, and unread counts."""
 
 import asyncio
 from typing import Any
@@ -10,7 +10,7 @@ from protocol.values import ConversationSettings
 from tests.world import Room, World, message, received_message, refused, sent
 
 
-async def test_replies_take_their_places_and_stay_out_of_the_conversation(room: Room) -> None:
+async def test_replies_are_numbered_and_not_listed_in_the_conversation(room: Room) -> None:
     root = await sent(room.ada, room.group, "Root")
     replies = [await sent(room.charles, room.group, str(number), parent_message_id=root) for number in range(5)]
     nested = await sent(room.ada, room.group, "5", parent_message_id=replies[2])
@@ -37,10 +37,10 @@ async def test_replies_take_their_places_and_stay_out_of_the_conversation(room: 
     got = await room.charles.call(client.GetThread(**place), server.OneThread)
     assert (got.thread.root.reply_count, got.thread.root.thread_order) == (6, 7)
     again = await sent(room.ada, room.group, "7", parent_message_id=root)
-    assert (await received_message(room.charles, again)).thread_order == 8, "a place is not given twice"
+    assert (await received_message(room.charles, again)).thread_order == 8, "a number is not used twice"
 
 
-async def test_who_takes_part_follows_and_what_is_new_is_counted(room: Room, world: World) -> None:
+async def test_participants_of_a_thread_follow_it_and_new_replies_are_counted(room: Room, world: World) -> None:
     root = await sent(room.ada, room.group, "Root")
     place = room.at(root)
     mary = await world.user("Mary")
@@ -55,7 +55,7 @@ async def test_who_takes_part_follows_and_what_is_new_is_counted(room: Room, wor
     assert [await unread(one) for one in (room.ada, room.charles, reader)] == [(True, 1), (True, 0), (False, 1)]
     await reader.call(client.FollowThread(**place))
     assert (await reader.event(server.ThreadFollowChanged)).follow.is_following
-    assert await unread(reader) == (True, 0), "what was said before one follows is not new"
+    assert await unread(reader) == (True, 0), "earlier replies do not count as unread"
     await sent(room.charles, room.group, "2", parent_message_id=root)
     assert [await unread(one) for one in (room.ada, room.charles, reader)] == [(True, 2), (True, 0), (True, 1)]
     view = (await room.ada.call(client.GetThread(**place), server.OneThread)).thread
@@ -66,18 +66,18 @@ async def test_who_takes_part_follows_and_what_is_new_is_counted(room: Room, wor
     assert await unread(room.ada) == (True, 1)
     await room.ada.call(client.ReadThread(**place, thread_order=2))
     await room.ada.call(client.ReadThread(**place, thread_order=1))
-    assert await unread(room.ada) == (True, 0), "it only moves forward"
+    assert await unread(room.ada) == (True, 0), "the read position only moves forward"
     assert (await room.ada.call(client.ListThreads(is_unread=True), server.ThreadList)).threads == []
     assert len((await room.ada.call(client.ListThreads(), server.ThreadList)).threads) == 1
     await room.ada.call(client.UnfollowThread(**place))
     await sent(room.charles, room.group, "3", parent_message_id=root)
     await sent(room.ada, room.group, "4", parent_message_id=root)
-    assert await unread(room.ada) == (False, 0), "replying does not undo that"
+    assert await unread(room.ada) == (False, 0), "a reply does not follow the thread again"
     with refused(ErrorCode.NOT_FOUND, "message_id"):
         await room.ada.call(client.FollowThread(**room.at(first)))
 
 
-async def test_what_does_not_count_in_a_thread(room: Room) -> None:
+async def test_deleted_hidden_and_muted_replies_are_not_counted(room: Room) -> None:
     root = await sent(room.ada, room.group, "Root")
     gone, hidden, _ = [await sent(room.charles, room.group, str(number), parent_message_id=root) for number in range(3)]
 
@@ -95,7 +95,7 @@ async def test_what_does_not_count_in_a_thread(room: Room) -> None:
     assert await unread() == 2
 
 
-async def test_many_replies_at_once_take_places_without_holes(room: Room, world: World) -> None:
+async def test_concurrent_replies_are_numbered_without_gaps(room: Room, world: World) -> None:
     root = await sent(room.ada, room.group, "Root")
     frames = [message(room.group, str(number), parent_message_id=root) for number in range(40)]
     await asyncio.gather(*((room.ada, room.charles)[number % 2].call(frame) for number, frame in enumerate(frames)))
@@ -105,7 +105,7 @@ async def test_many_replies_at_once_take_places_without_holes(room: Room, world:
     assert await world.db.fetchval("SELECT thread_order FROM message WHERE id = $1", root) == 40
 
 
-async def test_a_thread_from_before_one_joined_is_not_there(world: World) -> None:
+async def test_thread_from_before_the_user_joined_is_not_found(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     owner = await world.connect(ada)
     about = await world.channel(owner, is_public=True, settings=ConversationSettings(history="from_joining"))

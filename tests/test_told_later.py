@@ -1,4 +1,4 @@
-"""What is to be told is told, also if the database fails when its turn comes."""
+"""Events are published even if the database fails when their turn comes."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -27,7 +27,7 @@ ONLINE = 'SELECT is_online FROM "user" WHERE id = $1'
 
 
 class Stage:
-    """Ada watches Charles, and is in a group of his."""
+    """Ada watches Charles and is in a group of his."""
 
     def __init__(self, world: World, settings: Settings) -> None:
         self.world = world
@@ -45,20 +45,20 @@ class Stage:
         self.start = len(self.ada.events)
 
     async def is_online(self) -> None:
-        """Return when it is recorded that Charles is."""
+        """Return when the database says that Charles is online."""
         async with asyncio.timeout(5):
             while not await self.world.db.fetchval(ONLINE, self.charles.id):
                 await asyncio.sleep(0.01)
 
     async def seen(self, status: PresenceStatus) -> server.PresenceChanged:
-        """Return the next event by which Charles is seen like this."""
+        """Return the next event that shows Charles with this status."""
         return await self.ada.event(
             server.PresenceChanged, lambda event: event.presence.status == status, start=self.start
         )
 
 
-class First:
-    """Has the first call of a query fail as it does if no connection becomes free."""
+class FirstCallFails:
+    """Makes the first call of a query fail as if no connection became free."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> None:
         self.calls = 0
@@ -92,7 +92,7 @@ async def ends_a_status(on: Stage) -> None:
 
 
 async def dies_with_a_worker(on: Stage) -> None:
-    """Mary was at a worker that gives no sign of life."""
+    """Mary was connected to a worker that no longer responds."""
     mary = await on.world.user("Mary")
     await on.ada.call(client.Watch(user_ids=[mary.id]))
     epoch = on.app.epoch.id
@@ -162,7 +162,7 @@ CASES: tuple[tuple[ModuleType, str, Callable[[Stage], Awaitable[None]]], ...] = 
 
 
 @pytest.mark.parametrize(("module", "name", "act"), CASES, ids=[f"{name}-{act.__name__}" for _, name, act in CASES])
-async def test_what_failed_the_first_time_is_told_later(
+async def test_event_is_published_after_a_failed_first_attempt(
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
     module: ModuleType,
@@ -181,13 +181,13 @@ async def test_what_failed_the_first_time_is_told_later(
         await on.begin()
         if act is is_recorded:
             await on.is_online()
-        first = First(monkeypatch, module, name)
+        first = FirstCallFails(monkeypatch, module, name)
         await act(on)
         assert first.calls > 1
 
 
-async def test_nothing_older_is_announced_last(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two announcements of one user: what the first one has read is older by the time that it is told."""
+async def test_older_presence_is_not_announced_last(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two announcements of one user: the first one's data is outdated when it is published."""
     read: list[dict[UserId, Visibility]] = []
     asked: list[UserId | None] = []
     may_go_on, choices = asyncio.Event(), users.choices
@@ -212,7 +212,7 @@ async def test_nothing_older_is_announced_last(settings: Settings, monkeypatch: 
         first = asyncio.create_task(on.phone.ask(client.SetPresence(status="online", custom_status="At tea")))
         await until(lambda: len(read) == 1)
         second = asyncio.create_task(laptop.ask(client.SetPresence(status="busy")))
-        # It waits for the first one: nobody would wait here if announcements were made beside each other.
+        # The second announcement waits for the first. It would not if announcements ran concurrently.
         await until(lambda: asked.count(on.charles.id) == 2 and bool(pending_presence._tells._waiting))  # noqa: SLF001
         assert len(read) == 1
         may_go_on.set()

@@ -1,4 +1,4 @@
-"""A transaction that PostgreSQL ends is tried once more: nothing is lost, told twice or paid for twice."""
+"""A transaction that PostgreSQL aborts is retried once: its work is done, published and charged exactly once."""
 
 from collections import Counter
 from typing import Any
@@ -28,7 +28,7 @@ CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     RETURN NULL;
 END $$;
 """
-"""The last thing that a transaction does, with all that its handler has gathered by then: it fails when it commits."""
+"""The last statement of a transaction, with all that the handler collected: the commit fails."""
 AT_COMMIT = """
 CREATE CONSTRAINT TRIGGER fail AFTER INSERT OR UPDATE OR DELETE ON "{table}" DEFERRABLE INITIALLY DEFERRED
 FOR EACH ROW EXECUTE FUNCTION fail()
@@ -42,8 +42,8 @@ WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' AND relname <> 'sc
 VERSIONS = "SELECT id, version FROM conversation"
 
 
-class Told:
-    """What a worker publishes."""
+class Published:
+    """Counts the events that a worker publishes."""
 
     def __init__(self, events: hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         self.versions: Counter[tuple[ConversationId, int]] = Counter()
@@ -56,16 +56,16 @@ class Told:
         monkeypatch.setattr(events, "publish", noted)
 
 
-async def test_frame_whose_first_attempt_is_ended_is_done_and_told_once(
+async def test_frame_whose_first_attempt_is_aborted_is_published_once(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every frame that writes."""
+    """Every frame that writes is tested."""
     failed: set[str] = set()
     async with http_client(world.url) as http:
         quarrel = Quarrel(world, http)
         await quarrel.begin()
         here = world.workers[0].app
-        told = Told(here.hub, monkeypatch)
+        told = Published(here.hub, monkeypatch)
         dispatch = Dispatch(ROUTES, here._rate_limits, metrics=here.metrics, load_shedding=here.load_shedding)  # noqa: SLF001
         context = Context(
             services=here._services,  # noqa: SLF001
@@ -77,7 +77,7 @@ async def test_frame_whose_first_attempt_is_ended_is_done_and_told_once(
         for (table,) in await world.db.fetch(TABLES):
             await world.db.execute(AT_COMMIT.format(table=table))
         for index, name in enumerate(type(frame).__name__ for frame in quarrel.frames()):
-            before = {one: version for one, version in await world.db.fetch(VERSIONS)}  # noqa: C416 - records are no pairs
+            before = {one: version for one, version in await world.db.fetch(VERSIONS)}  # noqa: C416 - not pairs
             told.versions.clear()
             await world.db.execute(ARM, -1)
             answer = await dispatch.run(context, encode(quarrel.frames()[index]))
@@ -98,7 +98,7 @@ async def test_frame_whose_first_attempt_is_ended_is_done_and_told_once(
     assert len(failed) > 30, failed
 
 
-async def test_forward_that_is_tried_again_is_paid_for_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_retried_forward_takes_its_tokens_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     require = SharedRateLimit.require
 
@@ -133,7 +133,7 @@ FOR EACH ROW WHEN (new.conversation_id = '{}' AND new.status = 'left') EXECUTE F
 
 
 @pytest.mark.parametrize("by", ["the job", "a command"])
-async def test_erasure_that_is_ended_twice_in_the_middle_tells_all_that_is_committed(
+async def test_erasure_aborted_twice_publishes_every_committed_departure(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     monkeypatch.setattr(hub, "COMPARE_SECONDS", 3600.0)

@@ -1,4 +1,4 @@
-"""One user does not hold all connections to the database of a worker, whatever they do."""
+"""One user cannot hold all connections of a worker to the database."""
 
 import asyncio
 import json
@@ -37,10 +37,10 @@ from tests.test_hostile_values import valid
 from tests.world import World, http_client, message, sent, until
 
 CONNECTIONS = 4
-"""Connections of a worker to the database, in tests; one user holds two of them at most."""
+"""Connections of a worker to the database, in tests. One user holds at most two of them."""
 
 
-async def test_a_user_whose_frames_wait_for_a_lock_leaves_connections_to_others(world: World) -> None:
+async def test_user_whose_frames_wait_for_a_lock_leaves_connections_to_others(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     asker, other = await world.connect(ada), await world.connect(charles)
     busy, quiet = await world.channel(asker), await world.channel(other)
@@ -57,11 +57,11 @@ async def test_a_user_whose_frames_wait_for_a_lock_leaves_connections_to_others(
         async with asyncio.timeout(5):
             await other.call(message(quiet))
             await other.call(client.History(conversation_id=quiet), server.MessagePage)
-            # A connection begins, which reads the database, and so does a call by HTTP.
+            # A new socket and a call over HTTP read the database, too.
             await world.connect(charles)
         assert not any(one.done() for one in asking)
         await until(lambda: len(pool._taken) <= CONNECTIONS // 2)  # noqa: SLF001 - a job may hold one for a moment
-        # Nor can one who waits for themselves: they are told to come back.
+        # Other frames of the same user cannot run either, and are refused with a retry time.
         pool._turns._patience = 0.01  # noqa: SLF001
         refusal = await (await world.connect(ada, query="?resume=1")).ask(client.GetMe())
         assert isinstance(refusal, server.Error)
@@ -72,8 +72,8 @@ async def test_a_user_whose_frames_wait_for_a_lock_leaves_connections_to_others(
     assert (pool._turns._taken, pool._turns._waiting) == ({}, {})  # noqa: SLF001
 
 
-def how_many_wait(turns: Turns[Any], key: object) -> int:
-    """Return how many wait for a turn of a key."""
+def waiting_count(turns: Turns[Any], key: object) -> int:
+    """Return the number of tasks that wait for a turn of a key."""
     there = turns._waiting.get(key)  # noqa: SLF001
     return 0 if there is None else sum(map(len, there._lines.values()))  # noqa: SLF001
 
@@ -82,7 +82,7 @@ AS_FRAMES: dict[tuple[str, str], Any] = {
     ("POST", "/v1/call"): {"type": "get_me"},
     ("GET", "/v1/auth/export"): None,
 }
-"""Routes that are bounded as frames are, and bodies for them."""
+"""Routes that are limited like frames, with bodies for them."""
 OF_SESSIONS: dict[tuple[str, str], Any] = {
     ("GET", "/v1/auth/sessions"): None,
     ("POST", "/v1/auth/password"): {"password": "correct horse", "new_password": "another horse"},
@@ -92,7 +92,7 @@ OF_SESSIONS: dict[tuple[str, str], Any] = {
     ("DELETE", "/v1/auth/sessions/{session_id}"): None,
     ("DELETE", "/v1/auth/sessions"): None,
 }
-"""Routes by which users end sessions, with an allowance and a connection of their own."""
+"""Routes by which users end sessions, with their own rate and connection."""
 IN_TURN = AS_FRAMES | OF_SESSIONS
 OF_NOBODY = {
     ("POST", "/v1/auth/register"),
@@ -104,9 +104,9 @@ OF_NOBODY = {
     ("GET", "/v1/asyncapi.json"),
     ("GET", "/v1/openapi.json"),
 }
-"""Routes that read no session. Limits by address and by account bound them."""
+"""Routes that read no session. They are limited by address and by account."""
 AT_THE_DOOR = {"/v1/ws"}
-"""The socket, whose limits are those of connections and of frames."""
+"""The socket, with the limits of connections and of frames."""
 REVOKING = ("DELETE", "/v1/auth/sessions/{session_id}")
 
 
@@ -121,8 +121,8 @@ async def ask(http: httpx.AsyncClient, token: str, route: tuple[str, str], about
     return await http.request(method, path.format(session_id=about), headers=headers, json=IN_TURN[route])
 
 
-async def begun(world: World, user_id: UserId, count: int) -> list[object]:
-    """Begin sessions that nobody uses; return their ids."""
+async def created_sessions(world: World, user_id: UserId, count: int) -> list[object]:
+    """Create sessions and return their ids."""
     made = await world.db.fetch(
         "INSERT INTO session (user_id, token, expires_at)"
         " SELECT $1, n, now() + '1 day' FROM generate_series(1, $2::int) n RETURNING id",
@@ -132,12 +132,12 @@ async def begun(world: World, user_id: UserId, count: int) -> list[object]:
     return [row[0] for row in made]
 
 
-async def test_every_route_of_a_user_takes_from_an_allowance(world: World) -> None:
+async def test_every_route_of_a_user_is_rate_limited(world: World) -> None:
     app = world.workers[0].app
     assert routes_of(world) == IN_TURN.keys() | OF_NOBODY
     assert {one.path for one in app.starlette.routes if isinstance(one, WebSocketRoute)} == AT_THE_DOOR
     ada, charles = await world.users("Ada", "Charles")
-    (other,) = await begun(world, ada.id, 1)
+    (other,) = await created_sessions(world, ada.id, 1)
     session_id = await world.db.fetchval("SELECT id FROM session WHERE user_id = $1 AND id <> $2", ada.id, other)
     before = await world.db.fetch("SELECT * FROM session ORDER BY id")
     reads: Deadlines[Any, int] = app._rate_limits[Rate.READ]._bucket._full_at  # noqa: SLF001
@@ -147,7 +147,7 @@ async def test_every_route_of_a_user_takes_from_an_allowance(world: World) -> No
             (reads, ada.id, "`reads` of your user", AS_FRAMES),
             (requests, session_id, "account requests of your session", OF_SESSIONS),
         ):
-            # Of every other allowance there is enough: the refusal names the one that it takes from.
+            # Other rate limits have tokens left, and the refusal names the one that is exhausted.
             full_at.put(key, 2**62, 0)
             for route in routes:
                 answer = await ask(http, ada.token, route, other)
@@ -160,8 +160,8 @@ async def test_every_route_of_a_user_takes_from_an_allowance(world: World) -> No
         assert (await ask(http, ada.token, REVOKING, other)).status_code == 204
 
 
-async def test_a_flood_of_a_users_frames_refuses_none_of_their_account_requests(world: World) -> None:
-    """Whoever has stolen a session may use up all that frames have: its owner logs in and ends it."""
+async def test_flood_of_frames_does_not_block_account_requests_of_the_user(world: World) -> None:
+    """A stolen session may use up the rate limits of frames. The owner can still log in and end it."""
     app = world.workers[0].app
     turns = app._database._state.pool._turns  # noqa: SLF001
     account = {"email": "ada@example.org", "password": "correct horse"}
@@ -188,8 +188,8 @@ async def test_a_flood_of_a_users_frames_refuses_none_of_their_account_requests(
 TAKEN = """INSERT INTO "user" (name, email) VALUES ('Ada', 'ada@example.org')"""
 
 
-async def test_registrations_that_wait_for_an_import_leave_connections_to_others(world: World) -> None:
-    """An import has the addresses that it brings in until it commits."""
+async def test_registrations_that_wait_for_an_import_do_not_take_all_connections(world: World) -> None:
+    """An import locks the addresses of its users until it commits."""
     bob = await world.connect(await world.user("Bob"))
     pool = world.workers[0].app._database._state.pool  # noqa: SLF001
     account = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
@@ -211,10 +211,10 @@ async def test_registrations_that_wait_for_an_import_leave_connections_to_others
         assert (await http.post("/v1/auth/register", json=account)).status_code == 409
 
 
-async def test_every_route_of_a_user_waits_in_the_turns_of_the_user(
+async def test_every_route_of_a_user_takes_turns_with_the_users_frames(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frames and requests hold half of the connections at most, and what ends sessions one more."""
+    """Frames and requests hold at most half of the connections, and routes that end sessions one more."""
     ada, charles = await world.users("Ada", "Charles")
     app = world.workers[0].app
     pool = app._database._state.pool  # noqa: SLF001
@@ -227,24 +227,24 @@ async def test_every_route_of_a_user_waits_in_the_turns_of_the_user(
         poke(hub, poked, **options)
 
     monkeypatch.setattr(Hub, "notify", noted)
-    made = await begun(world, ada.id, CONNECTIONS)
+    made = await created_sessions(world, ada.id, CONNECTIONS)
     holding = await asyncpg.connect(world.settings.database_url)
     async with http_client(world.url) as http:
         try:
             await holding.execute("BEGIN")
             await holding.execute('SELECT FROM "user" WHERE id = $1 FOR UPDATE', ada.id)
-            # What ends nothing waits for no lock, and makes no worker look.
+            # A request that ends no session waits for no lock and notifies no worker.
             async with asyncio.timeout(5):
                 assert (await ask(http, ada.token, REVOKING, uuid7())).status_code == 404
             assert poked == []
             ending = [asyncio.ensure_future(ask(http, ada.token, REVOKING, one)) for one in made]
-            await until(lambda: how_many_wait(own, OfSessions(ada.id)) == len(made) - 1)
+            await until(lambda: waiting_count(own, OfSessions(ada.id)) == len(made) - 1)
             for _ in range(pool._turns._most):  # noqa: SLF001
                 await pool._turns.take(ada.id)  # noqa: SLF001
             asking = {route: asyncio.ensure_future(ask(http, ada.token, route, uuid7())) for route in IN_TURN}
-            # An export answers before it reads.
-            await until(lambda: how_many_wait(pool._turns, ada.id) == len(AS_FRAMES))  # noqa: SLF001
-            await until(lambda: how_many_wait(own, OfSessions(ada.id)) == len(made) - 1 + len(OF_SESSIONS))
+            # An export responds before it reads.
+            await until(lambda: waiting_count(pool._turns, ada.id) == len(AS_FRAMES))  # noqa: SLF001
+            await until(lambda: waiting_count(own, OfSessions(ada.id)) == len(made) - 1 + len(OF_SESSIONS))
             assert (own._taken, own._most) == ({OfSessions(ada.id): 1}, 1)  # noqa: SLF001
             async with asyncio.timeout(5):
                 for route in IN_TURN:
@@ -265,12 +265,12 @@ async def test_every_route_of_a_user_waits_in_the_turns_of_the_user(
 
 
 NO_STATEMENT = {"ping", "unwatch", "get_push_key"}
-"""Frames that ask the database nothing."""
+"""Frames that do not query the database."""
 FURTHER_FIELDS = {"join": {"invite_code": "none"}, "search": {"text": "words"}}
-"""Fields without which a frame is refused before it asks the database."""
+"""Fields without which a frame is refused before it queries the database."""
 
 
-async def test_every_frame_waits_in_the_turns_of_its_user(world: World) -> None:
+async def test_every_frame_takes_a_turn_of_its_user(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     asker = await world.connect(ada)
     about = await world.group(asker, charles)
@@ -295,8 +295,8 @@ async def test_every_frame_waits_in_the_turns_of_its_user(world: World) -> None:
     assert answered.keys() == NO_STATEMENT, answered
 
 
-async def test_due_messages_wait_for_no_turn_of_their_senders(world: World) -> None:
-    """The job sends one message after the other: one that waited would delay those of others."""
+async def test_due_messages_need_no_turn_of_their_senders(world: World) -> None:
+    """The job sends messages one by one, so that one that waited would delay those of others."""
     ada, charles = await world.users("Ada", "Charles")
     asker, other = await world.connect(ada), await world.connect(charles)
     abouts = await world.channel(asker), await world.channel(other)
@@ -320,7 +320,7 @@ async def test_due_messages_wait_for_no_turn_of_their_senders(world: World) -> N
             turns.give(ada.id)
 
 
-async def test_a_user_who_waits_for_a_turn_of_their_own_holds_no_part_of_a_share(world: World) -> None:
+async def test_user_who_waits_for_a_turn_holds_no_part_of_a_share(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     database = world.workers[0].app._database  # noqa: SLF001
     pool, state = database._state.pool, database._state  # noqa: SLF001
@@ -335,12 +335,12 @@ async def test_a_user_who_waits_for_a_turn_of_their_own_holds_no_part_of_a_share
         await pool._turns.take(ada.id)  # noqa: SLF001
     ways = (Database.counting, Database.searching, Database.catching_up)
     waiting = [asyncio.ensure_future(use(way(mine))) for way in ways for _ in range(CONNECTIONS)]
-    await until(lambda: how_many_wait(pool._turns, ada.id) == len(waiting))  # noqa: SLF001
+    await until(lambda: waiting_count(pool._turns, ada.id) == len(waiting))  # noqa: SLF001
     assert [(share._turns.locked(), share._waiting) for share in shares] == [(False, 0)] * len(shares)  # noqa: SLF001
     async with asyncio.timeout(5):
         assert [await use(way(others)) for way in ways] == [1] * len(ways)
     assert not any(one.done() for one in waiting)
-    # Who gets no part of a share gives the turn back.
+    # A user who gets no part of a share returns the turn.
     for share in shares:
         share._most_waiting = 0  # noqa: SLF001
         async with share.hold(nullcontext()):
@@ -355,8 +355,8 @@ async def test_a_user_who_waits_for_a_turn_of_their_own_holds_no_part_of_a_share
 
 
 @given(most=st.integers(1, 3), steps=st.lists(st.tuples(st.sampled_from("ABC"), st.booleans()), max_size=60))
-def test_turns_are_given_in_order_and_none_is_lost(most: int, steps: list[tuple[str, bool]]) -> None:
-    """`True` asks for a turn; `False` ends one, or gives up the wait of the one asked for last if there is none."""
+def test_turns_are_granted_in_order_and_none_is_lost(most: int, steps: list[tuple[str, bool]]) -> None:
+    """`True` requests a turn. `False` ends one, or cancels the latest request if there is none."""
 
     async def run() -> None:
         turns: Turns[str] = Turns(most, patience=60)
@@ -384,7 +384,7 @@ def test_turns_are_given_in_order_and_none_is_lost(most: int, steps: list[tuple[
     asyncio.run(run())
 
 
-async def test_a_turn_that_comes_as_its_wait_ends_goes_to_the_next() -> None:
+async def test_turn_granted_to_a_cancelled_request_passes_to_the_next() -> None:
     turns: Turns[str] = Turns(1, patience=60)
     await turns.take("A")
     late, following = asyncio.create_task(turns.take("A")), asyncio.create_task(turns.take("A"))
@@ -400,7 +400,7 @@ async def test_a_turn_that_comes_as_its_wait_ends_goes_to_the_next() -> None:
 
 
 class Stub:
-    """As much of a connection as a pool asks for."""
+    """The part of a connection that a pool uses."""
 
     is_open = True
 
@@ -416,7 +416,7 @@ async def _connect() -> Any:
     return Stub()
 
 
-async def test_nobody_overtakes_who_waits_for_a_connection_and_users_take_turns() -> None:
+async def test_connections_are_granted_in_order_with_turns_per_user() -> None:
     ada, charles, mary = (UserId(uuid7()) for _ in range(3))
     pool = Pool(_connect, most=1, patience=60)
     held = await pool.take(ada)
@@ -434,12 +434,12 @@ async def test_nobody_overtakes_who_waits_for_a_connection_and_users_take_turns(
     ]
     await asyncio.sleep(0)
     pool.give(held, is_usable=True)
-    await use(mary, is_usable=True)  # a newcomer, before anybody who waits has run
+    await use(mary, is_usable=True)  # a newcomer, before any waiting task has run
     await asyncio.gather(*asking)
     assert order == [ada, None, charles, None, mary, None, ada, charles, mary, ada]
 
 
-async def test_who_gives_up_costs_their_user_no_turn_and_leaves_one_place() -> None:
+async def test_cancelled_requests_cost_no_turn_and_leave_one_place() -> None:
     ada, charles = (UserId(uuid7()) for _ in range(2))
     pool = Pool(_connect, most=1, patience=60)
     part = pool.of(ada)
@@ -457,11 +457,11 @@ async def test_who_gives_up_costs_their_user_no_turn_and_leaves_one_place() -> N
         assert {type(one) for one in await asyncio.gather(*more, return_exceptions=True)} == {
             asyncio.CancelledError if way == "cancelled" else TimeoutError
         }
-    # Nobody has given anything back, and nothing is left of those who are gone, but one place for sessions.
+    # No connection was returned, and the cancelled requests leave only one place for sessions.
     lines = pool._waiting._lines  # noqa: SLF001
     assert sorted(len(line) for line in lines.values()) == [0, 1, 1, 2, 3]
     assert (pool._turns._waiting, pool._sessions_turns._waiting) == ({}, {})  # noqa: SLF001
-    # Those that end in the same turn of the loop in which a connection comes back are still in their line.
+    # Requests cancelled in the turn of the loop in which a connection returns are still queued.
     for number in (0, 1, 5):
         waiting[number].cancel()
     part.give(held, is_usable=True)
@@ -472,7 +472,7 @@ async def test_who_gives_up_costs_their_user_no_turn_and_leaves_one_place() -> N
     assert (lines, bool(pool._waiting)) == ({}, False)  # noqa: SLF001
 
 
-async def test_requests_about_sessions_wait_behind_none_of_their_users_frames() -> None:
+async def test_requests_about_sessions_do_not_wait_for_frames_of_the_user() -> None:
     ada, *others = (UserId(uuid7()) for _ in range(6))
     pool = Pool(_connect, most=CONNECTIONS, patience=60)
     held, *_ = [await pool.take() for _ in range(CONNECTIONS)]
@@ -494,12 +494,12 @@ async def test_requests_about_sessions_wait_behind_none_of_their_users_frames() 
     await until(lambda: len(pool._waiting._next) == len(others) + 2)  # noqa: SLF001
     pool.give(held, is_usable=True)
     await asyncio.gather(*asking)
-    # One round: each user has had one turn before the owner of the sessions.
+    # In one round, each user has one turn before the owner of the sessions.
     assert order[: len(others) + 2] == ["frame", *(["other"] * len(others)), "sessions"]
 
 
-async def test_sessions_of_a_user_have_their_connection_in_turn() -> None:
-    """A stolen session asks as often as it may: its owner waits for what is answered already, and for no more."""
+async def test_sessions_of_a_user_take_turns() -> None:
+    """A stolen session sends requests at its full rate. The owner waits only for the one in progress."""
     ada, (stolen, own) = UserId(uuid7()), (SessionId(uuid7()) for _ in range(2))
     pool = Pool(_connect, most=CONNECTIONS, patience=60)
     order: list[str] = []
@@ -513,9 +513,9 @@ async def test_sessions_of_a_user_have_their_connection_in_turn() -> None:
     first = pool.of_sessions(ada, stolen)
     answered = await first.take()
     flood = [asyncio.create_task(ask("stolen", stolen)) for _ in range(3)]
-    await until(lambda: how_many_wait(pool._sessions_turns, OfSessions(ada)) == len(flood))  # noqa: SLF001
+    await until(lambda: waiting_count(pool._sessions_turns, OfSessions(ada)) == len(flood))  # noqa: SLF001
     owners = [asyncio.create_task(ask(*one)) for one in (("own", own), ("own", own), ("login", None))]
-    await until(lambda: how_many_wait(pool._sessions_turns, OfSessions(ada)) == len(flood + owners))  # noqa: SLF001
+    await until(lambda: waiting_count(pool._sessions_turns, OfSessions(ada)) == len(flood + owners))  # noqa: SLF001
     first.give(answered, is_usable=True)
     await asyncio.gather(*flood, *owners)
     assert order == ["own", "login", "stolen", "own", "stolen", "stolen"]
@@ -528,7 +528,7 @@ async def test_sessions_of_a_user_have_their_connection_in_turn() -> None:
         st.tuples(st.sampled_from(["A", "B", None]), st.sampled_from(["take", "give", "break", "cancel"])), max_size=60
     ),
 )
-def test_no_connection_of_a_pool_is_lost_or_held_by_two(most: int, steps: list[tuple[Any, str]]) -> None:
+def test_no_connection_of_a_pool_is_lost_or_used_twice(most: int, steps: list[tuple[Any, str]]) -> None:
     async def run() -> None:
         pool = Pool(_connect, most=most, patience=60)
         asked: dict[Any, list[asyncio.Task[Any]]] = {key: [] for key in ("A", "B", None)}
@@ -540,7 +540,7 @@ def test_no_connection_of_a_pool_is_lost_or_held_by_two(most: int, steps: list[t
                 mine.pop().cancel()
             elif mine and mine[0].done():
                 pool.give(mine.pop(0).result(), is_usable=what == "give")
-            if len(asked["A"]) % 2:  # sometimes several things happen in one turn of the loop
+            if len(asked["A"]) % 2:  # sometimes several events happen in one turn of the loop
                 await asyncio.sleep(0)
             held = [one.result() for ones in asked.values() for one in ones if one.done()]
             assert len(held) == len(set(held)) <= len(pool._taken) <= most  # noqa: SLF001
@@ -555,7 +555,7 @@ def test_no_connection_of_a_pool_is_lost_or_held_by_two(most: int, steps: list[t
     asyncio.run(asyncio.wait_for(run(), 20))
 
 
-async def test_who_waits_when_a_pool_is_closed_is_told() -> None:
+async def test_requests_that_wait_for_a_closed_pool_fail() -> None:
     pool = Pool(_connect, most=1, patience=60)
     await pool.take()
     waiting = asyncio.create_task(pool.take())
@@ -565,7 +565,7 @@ async def test_who_waits_when_a_pool_is_closed_is_told() -> None:
         await waiting
 
 
-async def test_few_connect_while_the_database_is_away_and_the_others_are_told_so(
+async def test_few_tasks_connect_during_an_outage_and_the_others_fail_immediately(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     at, tries, is_away = 0.0, 0, True
@@ -586,7 +586,7 @@ async def test_few_connect_while_the_database_is_away_and_the_others_are_told_so
 
     with caplog.at_level(logging.INFO):
         refused = await many()
-        assert tries <= CONNECTIONS, "those that had begun"
+        assert tries <= CONNECTIONS, "only attempts that had created_sessions"
         for _ in range(10):
             before = tries
             refused += await many()
@@ -608,7 +608,7 @@ async def test_few_connect_while_the_database_is_away_and_the_others_are_told_so
     ]
 
 
-async def test_turns_of_a_user_whose_connections_cannot_be_opened_are_given_back() -> None:
+async def test_turns_are_returned_if_a_connection_cannot_be_opened() -> None:
     async def fail() -> Db:
         raise ConnectionRefusedError
 
