@@ -1,4 +1,4 @@
-"""send_messages() answers each message of a batch with an outcome, and each as if it had been sent alone."""
+"""`send_messages()` returns an outcome for each message of a batch, as if it had been sent alone."""
 
 import asyncio
 import random
@@ -25,7 +25,7 @@ SLOW = ConversationSettings(slow_mode_seconds=3_600)
 
 
 class Stage:
-    """Conversations in which Charles has each obstacle, and Ada none."""
+    """Conversations with every obstacle to messages from Charles, and none to Ada's."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -108,7 +108,7 @@ WAYS: list[tuple[str, Callable[[Stage], Outgoing]]] = [
     ("source_changed", lambda on: on.forwarded(on.foreign, on.elsewhere)),
     ("source_changed", lambda on: on.forwarded(on.said, on.elsewhere)),
 ]
-"""Messages, and what becomes of each, in one batch or alone."""
+"""Expected outcomes of messages, in one batch or alone."""
 
 
 def reason(outcome: Stored | NotStored) -> str:
@@ -118,7 +118,7 @@ def reason(outcome: Stored | NotStored) -> str:
 async def test_each_message_of_a_batch_has_its_outcome(stage: Stage) -> None:
     outcomes = await sending.send(stage.world.db, [make(stage) for _, make in WAYS])
     assert [reason(one) for one in outcomes] == [expected for expected, _ in WAYS]
-    # Numbers without a hole, in the order of the batch.
+    # Versions are consecutive, in the order of the batch.
     clock = await stage.world.db.fetchval("SELECT version FROM conversation WHERE id = $1", stage.group)
     versions = [one.version for one, (_, make) in zip(outcomes, WAYS, strict=True)
                 if isinstance(one, Stored) and make(stage).frame.conversation_id == stage.group]  # fmt: skip
@@ -127,8 +127,8 @@ async def test_each_message_of_a_batch_has_its_outcome(stage: Stage) -> None:
 
 def test_each_reason_has_a_message_and_an_error() -> None:
     reasons = set(get_args(Reason))
-    assert reasons - {expected for expected, _ in WAYS} == {"changed", "slow"}  # of which the tests below are
-    # `_store` tries these again, or answers as the first time.
+    assert reasons - {expected for expected, _ in WAYS} == {"changed", "slow"}  # tested below
+    # `_store` retries these, or returns the first answer.
     assert reasons - REFUSALS.keys() == {"changed", "loud", "duplicate"}
 
 
@@ -137,13 +137,13 @@ async def alone(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored]:
 
 
 def told(outcomes: Sequence[Stored | NotStored], batch: Sequence[Outgoing]) -> list[tuple[object, ...]]:
-    """Return what is the same in one batch and alone: all but times and the number of replies so far."""
+    """Return the parts that are equal in one batch and alone: all except times and reply counts."""
     found: list[tuple[object, ...]] = []
     for outcome, out in zip(outcomes, batch, strict=True):
         if isinstance(outcome, Stored):
             found.append((out.frame.message_id, outcome.version, outcome.root_id, outcome.thread_order))
         else:
-            # A second message with one id is not in the statement. It finds the first one in another attempt.
+            # A second message with the same id is left out of the statement, and finds the first one on retry.
             found.append((out.frame.message_id, outcome.reason.replace("changed", "duplicate")))
     return found
 
@@ -158,7 +158,7 @@ FROM message m
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_batch_stores_what_its_messages_would_store_alone(stage: Stage, seed: int) -> None:
+async def test_batch_stores_the_same_as_single_messages(stage: Stage, seed: int) -> None:
     dice = random.Random(seed)
     db = stage.world.db
     makers = [make for _, make in WAYS]
@@ -174,7 +174,7 @@ async def test_batch_stores_what_its_messages_would_store_alone(stage: Stage, se
         assert results[0] == results[1], seed
 
 
-async def test_reply_and_quote_of_a_message_in_the_same_batch_are_tried_again(stage: Stage) -> None:
+async def test_reply_to_and_quote_of_a_message_in_the_same_batch_are_retried(stage: Stage) -> None:
     new = stage.out(stage.group)
     about = new.frame.message_id
     batch = [new, stage.out(stage.group, parent_message_id=about), stage.out(stage.group, quoted_message_id=about)]
@@ -184,9 +184,9 @@ async def test_reply_and_quote_of_a_message_in_the_same_batch_are_tried_again(st
     assert [reason(one) for one in outcomes] == ["duplicate", "stored", "stored"]
 
 
-async def test_reply_that_waits_beside_its_parent_is_stored(stage: Stage) -> None:
+async def test_reply_that_waits_with_its_parent_is_stored(stage: Stage) -> None:
     other = await stage.world.connect(stage.charles)
-    lanes = stage.world.workers[0].app._sends._lanes  # noqa: SLF001 - who waits for the conversation
+    lanes = stage.world.workers[0].app._sends._lanes  # noqa: SLF001 - messages that wait for the conversation
     first, parent = message(stage.group), message(stage.group)
     reply = message(stage.group, parent_message_id=parent.message_id)
     async with asyncio.timeout(10):
@@ -202,7 +202,7 @@ async def test_reply_that_waits_beside_its_parent_is_stored(stage: Stage) -> Non
     assert [answer for answer in answers if isinstance(answer, Error)] == []
 
 
-async def test_slow_mode_lets_one_of_many_messages_at_once_pass(stage: Stage) -> None:
+async def test_slow_mode_accepts_one_of_many_concurrent_messages(stage: Stage) -> None:
     frames = [message(stage.slow, f"{number}") for number in range(20)]
     answers = await asyncio.gather(*(stage.member.ask(frame) for frame in frames))
     errors = [answer for answer in answers if isinstance(answer, Error)]
@@ -215,7 +215,7 @@ async def test_slow_mode_lets_one_of_many_messages_at_once_pass(stage: Stage) ->
     await sent(stage.member, stage.slow, "An hour later")
 
 
-async def test_of_two_in_one_batch_in_slow_mode_the_second_is_judged_again(stage: Stage) -> None:
+async def test_second_message_of_a_batch_in_slow_mode_is_checked_again(stage: Stage) -> None:
     batch = [stage.out(stage.slow), stage.out(stage.slow), stage.out(stage.slow, stage.ada)]
     assert [reason(one) for one in await sending.send(stage.world.db, batch)] == ["stored", "changed", "stored"]
     (second,) = await sending.send(stage.world.db, batch[1:2])
@@ -224,7 +224,7 @@ async def test_of_two_in_one_batch_in_slow_mode_the_second_is_judged_again(stage
     assert 3_500_000 < second.wait_ms <= 3_600_000
 
 
-async def test_who_has_to_wait_in_slow_mode_is_told_so_while_the_conversation_is_held(stage: Stage) -> None:
+async def test_slow_mode_refuses_while_the_conversation_is_locked(stage: Stage) -> None:
     await sent(stage.member, stage.slow)
     async with stage.world.db.transaction(), asyncio.timeout(10):
         await stage.world.db.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE", stage.slow)
@@ -232,7 +232,7 @@ async def test_who_has_to_wait_in_slow_mode_is_told_so_while_the_conversation_is
             await stage.member.call(message(stage.slow))
 
 
-async def test_participant_whose_row_is_held_delays_nobody_else_in_slow_mode(
+async def test_locked_participant_delays_no_others_in_slow_mode(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sending, "ALONE_LOCK_MS", 50)
@@ -249,8 +249,8 @@ async def test_participant_whose_row_is_held_delays_nobody_else_in_slow_mode(
         await sent(stage.member, stage.slow, "Now")
 
 
-async def test_right_that_comes_up_before_the_lock_is_tried_again(stage: Stage) -> None:
-    """Whoever may not send asks for no lock. A right that comes up in between is found by another attempt."""
+async def test_right_granted_before_the_lock_is_found_on_retry(stage: Stage) -> None:
+    """A sender without the right takes no lock. A right granted in between is found on retry."""
     db = stage.world.db
     await db.execute(PROMOTE)
     (outcome,) = await sending.send(db, [stage.out(stage.announcements)])
@@ -268,7 +268,7 @@ BEGIN
     RETURN words_of($1, $2, $3, $4, $5, $6);
 END $$
 """
-"""Words that change roles while they are made."""
+"""A replacement of `search_words()` that changes roles."""
 
 
 async def test_unknown_sender_has_no_access(stage: Stage) -> None:

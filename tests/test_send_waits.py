@@ -1,4 +1,4 @@
-"""A message waits for a row that somebody else holds, and nobody else's does."""
+"""A message waits for a row that another transaction has locked, and other messages do not wait with it."""
 
 import asyncio
 
@@ -17,12 +17,12 @@ from server.queries.sending import Outgoing, Source
 from tests.world import World, are_stored, message, refused, sent
 
 OTHERS = 40
-"""Messages of somebody else that come with the one that waits."""
+"""Messages of another user that are sent together with the waiting one."""
 SECONDS = 3.0
-"""Max time that those take, of which a statement that waits for a lock takes ten."""
+"""Max time for those messages, in seconds. A statement may wait ten seconds for a lock."""
 
-# By the table, what another transaction may do to a row that a message touches: $1 is the conversation, $2 the root of
-# the thread, $3 its author, $4 the sender, $5 who is forwarded, $6 the quoted message, $7 the new message.
+# Statements that lock the rows of a message, by table. Parameters: `$1` conversation, `$2` root of the thread,
+# `$3` its author, `$4` sender, `$5` forwarded author, `$6` quoted message, `$7` new message.
 HOLD = {
     "conversation": {"": "SELECT FROM conversation WHERE id = $1 FOR NO KEY UPDATE"},
     "message": {
@@ -53,7 +53,7 @@ WHERE l.pid = pg_backend_pid() AND l.mode IN ('RowShareLock', 'RowExclusiveLock'
 
 
 class Stage:
-    """A thread of Ada's in which Charles replies, while Mary writes elsewhere."""
+    """A thread of Ada in which Charles replies, while Mary writes in another conversation."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -67,7 +67,7 @@ class Stage:
         self.elsewhere = await self.world.channel(self.other, title="Elsewhere")
 
     async def reply(self, *, is_followed: bool) -> tuple[Outgoing, list[object]]:
-        """Return a reply that touches each row that a message can, and what it names."""
+        """Return a reply that uses each row that a message can, and the ids of those rows."""
         root, quoted = await sent(self.author, self.group, "Root"), await sent(self.author, self.group, "Quoted")
         if is_followed:
             await sent(self.sender, self.group, "First", parent_message_id=root)
@@ -76,12 +76,14 @@ class Stage:
         return out, [self.group, root, self.ada.id, self.charles.id, self.jane.id, quoted, frame.message_id]
 
 
-async def test_nobody_waits_for_a_row_of_another_message(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_message_does_not_wait_for_a_row_of_another_message(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sending, "ALONE_LOCK_MS", 50)
     async with World(settings, workers=1) as world:
         stage = Stage(world)
         await stage.begin()
-        sends = world.workers[0].app._sends  # noqa: SLF001 - many at once, as of many connections
+        sends = world.workers[0].app._sends  # noqa: SLF001 - many messages, as from many connections
         for table, rows in HOLD.items():
             for row, statement in rows.items():
                 out, named = await stage.reply(is_followed=(table, row) in IS_FOLLOWED)
@@ -101,7 +103,7 @@ async def test_nobody_waits_for_a_row_of_another_message(settings: Settings, mon
                 if table != "conversation":
                     with pytest.raises(asyncpg.LockNotAvailableError):
                         await asyncio.wait_for(stuck, SECONDS)
-                    # The lane is empty again, and the next one waits like the first.
+                    # The lane is empty again, and the next message waits like the first.
                     with pytest.raises(asyncpg.LockNotAvailableError):
                         await asyncio.wait_for(sends.submit(out), SECONDS)
                 assert stuck.done() == (table != "conversation")
@@ -110,7 +112,7 @@ async def test_nobody_waits_for_a_row_of_another_message(settings: Settings, mon
                 assert are_stored([stored]), (table, row)
 
 
-async def test_every_table_that_a_message_touches_is_in_the_table_of_rows(settings: Settings) -> None:
+async def test_every_table_that_a_message_locks_is_covered(settings: Settings) -> None:
     async with World(settings, workers=1) as world:
         stage = Stage(world)
         await stage.begin()
@@ -120,7 +122,9 @@ async def test_every_table_that_a_message_touches_is_in_the_table_of_rows(settin
             assert {row[0] for row in await db.fetch(LOCKED)} == set(HOLD)
 
 
-async def test_whose_row_is_held_is_told_to_come_back(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sender_whose_row_is_locked_is_refused_with_a_retry_time(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sending, "ALONE_LOCK_MS", 50)
     async with World(settings, workers=1) as world:
         stage = Stage(world)
@@ -130,12 +134,12 @@ async def test_whose_row_is_held_is_told_to_come_back(settings: Settings, monkey
             await world.db.execute("UPDATE thread_follow SET is_following = false")
             with refused(ErrorCode.UNAVAILABLE, None):
                 await stage.sender.call(out.frame, server.Sent)
-            # Nobody who writes to the same conversation waits after that.
+            # Later messages in the same conversation do not wait.
             await sent(stage.author, stage.group, "Meanwhile")
         await stage.sender.call(out.frame, server.Sent)
 
 
-# One message whose words take long to make.
+# A replacement of `search_words()` that blocks for one message.
 SLOW = """
 ALTER FUNCTION search_words RENAME TO words_of;
 CREATE FUNCTION search_words(uuid, text, jsonb, uuid[], text[], text[]) RETURNS tsvector LANGUAGE plpgsql AS $$
@@ -150,7 +154,7 @@ STARTED = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND o
 WORDS = "SELECT words::text FROM message_search WHERE message_id = $1"
 
 
-async def test_nobody_waits_for_reindex(settings: Settings) -> None:
+async def test_messages_do_not_wait_for_reindex(settings: Settings) -> None:
     async with World(settings, workers=1) as world, asyncio.TaskGroup() as group:
         stage = Stage(world)
         await stage.begin()
@@ -166,7 +170,7 @@ async def test_nobody_waits_for_reindex(settings: Settings) -> None:
         async with asyncio.timeout(SECONDS):
             while not await world.db.fetchval(STARTED):
                 await asyncio.sleep(0.01)
-            # While it makes words, it holds nothing that these change.
+            # While it computes words, it holds no locks on rows that these frames change.
             await sent(stage.sender, stage.group, "Reply", parent_message_id=root)
             await stage.author.call(
                 client.Edit(conversation_id=stage.group, message_id=edited, edit_id=EditId(uuid7()), content="Edited")
