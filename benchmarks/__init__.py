@@ -1,1 +1,1 @@
-"""The comparison: `make bench`."""
+"""Benchmarks: `make bench`, `make scale`, `make search` and `make worst`."""

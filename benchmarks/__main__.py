@@ -1,7 +1,7 @@
-"""`make bench`: OpenChat and the others at the same work, in turns, on one machine, in one run.
+"""`make bench`: OpenChat and other servers with the same work, in turns, on one machine, in one run.
 
-What is compared is CPU time of all server processes (workers, PostgreSQL, Valkey) per unit of work, and memory: those
-can be compared on a machine that others use, too. Times of the clock and ceilings are shown for what they are.
+It compares memory, and the CPU time of all server processes (workers, PostgreSQL, Valkey) per unit of work. Both are
+comparable even on a machine that other programs use. Latencies and max rates depend on those programs.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from protocol.ids import uuid7
 MS, US = 1e3, 1e6
 BOUND_SECONDS = 0.25
 BARE_SECONDS = 0.02
-"""The pause between two bare commits: often enough to have a percentile, too rare to be a load."""
+"""Pause between two bare commits, in seconds. It is short enough for percentiles, and too long to cause load."""
 PROCESSES = 2
 STORED: list[type[Contestant]] = [OpenChat, SocketIo, Obvious]
 EVERYONE: list[type[Contestant]] = [OpenChat, Uws, Picows, SocketIo, Obvious]
@@ -46,7 +46,7 @@ Measured = dict[str, float]
 
 
 class Work(NamedTuple):
-    """A line of the comparison: what is done, by whom, how it is measured, and which figures are compared."""
+    """One line of the comparison: the servers, the measurement, and the numbers of workers and rounds."""
 
     about: str
     contestants: list[type[Contestant]]
@@ -56,7 +56,7 @@ class Work(NamedTuple):
 
 
 def drive(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitable[Measured]]:
-    """Return what measures a scenario at its rate for each worker."""
+    """Return a function that measures a scenario. The rate of `size` is per worker."""
 
     async def measure(contestant: Contestant, seconds: float) -> Measured:
         load = msgspec.structs.replace(size, rate=size.rate * contestant.workers)
@@ -69,7 +69,7 @@ def drive(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitable[
 
 
 def acknowledge(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitable[Measured]]:
-    """Return what measures answers beside commits of one bare row in the same database at the same time."""
+    """Return a function that measures answers, and concurrently commits of one bare row in the same database."""
 
     async def measure(contestant: Contestant, seconds: float) -> Measured:
         bare = Histogram()
@@ -93,7 +93,7 @@ def acknowledge(scenario: str, size: Size) -> Callable[[Contestant, float], Awai
 
 
 async def commit_rows(url: str, times: Histogram) -> None:
-    """Insert one row after the other, and note how long each took, until cancelled."""
+    """Insert rows one by one, and record the duration of each, until cancelled."""
     db = await asyncpg.connect(url)
     try:
         await db.execute("CREATE TABLE IF NOT EXISTS bare (id uuid PRIMARY KEY, said text)")
@@ -107,13 +107,13 @@ async def commit_rows(url: str, times: Histogram) -> None:
 
 
 def of_phase(phase: Phase) -> Measured:
-    """Return the figures of work at a rate. Raises Unusable if something was lost: that is no result."""
+    """Return the figures of work at a rate. Raises Unusable if events were lost or frames refused."""
     tally = phase.tally
     if tally.wrong or tally.errors:
-        raise Unusable(f"{tally.wrong} events went wrong; {tally.errors}")
+        raise Unusable(f"{tally.wrong} events were lost, duplicated or out of order; errors: {tally.errors}")
     measured = {
-        "µs CPU a delivery": phase.cpu_seconds / tally.delivered * US,
-        "µs CPU a message": phase.cpu_seconds / tally.sent * US,
+        "µs CPU per delivery": phase.cpu_seconds / tally.delivered * US,
+        "µs CPU per message": phase.cpu_seconds / tally.sent * US,
         "delivery p50 ms": Histogram(tally.deliveries).percentile(0.5) * MS,
         "delivery p99 ms": Histogram(tally.deliveries).percentile(0.99) * MS,
     }
@@ -123,8 +123,8 @@ def of_phase(phase: Phase) -> Measured:
 
 
 def ceiling(scenario: str, size: Size, *, start: float) -> Callable[[Contestant, float], Awaitable[Measured]]:
-    """Return what looks for the most that is carried with p99 within the bound: from a rate of `start` on, with as
-    many who talk as the rate of `size` takes.
+    """Return a function that finds the highest rate with p99 within the bound. It begins at the rate `start`.
+    The number of senders follows from the rate of `size`.
     """
 
     async def measure(contestant: Contestant, seconds: float) -> Measured:
@@ -133,17 +133,17 @@ def ceiling(scenario: str, size: Size, *, start: float) -> Callable[[Contestant,
             await find_limit(run, start, BOUND_SECONDS, seconds=seconds / 2)
             carried = best(run.result, BOUND_SECONDS)
         if carried is None:
-            raise Unusable(f"even {start:,.0f} a second was too much")
+            raise Unusable(f"the server did not sustain {start:,.0f} per second, the first rate")
         return {
-            "deliveries a second": carried.tally.delivered / carried.load_seconds,
-            "µs CPU a delivery": carried.cpu_seconds / carried.tally.delivered * US,
+            "deliveries per second": carried.tally.delivered / carried.load_seconds,
+            "µs CPU per delivery": carried.cpu_seconds / carried.tally.delivered * US,
         }
 
     return measure
 
 
 def connect(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitable[Measured]]:
-    """Return what measures connections coming and staying."""
+    """Return a function that measures opening connections, and idle ones."""
 
     async def measure(contestant: Contestant, seconds: float) -> Measured:
         async with Run(contestant, scenario, size, processes=PROCESSES, watch=Watch()) as run:
@@ -152,8 +152,8 @@ def connect(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitabl
             base = run.result.base_memory
         count = connected.tally.connected
         return {
-            "ms CPU a connection": connected.cpu_seconds / count * MS,
-            "KiB a connection": (quiet.memory["server"] - base["server"]) / count / 1024,
+            "ms CPU per connection": connected.cpu_seconds / count * MS,
+            "KiB per connection": (quiet.memory["server"] - base["server"]) / count / 1024,
             "% of a core while idle": quiet.cpu_seconds / quiet.seconds * 100,
         }
 
@@ -161,7 +161,7 @@ def connect(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitabl
 
 
 def size_of(people: int, rate: float, *, group: int) -> Size:
-    """Return how large a run is, with a connection for each of the people."""
+    """Return the size of a run with one connection per person."""
     return Size(people=people, connections=people, group=group, rate=rate)
 
 
@@ -169,54 +169,54 @@ ROOM = size_of(1_000, 20, group=1_000)
 TEAMS = size_of(2_000, 200, group=10)
 
 WORKS: dict[str, Work] = {
-    "room": Work("1,000 connected, 20 messages a second", EVERYONE, drive("room", ROOM)),
+    "room": Work("1,000 connected, 20 messages per second", EVERYONE, drive("room", ROOM)),
     "room-ceiling": Work(
-        "1,000 connected, as much as is carried with p99 within 250 ms",
+        "1,000 connected, the highest rate with p99 within 250 ms",
         EVERYONE,
         ceiling("room", msgspec.structs.replace(ROOM, rate=1_000), start=40),
         rounds=1,
     ),
-    "teams": Work("200 conversations of 10, 200 messages a second", STORED, drive("teams", TEAMS)),
+    "teams": Work("200 conversations of 10, 200 messages per second", STORED, drive("teams", TEAMS)),
     "teams-ceiling": Work(
-        "200 conversations of 10, as much as is carried with p99 within 250 ms",
+        "200 conversations of 10, the highest rate with p99 within 250 ms",
         STORED,
         ceiling("teams", TEAMS, start=600),
         workers=(1, 2),
         rounds=1,
     ),
     "teams-workers": Work(
-        "200 conversations of 10, 500 messages a second for each worker",
+        "200 conversations of 10, 500 messages per second and worker",
         [OpenChat],
         drive("teams", msgspec.structs.replace(TEAMS, rate=500)),
         workers=(1, 2),
     ),
     "ack": Work(
-        "500 pairs, 200 messages a second, beside commits of one bare row",
+        "500 pairs, 200 messages per second, and commits of one bare row",
         [OpenChat],
         acknowledge("direct", size_of(1_000, 200, group=2)),
     ),
-    "growth": Work("the same frames after little and after much history", [Short, Long], growth.measure),
+    "growth": Work("the same frames with little and with much history", [Short, Long], growth.measure),
     "idle": Work("5,000 authenticated connections", EVERYONE, connect("idle", size_of(5_000, 0, group=10))),
     "idle-many": Work("15,000 authenticated connections", [OpenChat], connect("idle", size_of(15_000, 0, group=10))),
-    "storm": Work("2,000 connect as fast as it goes", STORED, connect("storm", size_of(2_000, 0, group=10))),
+    "storm": Work("2,000 connect as fast as possible", STORED, connect("storm", size_of(2_000, 0, group=10))),
 }
 
 
 class Board:
-    """What was measured, and how it compares."""
+    """The measured figures, and their comparison."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.measured: dict[str, dict[str, dict[str, list[float]]]] = {}
 
     def add(self, work: str, who: str, figures: Measured) -> None:
-        """Note what one turn measured."""
+        """Add the figures of one turn."""
         mine = self.measured.setdefault(work, {}).setdefault(who, defaultdict(list))
         for name, value in figures.items():
             mine[name].append(value)
 
     def show(self, work: str) -> None:
-        """Print the medians of one piece of work, and each as a multiple of ours."""
+        """Print the medians of one work, and each as a multiple of OpenChat's."""
         rows = self.measured.get(work)
         if not rows:
             return
@@ -243,7 +243,7 @@ class Board:
 
 
 async def compare(options: argparse.Namespace, ground: Ground, console: Console) -> Board:
-    """Do all of the work, in turns."""
+    """Measure all works, in turns."""
     board = Board(console)
     for name in options.work or WORKS:
         for turn in range(WORKS[name].rounds or options.rounds):
@@ -257,7 +257,7 @@ async def compare(options: argparse.Namespace, ground: Ground, console: Console)
 
 
 async def take_turn(board: Board, name: str, contestant: Contestant, turn: int, seconds: float) -> None:
-    """Let one do a piece of work once."""
+    """Measure one work with one server, once."""
     who = contestant.name + (f", {contestant.workers} workers" if contestant.workers > 1 else "")
     if not contestant.is_there():
         board.console.print(f"[red]{who} is not installed[/]")
@@ -271,27 +271,29 @@ async def take_turn(board: Board, name: str, contestant: Contestant, turn: int, 
 
 
 def main() -> int:
-    """Compare, show, and keep the figures as JSON."""
+    """Measure, print the comparison, and write the figures as JSON."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("work", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}; all of them")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="those whose name begins like this")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each (3); ceilings take one")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of load in each turn (10)")
-    parser.add_argument("--json", type=Path, default=Path("bench.json"), help="where the figures are kept")
+    parser.add_argument("work", nargs="*", metavar="WORK", help=f"any of {', '.join(WORKS)} (all)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only servers whose names begin with NAME")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="turns of each server (3); works with a fixed number ignore it"
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds of load per turn (10)")
+    parser.add_argument("--json", type=Path, default=Path("bench.json"), help="file for the figures (bench.json)")
     options = parser.parse_args()
     if unknown := set(options.work) - set(WORKS):
-        parser.error(f"unknown: {', '.join(unknown)}")
+        parser.error(f"unknown WORK: {', '.join(unknown)}")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     began = time.monotonic()
     path = Path(tempfile.mkdtemp(prefix="openchat-bench-"))
-    path.chmod(0o755)  # root starts PostgreSQL as somebody else
+    path.chmod(0o755)  # root starts PostgreSQL as another user
     try:
         with Ground(path) as ground:
             board = uvloop.run(compare(options, ground, console))
     finally:
         shutil.rmtree(path, ignore_errors=True)
     options.json.write_bytes(msgspec.json.format(msgspec.json.encode(board.measured)))
-    console.print(f"{(time.monotonic() - began) / 60:.0f} minutes; all figures are in {options.json}.")
+    console.print(f"{(time.monotonic() - began) / 60:.0f} minutes. All figures are in {options.json}.")
     return 0
 
 

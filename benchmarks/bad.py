@@ -1,4 +1,4 @@
-"""A database that is big in the bad way: an account that has grown to all of its bounds, and an ordinary one."""
+"""A worst-case database, with one account at all of its limits, and an ordinary account."""
 
 from typing import NamedTuple
 from uuid import UUID
@@ -9,12 +9,13 @@ from protocol.ids import ConversationId, MessageId, UserId
 from protocol.limits import MAX_PAGE, MAX_PINS, MAX_RESUMED, MAX_SCHEDULED
 
 BUSY = 1_000
-"""Strangers with as many memberships as the account has."""
+"""Number of strangers with as many memberships as the account at its limits."""
 WORDS = "engine loom weave brass steel punch cards gear wheel crank"
 
 
 def _id(kind: int, number: int) -> UUID:
-    # No two conversations have one hash (docs/decisions/0050-ids-that-collide.md): up to 2**23 of each kind.
+    # All conversations need different hashes (docs/decisions/0050-ids-that-collide.md). These ids have
+    # them, up to 2**23 per kind.
     return UUID(int=kind << 84 | number)
 
 
@@ -22,21 +23,21 @@ MALLORY, BOB = UserId(_id(1, 0)), UserId(_id(1, 1))
 
 
 class Place(NamedTuple):
-    """What somebody's frames are about."""
+    """The objects that the frames of an account refer to."""
 
     me: UserId
     conversation: ConversationId
     root: MessageId
-    """A message of theirs, with a thread, reactions and edits."""
+    """A message of the account, with a thread, reactions and edits."""
     poll: MessageId
     others: list[UserId]
     busy: list[UserId]
-    """Strangers with as many memberships."""
+    """Strangers with as many memberships as the account at its limits."""
     conversations: list[ConversationId]
 
 
 class Ids(NamedTuple):
-    """What both ask about."""
+    """The objects of both accounts."""
 
     of_mallory: Place
     of_bob: Place
@@ -47,12 +48,14 @@ CREATE FUNCTION pg_temp.id(kind bigint, n bigint) RETURNS uuid LANGUAGE sql IMMU
     (lpad(to_hex(kind << 20), 16, '0') || lpad(to_hex(n), 16, '0'))::uuid;
 SET session_replication_role = replica;
 """
-# Kinds of ids: 1 users, 2 conversations, 3 messages in small conversations, 4 of the crowd, 5 replies, 6 others.
+# Kinds of ids of users: 1, and 11 for busy strangers. Of conversations: 2 Mallory's, 7 public ones, 8 Bob's.
+# Of messages: 3 in small conversations, 4 in the large one, 5 roots of threads, 6 replies. Others: 9 edits, 10
+# scheduled messages.
 STATEMENTS = (
     """INSERT INTO "user" (id, name, email, is_private, version)
     SELECT pg_temp.id(1, n), 'Ada Lovelace ' || n, 'ada' || n || '@example.org', n > 1, 20000
     FROM generate_series(0, {people}) n""",
-    # All in the hands of Mallory; the first is the crowd, the last is Bob's.
+    # Mallory's conversations. The first one is the large one.
     """INSERT INTO conversation (id, type, title, created_by, version, participant_count, message_count,
         settings_version, last_activity_at)
     SELECT pg_temp.id(2, n), 'group', 'Engine ' || n, pg_temp.id(1, 0), 1000000, 2, 100, 1, now() - n * interval '1 s'
@@ -68,14 +71,14 @@ STATEMENTS = (
     """INSERT INTO conversation_participant (conversation_id, user_id, role, version, joined_at, invited_by, status)
     SELECT pg_temp.id(7, n), pg_temp.id(1, 0), 'member', 2, now(), pg_temp.id(1, 7), 'invited'
     FROM generate_series(1, {conversations}) n""",
-    # People whose names Mallory looks for, and who take part in as many conversations as she does, in none of hers.
+    # Users whose names Mallory searches for. They are in as many conversations as she is, but in none of hers.
     """INSERT INTO "user" (id, name, email, is_private, version)
     SELECT pg_temp.id(11, n), 'Charles Babbage ' || n, 'charles' || n || '@example.org', true, 1
     FROM generate_series(1, {busy}) n""",
     """INSERT INTO conversation_participant (conversation_id, user_id, role, version)
     SELECT pg_temp.id(7, {conversations} + k), pg_temp.id(11, n), 'member', 2
     FROM generate_series(1, {busy}) n, generate_series(1, {conversations}) k""",
-    # Bob has twenty conversations, with a handful of messages each.
+    # Bob has 20 conversations with 10 messages each.
     """INSERT INTO conversation (id, type, title, created_by, version, participant_count, message_count,
         settings_version)
     SELECT pg_temp.id(8, n), 'group', 'Bob ' || n, pg_temp.id(1, 1), 20, 2, 10, 1 FROM generate_series(0, 19) n""",
@@ -88,12 +91,12 @@ STATEMENTS = (
         now() - interval '1 day', CASE WHEN k = 2 THEN '{{"type": "poll", "options": ["a", "b"]}}'::jsonb END,
         CASE WHEN k = 2 THEN 'poll' ELSE 'text' END
     FROM generate_series(0, 19) n, generate_series(1, 10) k""",
-    # A hundred unread ones in each of Mallory's.
+    # A hundred unread messages in each other conversation of Mallory.
     """INSERT INTO message (id, conversation_id, sender_id, content, sent_version, version, created_at)
     SELECT pg_temp.id(3, 1000 * n + k), pg_temp.id(2, n), pg_temp.id(1, 2 + n % 1000), '{words} ' || k, 2 + k, 2 + k,
         now() - interval '1 day'
     FROM generate_series(1, {conversations} - 1) n, generate_series(1, 100) k""",
-    # The crowd: long messages that mention everyone, and at the end Mallory's own, with threads.
+    # The large conversation. It has messages that mention everyone, the last ones long, and Mallory's, with threads.
     """INSERT INTO message (id, conversation_id, sender_id, content, sent_version, version, loud_mentions, created_at,
         is_pinned, pinned_at)
     SELECT pg_temp.id(4, n), pg_temp.id(2, 0), pg_temp.id(1, 2 + {muted} + n % 1000),
@@ -150,7 +153,7 @@ STATEMENTS = (
 
 
 async def fill(db: "asyncpg.Connection[asyncpg.Record]", size: float) -> Ids:
-    """Fill a new database; `size` is a part of the bounds."""
+    """Fill a new database. `size` is the share of the limits that the account reaches."""
     conversations = int(MAX_RESUMED * size)
     people = max(20_000, int(100_000 * size))
     figures: dict[str, object] = {

@@ -1,4 +1,4 @@
-"""Everyone who takes part in the comparison: how each is started, and how its people are made."""
+"""The compared servers. Each class starts a server, and creates its users and conversations."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ LOOK_SECONDS = 0.05
 
 
 class Ground:
-    """The PostgreSQL and the Valkey that the others use, each in a database of its own, and a place for OpenChat's."""
+    """One PostgreSQL with a database per server, one Valkey, and a folder for OpenChat, which starts its own."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,7 +53,7 @@ class Ground:
 
 
 class Contestant:
-    """A server to be compared. While it is entered, it runs."""
+    """A server to compare. It runs while this context manager is entered."""
 
     name: ClassVar[str]
     is_stored: ClassVar[bool] = True
@@ -69,23 +69,23 @@ class Contestant:
 
     @classmethod
     def is_there(cls) -> bool:
-        """Whether what it needs is installed."""
+        """Whether its requirements are installed."""
         return True
 
     def command(self) -> list[str]:
-        """Return how it is started on `self.port`."""
+        """Return the command that starts the server on `self.port`."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, str]:
-        """Return what it finds in its environment."""
+        """Return its environment variables."""
         return {"DATABASE_URL": self.database(), "REDIS_URL": self.ground.valkey.url}
 
     def servers(self) -> list[int]:
-        """Return the processes of the servers that it uses and does not start itself."""
+        """Return the processes that the server uses but does not start."""
         return [self.ground.postgres.pid, self.ground.valkey.pid]
 
     def database(self) -> str:
-        """Return its database's URL."""
+        """Return the URL of its database."""
         return self.ground.postgres.url(type(self).__name__.lower())
 
     async def __aenter__(self) -> Self:
@@ -93,7 +93,7 @@ class Contestant:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self._process = subprocess.Popen(  # noqa: ASYNC220 - nothing else runs meanwhile
+        self._process = subprocess.Popen(  # noqa: ASYNC220 - no other task runs meanwhile
             self.command(),
             env=os.environ | self.settings(),
             stdout=subprocess.DEVNULL,
@@ -104,7 +104,7 @@ class Contestant:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             with contextlib.suppress(OSError):
-                # Whatever it says to this, or if it hangs up: it is there.
+                # Any response, or the end of the connection, shows that the server runs.
                 reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
                 writer.write(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                 await reader.read(1)
@@ -112,7 +112,7 @@ class Contestant:
                 return self
             await asyncio.sleep(LOOK_SECONDS)
         await self.__aexit__()
-        raise Unusable("it does not start")
+        raise Unusable("the server does not start")
 
     async def __aexit__(self, *_: object) -> None:
         assert self._process is not None  # noqa: S101 - entered
@@ -124,7 +124,7 @@ class Contestant:
         self._process.wait()
 
     async def create(self) -> None:
-        """Make its database, if it is not there."""
+        """Create its database if it does not exist."""
         admin = await asyncpg.connect(self.ground.postgres.url())
         name = type(self).__name__.lower()
         if not await admin.fetchval("SELECT true FROM pg_database WHERE datname = $1", name):
@@ -135,7 +135,7 @@ class Contestant:
         await admin.close()
 
     async def prepare(self, layout: Layout, tell: Callable[[str], None]) -> tuple[list[Seat], dict[str, list[str]]]:
-        """Write the people and conversations of a scenario into the database."""
+        """Insert the people and conversations of a scenario into the database."""
         tell(f"{self.name}: {layout.people:,} people …")
         seats = [
             Seat(token=new_token(), user_id=str(uuid7()), source="", conversations=[], talks=False)
@@ -153,7 +153,7 @@ class Contestant:
     async def store(
         self, db: "asyncpg.Connection[asyncpg.Record]", seats: list[Seat], members: dict[str, list[str]]
     ) -> None:
-        """Write them."""
+        """Insert sessions and participants."""
         await db.executemany(
             "INSERT INTO session VALUES ($1, $2, now() + interval '1 day')", [(one.token, one.user_id) for one in seats]
         )
@@ -163,18 +163,18 @@ class Contestant:
         )
 
     async def leave(self) -> None:
-        """What was made stays: it is in nobody's way."""
+        """Do nothing. The rows do not affect later runs."""
 
 
 class OpenChat(Contestant):
-    """Ours, as it comes: with a PostgreSQL and a Valkey of its own."""
+    """OpenChat, with the PostgreSQL and the Valkey that it starts itself."""
 
     name = "OpenChat"
     line = "loadtest.line:Line"
 
     @property
     def folder(self) -> Path:
-        """Where it keeps its data, from turn to turn."""
+        """The data folder, which is kept between turns."""
         return self.ground.path / type(self).__name__.lower()
 
     def command(self) -> list[str]:
@@ -182,7 +182,7 @@ class OpenChat(Contestant):
         return [sys.executable, "-m", "server.cli.main", "--port", str(self.port), "--workers", str(self.workers)]
 
     def settings(self) -> dict[str, str]:
-        """Return what it finds in its environment: its limits are not what is measured; the others have none."""
+        """Return its environment variables. They disable rate limits, because the other servers have none."""
         return {
             "OPENCHAT_DATA_DIR": str(self.folder),
             "OPENCHAT_WRITE_RATE": "1000000",
@@ -193,20 +193,20 @@ class OpenChat(Contestant):
         }
 
     def servers(self) -> list[int]:
-        """All are its children."""
+        """Return none, because all of them are child processes."""
         return []
 
     def database(self) -> str:
-        """Return its database's URL."""
+        """Return the URL of its database."""
         return f"postgresql://openchat@/openchat?host={quote(str(self.folder / 'run'))}"
 
     async def create(self) -> None:
-        """It does that itself."""
+        """Do nothing. The server creates its database."""
 
     async def store(
         self, db: "asyncpg.Connection[asyncpg.Record]", seats: list[Seat], members: dict[str, list[str]]
     ) -> None:
-        """Write them."""
+        """Insert users, sessions, conversations and participants."""
         await db.executemany(
             'INSERT INTO "user" (id, name, email) VALUES ($1, $2, $3)',
             [(one.user_id, "Somebody", f"{one.user_id}@crowd.example") for one in seats],
@@ -228,7 +228,7 @@ class OpenChat(Contestant):
 
 
 class Obvious(Contestant):
-    """The same chat in the same stack, written the obvious way."""
+    """The same chat with the same libraries, in a straightforward implementation."""
 
     name = "the obvious way"
 
@@ -242,11 +242,11 @@ class Obvious(Contestant):
 
 
 class OnNode(Contestant):
-    """What runs on Node.js."""
+    """A server on Node.js."""
 
     @classmethod
     def is_there(cls) -> bool:
-        """Whether there is a Node.js, and `make bench` could install the packages."""
+        """Whether Node.js and the packages are installed."""
         return shutil.which("node") is not None and (NODE / "node_modules").exists()
 
 
@@ -263,7 +263,7 @@ class SocketIo(OnNode):
 
 
 class Uws(OnNode):
-    """The raw limit in C++."""
+    """A broadcast without storage in C++, the upper bound of WebSocket throughput."""
 
     name = "raw uWebSockets.js"
     is_stored = False
@@ -275,7 +275,7 @@ class Uws(OnNode):
 
 
 class Picows(Contestant):
-    """The raw limit in Python."""
+    """A broadcast without storage in Python, the upper bound of WebSocket throughput there."""
 
     name = "raw picows"
     is_stored = False

@@ -1,4 +1,4 @@
-"""What history costs: the same frames in a conversation of 10,000 messages and in one of 10,000,000."""
+"""The cost of history, by the same frames in a conversation of 10,000 messages and in one of 10,000,000."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -22,33 +22,33 @@ from protocol.server import Error, Ready, Reply
 from server.auth.tokens import new_token
 
 FRAMES = 2_000
-"""How many of each kind: CPU time, which the kernel counts in hundredths of a second, is exact to two per cent then."""
+"""Frames of each kind. The kernel counts CPU time in hundredths of a second, so it is then exact to two per cent."""
 MISSED = 10
 COPIED_AT_ONCE = 100_000
 US = 1e6
 BEGAN_MS = 1_700_000_000_000
-"""When the first message was sent, in November 2023; one followed each millisecond."""
+"""Time of the first message, in November 2023. One more follows each millisecond."""
 TOKEN = new_token()
 ABOUT, READER, WRITER = ConversationId(uuid7()), UserId(uuid7()), UserId(uuid7())
 
 
 class Short(OpenChat):
-    """A server with little history."""
+    """A server with a short history."""
 
     name = "10,000 messages"
     messages: ClassVar[int] = 10_000
 
 
 class Long(Short):
-    """A server with much."""
+    """A server with a long history."""
 
     name = "10,000,000 messages"
     messages: ClassVar[int] = 10_000_000
 
 
-async def measure(contestant: Contestant, seconds: float) -> dict[str, float]:  # noqa: ARG001 - it counts frames
-    """Return what each kind of frame costs. Raises Unusable if one is refused."""
-    assert isinstance(contestant, Short)  # noqa: S101 - as WORKS has it
+async def measure(contestant: Contestant, seconds: float) -> dict[str, float]:  # noqa: ARG001 - the number of frames is fixed
+    """Return the cost of each kind of frame. Raises Unusable if one is refused."""
+    assert isinstance(contestant, Short)  # noqa: S101 - according to WORKS
     db = await asyncpg.connect(contestant.database())
     await fill(contestant, db)
     await db.close()
@@ -64,12 +64,12 @@ async def measure(contestant: Contestant, seconds: float) -> dict[str, float]:  
             before = contestant.machine.usage().seconds
             for _ in range(FRAMES):
                 await call(socket, frame())
-            costs[f"µs CPU a {name}"] = (contestant.machine.usage().seconds - before) / FRAMES * US
+            costs[f"µs CPU per {name}"] = (contestant.machine.usage().seconds - before) / FRAMES * US
     return costs
 
 
 def frames(messages: int, epoch: str) -> dict[str, Callable[[], Frame]]:
-    """Return what makes each kind of frame."""
+    """Return a factory for each kind of frame, by its name."""
     dice = random.Random(messages)  # noqa: S311 - pages, not secrets
     return {
         "resume": lambda: client.Resume(epoch=epoch, versions={ABOUT: 2 + messages - MISSED}),
@@ -80,7 +80,7 @@ def frames(messages: int, epoch: str) -> dict[str, Callable[[], Frame]]:
 
 
 async def call(socket: ClientConnection, frame: Frame) -> None:
-    """Send a frame and wait for its answer. Raises Unusable if that is a refusal."""
+    """Send a frame and wait for its answer. Raises Unusable if the answer is an error."""
     frame.id = 1
     await socket.send(encode(frame).decode())
     while not isinstance(answer := decode_server(await socket.recv()), Reply):
@@ -89,7 +89,7 @@ async def call(socket: ClientConnection, frame: Frame) -> None:
 
 
 async def fill(contestant: Short, db: "asyncpg.Connection[asyncpg.Record]") -> None:
-    """Write the conversation, if it is not there, and leave PostgreSQL with nothing to tidy up."""
+    """Insert the conversation if it is missing. Vacuum and checkpoint, so that neither runs during measurements."""
     if await db.fetchval("SELECT true FROM conversation WHERE id = $1", ABOUT):
         return
     people = [
@@ -100,7 +100,7 @@ async def fill(contestant: Short, db: "asyncpg.Connection[asyncpg.Record]") -> N
     await db.execute(
         "UPDATE conversation SET version = 2 + $2::int, message_count = $2 WHERE id = $1", ABOUT, contestant.messages
     )
-    # References are what the rows are made of here; checking them takes half of the time.
+    # The foreign keys are correct by construction, and checking them takes half of the time.
     await db.execute("SET session_replication_role = replica")
     messages = contestant.messages
     starts = range(0, messages, COPIED_AT_ONCE)
@@ -115,12 +115,12 @@ async def fill(contestant: Short, db: "asyncpg.Connection[asyncpg.Record]") -> N
 
 
 def rows(numbers: range) -> Iterator[tuple[MessageId, ConversationId, UserId, str, int, int]]:
-    """Return messages as they are copied."""
+    """Yield messages as rows for COPY."""
     for number in numbers:
         text = f"This is message {number:,} of a long conversation, and not the last one."
         yield message_id(number), ABOUT, WRITER, text, 3 + number, 3 + number
 
 
 def message_id(number: int) -> MessageId:
-    """Return the id of a message: a UUIDv7, in the order of messages."""
+    """Return the id of a message, a UUIDv7 in the order of messages."""
     return MessageId(UUID(int=(BEGAN_MS + number) << 80 | 7 << 76 | 2 << 62 | number))

@@ -1,4 +1,4 @@
-"""How the crowd speaks to the others: the same connection, other words."""
+"""The crowd's connections to the other servers, with their own protocols."""
 
 import time
 
@@ -13,16 +13,16 @@ _event = msgspec.json.Decoder(tuple[str, Said])
 
 
 class PlainLine(Line):
-    """A server whose events have no order that could be checked: they are counted, and timed."""
+    """A connection to a server whose events have no versions. They are counted and timed, but not checked for order."""
 
     is_ordered = False
 
     def welcomed(self) -> None:
-        """Nothing is known of the conversations but that they are there."""
+        """Handle the opening of the WebSocket. Only the ids of the conversations are known."""
         self.positions = dict.fromkeys(self.seat.conversations, 0)
 
     def heard(self, payload: bytes, frame: bytes) -> None:
-        """Take in a frame."""
+        """Handle a received frame."""
         head = _head.decode(payload)
         if head.type == "ready":
             self.ready.set_result(None)
@@ -32,7 +32,7 @@ class PlainLine(Line):
             self.delivered(frame, due_of(head.message.content))
 
     def delivered(self, frame: bytes, due: int) -> None:
-        """Count an event, and let the other lines compare with it."""
+        """Count an event, and add it to the stream that the other lines compare with."""
         stream = self.stream
         if stream is not None and self._offset == len(stream.log):
             stream.append(frame, due)
@@ -44,10 +44,10 @@ class PlainLine(Line):
 
 
 class RawLine(PlainLine):
-    """A server that sends to everyone what comes, as it is: what comes back to whoever sent it is the answer."""
+    """A connection to a server that sends each frame unchanged to everyone. There are no answers."""
 
     def send(self, conversation_id: str, due: int) -> MessageId:
-        """Send what everyone is to receive."""
+        """Send the event that everyone receives, and count it as answered."""
         message_id = MessageId(uuid7())
         event = {
             "type": "message_sent",
@@ -68,17 +68,17 @@ class RawLine(PlainLine):
 
 
 class SocketIoLine(PlainLine):
-    """socket.io, version 4, over a WebSocket at once: Engine.IO packets around Socket.IO packets around JSON."""
+    """A connection to socket.io version 4, directly by WebSocket: JSON in Socket.IO packets in Engine.IO packets."""
 
     READY = b'42["ready"'
     OPEN, ENGINE_PING, CONNECTED, EVENT, ANSWER = b"0", b"2", b"40", b"42", b"43"
 
     def request(self) -> bytes:
-        """Return what asks for the WebSocket."""
+        """Return the HTTP upgrade request."""
         return super().request().replace(b"/v1/ws", b"/socket.io/?EIO=4&transport=websocket")
 
     def heard(self, payload: bytes, frame: bytes) -> None:
-        """Take in a packet."""
+        """Handle a received packet."""
         if payload.startswith(self.EVENT):
             if payload.startswith(self.READY):
                 self.ready.set_result(None)
@@ -95,7 +95,7 @@ class SocketIoLine(PlainLine):
             self.write(b"3")
 
     def send(self, conversation_id: str, due: int) -> MessageId:
-        """Send a message and ask for an answer."""
+        """Send a message with an id for its acknowledgement."""
         message_id = MessageId(uuid7())
         self._next += 1
         self._waiting[self._next] = Asked(due, None, b"")

@@ -1,9 +1,9 @@
-"""`make scale`: what many servers would do, simulated from what one was measured to do.
+"""`make scale`: simulates many servers with the measured costs of one.
 
-Every message is followed through queues: its sender's worker, a PostgreSQL, the worker again, a node of the bus, and
-each worker that has people of its conversation, with the CPU time of each step as `make bench` measured it. What comes
-out is how busy everything is, and when each delivery leaves. It knows nothing of networks, which cost their own delay,
-and takes every message to PostgreSQL by itself, though those that meet share a commit.
+Each message passes through queues: the sender's worker, a PostgreSQL, the worker again, a node of the bus, and each
+worker with participants. Each step takes the CPU time that `make bench` measured. The results are the utilization of
+each process, and the latency of deliveries. The simulation has no network delay. It stores each message separately,
+while real workers share a commit between messages.
 """
 
 import argparse
@@ -24,7 +24,7 @@ MS = 1e3
 
 
 class Costs(NamedTuple):
-    """CPU seconds of each step, and what a connection holds (docs/scale.md says from which runs)."""
+    """CPU seconds of each step, and memory of a connection. docs/scale.md names the runs that measured them."""
 
     accept: float = 270e-6
     store: float = 375e-6
@@ -39,11 +39,11 @@ class Costs(NamedTuple):
 
 
 COMMIT_SECONDS = 1e-3
-"""How long a commit waits for the disk; nothing else has to wait for that."""
+"""Time of a commit on the disk, in seconds. It does not block other messages."""
 
 
 class Conversations(NamedTuple):
-    """A kind of conversation: how many are connected in each, and which share of the messages is sent there."""
+    """A kind of conversation, with its number of connected people and its share of all messages."""
 
     people: int
     share: float
@@ -53,17 +53,17 @@ MIX = (Conversations(10, 0.60), Conversations(100, 0.35), Conversations(1_000, 0
 
 
 class Station:
-    """Something with a queue in front of it."""
+    """A server with a queue and one or more cores."""
 
     def __init__(self, cores: int, *, idle: float = 0.0) -> None:
-        """`idle` is the share of its time that it needs for connections that do nothing."""
+        """`idle` is the share of CPU time that idle connections take."""
         self._free_at = [0.0] * cores
         self._slower = 1 / (1 - idle)
         self.cores = cores
         self.busy = 0.0
 
     def serve(self, at: float, seconds: float) -> float:
-        """Take what arrives at a time, and return when it is done. Arrivals come in the order of time."""
+        """Process a job that arrives at `at`, and return when it is done. Calls are in the order of arrivals."""
         seconds *= self._slower
         self.busy += seconds
         done = max(at, self._free_at[0]) + seconds
@@ -72,7 +72,7 @@ class Station:
 
 
 class System:
-    """All stations, and the messages on their way through them."""
+    """All stations, and the messages that pass through them."""
 
     def __init__(self, options: argparse.Namespace, costs: Costs) -> None:
         idle = options.connections / options.workers * costs.idle_second
@@ -87,7 +87,7 @@ class System:
         self._places = itertools.count()
 
     def run(self, rate: float, seconds: float, progress: Progress) -> None:
-        """Send messages at a rate, for some seconds of their time."""
+        """Send messages at a rate, for a simulated duration."""
         task = progress.add_task(f"{seconds:.0f} seconds of {rate:,.0f} messages", total=seconds)
         due = 0.0
         while due < seconds or self._events:
@@ -105,7 +105,7 @@ class System:
             return
 
     def _message(self, due: float) -> Iterator[float]:
-        """A message's way: yields when its next step can begin."""
+        """Simulate a message. Yields the times at which its next steps can begin."""
         costs, dice = self.costs, self._dice
         (kind,) = dice.choices(MIX, [one.share for one in MIX])
         there = Counter(dice.choices(range(len(self.workers)), k=kind.people))
@@ -136,9 +136,9 @@ class System:
 
 
 def show(console: Console, system: System, options: argparse.Namespace, seconds: float) -> None:
-    """Print how busy everything was, and what came of it."""
+    """Print the utilization and the results."""
     table = Table(box=None, header_style="bold")
-    for name in ("", "how many", "cores", "busy", "the busiest"):
+    for name in ("", "count", "cores", "busy", "busiest"):
         table.add_column(name, justify="left" if not name else "right")
     idle = options.connections / options.workers * system.costs.idle_second
     for name, stations, base in (
@@ -156,25 +156,27 @@ def show(console: Console, system: System, options: argparse.Namespace, seconds:
     p50, p99 = (system.latency.percentile(share) * MS for share in (0.5, 0.99))
     back = each * system.costs.connect
     for line in (
-        f"{options.connections:,} connections, {each * system.costs.connection_bytes / 2**20:,.0f} MiB a worker",
-        f"{system.delivered / seconds:,.0f} deliveries a second, {cpu / system.delivered * 1e6:.0f} µs CPU each",
-        f"from send to the socket: p50 {p50:.1f} ms, p99 {p99:.1f} ms, without the network",
-        f"a worker dies: the others have its people back in {back / max(1, options.workers - 1):.1f} s",
-        f"all come back at once: that takes {back:.0f} s",
+        f"{options.connections:,} connections, {each * system.costs.connection_bytes / 2**20:,.0f} MiB per worker",
+        f"{system.delivered / seconds:,.0f} deliveries per second, {cpu / system.delivered * 1e6:.0f} µs CPU each",
+        f"send to socket: p50 {p50:.1f} ms, p99 {p99:.1f} ms, without the network",
+        f"after the loss of a worker, its clients reconnect in {back / max(1, options.workers - 1):.1f} s",
+        f"a reconnection of all clients takes {back:.0f} s",
     ):
         console.print(line)
 
 
 def main() -> None:
-    """Simulate, and show it."""
+    """Run the simulation and print its results."""
     parser = argparse.ArgumentParser(prog="make scale", description=__doc__)
     parser.add_argument("--connections", type=int, default=1_000_000)
-    parser.add_argument("--workers", type=int, default=64, help="processes, each with a core (64)")
-    parser.add_argument("--databases", type=int, default=2, help="PostgreSQL servers, by conversation (2)")
-    parser.add_argument("--database-cores", type=int, default=8, help="cores of each (8)")
-    parser.add_argument("--nodes", type=int, default=6, help="of the Redis or Valkey cluster (6)")
-    parser.add_argument("--minutes", type=float, default=2.0, help="between two messages of a person (2)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="to simulate (5)")
+    parser.add_argument("--workers", type=int, default=64, help="worker processes, each with one core (64)")
+    parser.add_argument(
+        "--databases", type=int, default=2, help="PostgreSQL servers, each with some of the conversations (2)"
+    )
+    parser.add_argument("--database-cores", type=int, default=8, help="cores per PostgreSQL server (8)")
+    parser.add_argument("--nodes", type=int, default=6, help="nodes of the Redis or Valkey cluster (6)")
+    parser.add_argument("--minutes", type=float, default=2.0, help="minutes between two messages of a person (2)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="simulated seconds (5)")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     console = Console(highlight=False)

@@ -1,4 +1,4 @@
-"""What a search costs: beside reading one row by its key, in the same run, among a million messages or ten.
+"""The cost of searches among a million messages or more, relative to reading one row by its key in the same run.
 
 `make search`, or `python -m benchmarks.search --messages 10000000 --plans`.
 """
@@ -36,9 +36,11 @@ from server.processes.embedded.postgres import Postgres
 from server.queries import search, search_index
 
 CONVERSATIONS, PEOPLE, IN_EACH = 1_000, 1_000, 50
-"""Each of so many people takes part in so many of the conversations."""
+"""Number of conversations, number of people, and number of conversations per person."""
 WORDS, IN_A_MESSAGE = 50_000, 12
-"""A vocabulary whose words are as unequal as those of a language: the n-th is n times rarer than the first (Zipf)."""
+"""Size of the vocabulary, and words per message. As in natural languages, the n-th word is n times rarer than the
+first (Zipf's law).
+"""
 AT_ONCE = 50_000
 REPEATS = 15
 BEGAN_MS = 1_700_000_000_000
@@ -49,18 +51,18 @@ FILL = {"fsync": "off", "full_page_writes": "off", "maintenance_work_mem": "1GB"
 
 
 class Asked(NamedTuple):
-    """A search that is measured."""
+    """A search to measure."""
 
     what: str
     frame: Search
 
 
 def main() -> None:
-    """Fill a PostgreSQL of its own, search in it, and print what that took."""
+    """Start and fill a PostgreSQL, search in it, and print the durations."""
     parser = argparse.ArgumentParser(prog="benchmarks.search", description=__doc__)
-    parser.add_argument("--messages", type=int, default=1_000_000, help="in 1,000 conversations (1,000,000)")
-    parser.add_argument("--check", action="store_true", help="run `openchat check` on it, too")
-    parser.add_argument("--plans", action="store_true", help="print the plans, too")
+    parser.add_argument("--messages", type=int, default=1_000_000, help="messages in 1,000 conversations (1,000,000)")
+    parser.add_argument("--check", action="store_true", help="also run `openchat check` on the database")
+    parser.add_argument("--plans", action="store_true", help="also print the plans")
     options = parser.parse_args()
     console = Console()
     path = Path(tempfile.mkdtemp(prefix="openchat-search-"))
@@ -79,7 +81,7 @@ def main() -> None:
 
 
 async def fill(url: str, messages: int) -> None:
-    """Write people, conversations and messages, and make what they are found by."""
+    """Insert people, conversations and messages, and build the search index."""
     await migrate.migrate(url)
     db = await asyncpg.connect(url)
     await db.execute("SET session_replication_role = replica")
@@ -127,7 +129,7 @@ async def fill(url: str, messages: int) -> None:
             columns=["id", "conversation_id", "sender_id", "content", "sent_version", "version", "created_at"],
         )
     after = FIRST
-    for _ in track(itertools.count(), "making what they are found by", total=messages / search_index.AT_ONCE):
+    for _ in track(itertools.count(), "building the search index", total=messages / search_index.AT_ONCE):
         if not (message_ids := await search_index.following(db, after)):
             break
         await search_index.page(db, message_ids, only_missing=False)
@@ -140,7 +142,7 @@ async def fill(url: str, messages: int) -> None:
 
 
 def rows(numbers: range, chance: random.Random) -> Iterator[tuple[Any, ...]]:
-    """Return messages as they are copied."""
+    """Yield messages as rows for COPY."""
     for number in numbers:
         content = " ".join(words(chance))
         at = datetime.fromtimestamp((BEGAN_MS + number) / 1000, UTC)
@@ -152,12 +154,12 @@ _weights = list(itertools.accumulate(1 / (n + 1) for n in range(WORDS)))
 
 
 def words(chance: random.Random) -> list[str]:
-    """Return the words of a message."""
+    """Return random words for a message."""
     return [f"w{bisect.bisect(_weights, chance.random() * _weights[-1])}x" for _ in range(IN_A_MESSAGE)]
 
 
 def message_id(number: int) -> MessageId:
-    """Return the id of a message: a UUIDv7, in the order of messages."""
+    """Return the id of a message, a UUIDv7 in the order of messages."""
     return MessageId(UUID(int=(BEGAN_MS + number) << 80 | 7 << 76 | 2 << 62 | number))
 
 
@@ -172,28 +174,28 @@ def user(number: int) -> UserId:
 
 
 def asked() -> list[Asked]:
-    """Return what is searched for: as the first user, in 50 of 1,000 conversations."""
+    """Return the searches. They are made as the first user, who is in 50 of 1,000 conversations."""
     here = about(0)
     return [
         Asked("a rare word", Search(text="w30000x")),
         Asked("a common word (in a third of all)", Search(text="w2x")),
         Asked("two common words", Search(text="w2x w5x")),
-        Asked("a beginning of many words", Search(text="w12")),
+        Asked("a prefix of many words", Search(text="w12")),
         Asked("a common word in one conversation", Search(text="w2x", conversation_id=here)),
         Asked("a common word of one sender", Search(text="w2x", sender_id=user(7))),
         Asked("a common word, by relevance", Search(text="w2x", order="relevance")),
-        Asked("all of one conversation", Search(conversation_id=here)),
+        Asked("all messages of one conversation", Search(conversation_id=here)),
     ]
 
 
 async def measure(url: str, messages: int, console: Console, *, with_plans: bool) -> None:
-    """Search, and print a table, and the plans if they are wanted."""
+    """Measure the searches and print a table, and with `with_plans` the plans."""
     database = await Database.open(Settings(database_url=url, database_connections=2))
     one = message_id(messages // 2)
     async with database.connection() as db:
         by_key = await median(lambda: db.fetchrow(BY_KEY, one))
-    table = Table(title=f"{messages:,} messages in {CONVERSATIONS:,} conversations, {IN_EACH} of them the searcher's")
-    for column in ("search", "found", "ms", "times reading a row by its key"):
+    table = Table(title=f"{messages:,} messages in {CONVERSATIONS:,} conversations, {IN_EACH} of them the user's")
+    for column in ("search", "found", "ms", "relative to one row by its key"):
         table.add_column(column, justify="left" if column == "search" else "right")
     table.add_row("(reading a row by its key)", "1", f"{by_key * MS:.2f}", "1")
     for what, frame in asked():
@@ -213,8 +215,8 @@ async def measure(url: str, messages: int, console: Console, *, with_plans: bool
         await plans(url, console)
 
 
-async def median(work: Any) -> float:  # noqa: ANN401 - whatever can be awaited
-    """Return the median of how long something takes, in seconds."""
+async def median(work: Any) -> float:  # noqa: ANN401 - returns any awaitable
+    """Return the median duration of `work`, in seconds."""
     spans = []
     for _ in range(REPEATS):
         began = time.perf_counter()
@@ -224,7 +226,7 @@ async def median(work: Any) -> float:  # noqa: ANN401 - whatever can be awaited
 
 
 async def check(url: str) -> None:
-    """Have everything counted again, as `openchat check` does."""
+    """Run the checks of `openchat check`, and print their durations."""
     db = await asyncpg.connect(url)
     table = Table(title="openchat check")
     for column in ("check", "s", ""):
@@ -233,13 +235,13 @@ async def check(url: str) -> None:
     async for line in run_checks(db, begins=lambda _: None):
         table.add_row(line.name, f"{line.seconds:.1f}", "ok" if line.is_good else "WRONG")
         seconds += line.seconds
-    table.add_row("all of it", f"{seconds:.1f}", "")
+    table.add_row("total", f"{seconds:.1f}", "")
     Console().print(table)
     await db.close()
 
 
 async def plans(url: str, console: Console) -> None:
-    """Print the plan of each search, as the server has it made."""
+    """Print the plan of each search, with the server's session settings."""
     db = await asyncpg.connect(url, server_settings=SESSION | {"enable_bitmapscan": "on"})
     until = "2100-01-01"
     for what, frame in asked():

@@ -1,5 +1,6 @@
-"""What each frame costs at most: asked by an account that has grown to its bounds, beside an ordinary one and beside
-reading one row by its key, in the same run.
+"""The max cost of each frame, measured with an account at its limits.
+
+It is compared with an ordinary account, and with reading one row by its key in the same run.
 
 `make worst`, or `python -m benchmarks.worst --size 0.1 search_users get_badge`.
 """
@@ -36,7 +37,7 @@ from server.processes.supervisor import Worker, listen
 
 REPEATS = 5
 SLOW_MS = 500.0
-"""A frame that takes longer is asked once."""
+"""Time, in milliseconds, above which a frame is measured only once."""
 BY_KEY = "SELECT id, content FROM message WHERE id = $1"
 POSTGRES = {
     "fsync": "off", "full_page_writes": "off", "maintenance_work_mem": "512MB", "max_wal_size": "8GB",
@@ -47,7 +48,7 @@ TOOK = re.compile(rb"duration: ([\d.]+) ms")
 
 
 class Cost(NamedTuple):
-    """What a frame cost, in milliseconds, and what came back."""
+    """The cost of a frame in the database and until its answer, in milliseconds, and a summary of the answer."""
 
     database: float
     answered: float
@@ -55,10 +56,10 @@ class Cost(NamedTuple):
 
 
 def main() -> None:
-    """Fill a PostgreSQL of its own, ask a worker for everything, and print what that took."""
+    """Start and fill a PostgreSQL, send all frames to a worker, and print their costs."""
     parser = argparse.ArgumentParser(prog="benchmarks.worst", description=__doc__)
-    parser.add_argument("--size", type=float, default=1.0, help="how bad the database is, beside the bounds (1.0)")
-    parser.add_argument("frames", nargs="*", help="those whose names begin like this; all of them")
+    parser.add_argument("--size", type=float, default=1.0, help="share of the limits that the account reaches (1.0)")
+    parser.add_argument("frames", nargs="*", help="only frames whose names begin with one of these (all)")
     options = parser.parse_args()
     path = Path(tempfile.mkdtemp(prefix="openchat-worst-"))
     folder = DataFolder(path)
@@ -86,7 +87,7 @@ def main() -> None:
 
 
 async def prepare(postgres: Postgres, size: float) -> Ids:
-    """Make the tables and what is in them."""
+    """Create the tables and fill them."""
     began = time.monotonic()
     await migrate.migrate(postgres.url())
     db = await asyncpg.connect(postgres.url(), server_settings={"log_min_duration_statement": "-1"})
@@ -97,7 +98,7 @@ async def prepare(postgres: Postgres, size: float) -> Ids:
 
 
 async def measure(worker: Worker, postgres: Postgres, ids: Ids, names: tuple[str, ...]) -> None:
-    """Ask for everything, and print a table."""
+    """Measure all frames, and print a table."""
     db = await asyncpg.connect(postgres.url(), server_settings={"log_min_duration_statement": "-1"})
     tokens = [await session(db, user_id) for user_id in (BOB, MALLORY)]
     by_key = await read_by_key(db, ids)
@@ -141,7 +142,7 @@ async def session(db: "asyncpg.Connection[asyncpg.Record]", user_id: object) -> 
 
 
 async def read_by_key(db: "asyncpg.Connection[asyncpg.Record]", ids: Ids) -> float:
-    """Return how long it takes to read one row by its key, in milliseconds."""
+    """Return the median time to read one row by its key, in milliseconds."""
     spans = []
     for _ in range(200):
         began = time.perf_counter()
@@ -151,7 +152,7 @@ async def read_by_key(db: "asyncpg.Connection[asyncpg.Record]", ids: Ids) -> flo
 
 
 async def cost(client: Client, postgres: Postgres, frame: Callable[[], Frame]) -> Cost:
-    """Return the median of what a frame costs."""
+    """Return the median cost of a frame."""
     costs: list[Cost] = []
     while len(costs) < REPEATS and (not costs or costs[-1].answered < SLOW_MS):
         start = postgres.log.path.stat().st_size

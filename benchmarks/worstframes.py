@@ -1,4 +1,4 @@
-"""Each frame that reads, with its worst input. A frame that changes something costs what it reads before."""
+"""The frames that read, each with its most expensive input. The cost of a frame that writes is mostly its reads."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from protocol.limits import MAX_PAGE, MAX_WATCHED
 
 
 class Worst(NamedTuple):
-    """A frame, what makes it expensive, and how it is made for somebody."""
+    """A frame, the reason of its cost, and its factory."""
 
     name: str
     about: str
@@ -71,12 +71,12 @@ WORST = (
           lambda _: client.SearchUsers(text="lo ad", limit=MAX_PAGE)),
     Worst("search_users, busy", "1,000 private people match, in 5,000 other conversations each",
           lambda _: client.SearchUsers(text="char bab", limit=MAX_PAGE)),
-    Worst("list_relationships", "50,000 that private people asked for",
+    Worst("list_relationships", "50,000 requests of private people",
           lambda _: client.ListRelationships(limit=MAX_PAGE)),
     Worst("list_relationships, filtered", "none", lambda _: client.ListRelationships(limit=MAX_PAGE, kind="block")),
     Worst("resume", "5,000 conversations, all behind", lambda place: client.Resume(
         epoch="", versions=dict.fromkeys(place.conversations, 0))),
-    Worst("search", "ten beginnings in every message", lambda _: client.Search(text=BEGINNINGS, limit=MAX_PAGE)),
+    Worst("search", "ten prefixes in every message", lambda _: client.Search(text=BEGINNINGS, limit=MAX_PAGE)),
     Worst("search, ranked", "as above",
           lambda _: client.Search(text=BEGINNINGS, limit=MAX_PAGE, order="relevance")),
     Worst("search, filtered", "nothing has a file", lambda _: client.Search(text="eng", has_file=True)),

@@ -33,7 +33,7 @@ class RenameError(Exception):
 
 
 def _imports(node: ast.AST, modules: frozenset[str]) -> Iterator[Edit]:
-    """Yield an edit for each module of ours that a statement imports."""
+    """Yield an edit for each module of this repository that a statement imports."""
     if isinstance(node, ast.ImportFrom) and not node.level and node.module in modules:
         yield Edit(node.lineno, node.col_offset, f"from {node.module}", f"from {NAME}.{node.module}")
     elif isinstance(node, ast.Import):
@@ -45,7 +45,7 @@ def _imports(node: ast.AST, modules: frozenset[str]) -> Iterator[Edit]:
 
 
 def _strings(tree: ast.AST, modules: frozenset[str]) -> Iterator[Edit]:
-    """Yield an edit for each string that is the dotted name of a module of ours, or begins with one and a colon."""
+    """Yield an edit for each string that is the dotted name of such a module, or begins with one and a colon."""
     in_f_strings = {id(part) for one in ast.walk(tree) if isinstance(one, ast.JoinedStr) for part in one.values}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Constant) or not isinstance(node.value, (str, bytes)):
@@ -53,7 +53,7 @@ def _strings(tree: ast.AST, modules: frozenset[str]) -> Iterator[Edit]:
         text = node.value if isinstance(node.value, str) else node.value.decode(errors="replace")
         name = text.partition(":")[0]
         if id(node) in in_f_strings and "." in name and name.rstrip(".") in modules:
-            raise RenameError(f"{node.lineno}: an f-string makes the name of a module in {name}")
+            raise RenameError(f"{node.lineno}: an f-string contains the module name {name}")
         if "." in name and name in modules:
             quote = 'b"' if isinstance(node.value, bytes) else '"'
             yield Edit(node.lineno, node.col_offset, f"{quote}{name}", f"{quote}{NAME}.{name}")
@@ -88,7 +88,7 @@ def write(root: Path, target: Path) -> None:
     dotted = (".".join(path.with_suffix("").parts) for path in files if path.suffix == ".py")
     modules = frozenset(name.removesuffix(".__init__") for name in dotted)
     (target / NAME).mkdir(parents=True)
-    (target / NAME / "__init__.py").write_text('"""OpenChat. `openchat --help` says what it does."""\n')
+    (target / NAME / "__init__.py").write_text('"""OpenChat. `openchat --help` lists its commands."""\n')
     for path in files:
         copy = target / NAME / path
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def write(root: Path, target: Path) -> None:
 
 
 class OneName(BuildHookInterface):
-    """Replaces what a wheel holds by the package `NAME`."""
+    """Makes a wheel contain only the package `NAME`."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Prepare a build; `version` is "standard" or "editable"."""
@@ -115,7 +115,7 @@ class OneName(BuildHookInterface):
         scripts = self.metadata.core.scripts
         scripts |= {name: f"{NAME}.{reference}" for name, reference in scripts.items()}
 
-    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002 - its signature
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002 - the signature of the interface
         """Remove the copy after a build."""
         if version != "editable":
             shutil.rmtree(self._folder)

@@ -1,6 +1,6 @@
-"""Guided by coverage, looks for bytes that the decoder answers with anything but a frame or a refusal.
+"""Coverage-guided fuzzing of the decoder. It searches for bytes that lead to neither a frame nor a refusal.
 
-`make fuzz` runs it for a minute. It ends with a traceback, and the bytes in a file, if it finds some.
+`make fuzz` runs it for a minute. If it finds such bytes, it ends with a traceback and writes them to a file.
 """
 
 import sys
@@ -18,21 +18,21 @@ UUID7 = "01a20000-0000-7000-8000-000000000001"
 
 
 def one(data: bytes) -> None:
-    """Decode `data` as a client's frame and as a server's; what is accepted must survive another round."""
+    """Decode `data` as a client's frame and as a server's. An accepted frame must survive encoding and decoding."""
     label(data)
     for decode in (decode_client, decode_server):
         try:
             frame = decode(data)
         except Refused as refused:
             if not refused.message:
-                raise ValueError("a refusal without a word") from None
+                raise ValueError("a refusal without a message") from None
             continue
         if decode(encode(frame)) != frame:
-            raise ValueError("another frame came out than went in")
+            raise ValueError("the frame changed by encoding and decoding")
 
 
 def seeds(folder: Path) -> None:
-    """Write a frame of each kind, more or less, and the words that they are made of."""
+    """Write an approximate frame of each kind, and the dictionary of tags and fields."""
     words = {UUID7, "true", "null", "1e309", "\\u0000", "\\ud800"}
     for kind in (*client.ClientFrame.__args__, *server.ServerFrame.__args__):
         words |= {str(kind.__struct_config__.tag), *kind.__struct_fields__}

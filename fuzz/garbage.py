@@ -1,7 +1,7 @@
-"""Talks garbage to an OpenChat for some minutes, and says what it holds in memory before, meanwhile and afterwards.
+"""Sends garbage to an OpenChat server for some minutes, and prints the memory of its worker.
 
-`python fuzz/garbage.py 60` for an hour. It ends with 1 if the worker holds a tenth more at the end than after the first
-tenth of the time.
+`python fuzz/garbage.py 60` runs for an hour. The exit status is 1 if the worker's memory grows by more than a tenth
+after the first tenth of the time.
 """
 
 import asyncio
@@ -35,12 +35,12 @@ WORDS = (
 
 
 def held(pid: int) -> int:
-    """Return what a process holds in memory, in KiB."""
+    """Return the resident memory of a process, in KiB."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE // 1024
 
 
 def frame(chance: random.Random) -> bytes:
-    """Return something like a WebSocket frame, or nothing like one."""
+    """Return a random WebSocket frame, which may be malformed."""
     payload = chance.choice((chance.randbytes(chance.randrange(400)), chance.choice(WORDS)))
     kind = chance.choice((0x81, 0x81, 0x81, 0x01, 0x80, 0x82, 0x88, 0x89, 0x8A, 0xC1, chance.randrange(256)))
     size = len(payload) + chance.choice((0, 0, 0, 1, 100_000))
@@ -55,7 +55,7 @@ def frame(chance: random.Random) -> bytes:
 
 
 async def talk(address: tuple[str, int], token: str, end: float, chance: random.Random) -> int:
-    """Connect, say some garbage, and go, again and again; return how often."""
+    """Connect, send garbage and disconnect until `end`. Return the number of connections."""
     count = 0
     head = (
         "GET /v1/ws?resume=1 HTTP/1.1\r\nHost: here\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -79,7 +79,7 @@ async def talk(address: tuple[str, int], token: str, end: float, chance: random.
 
 
 async def main(minutes: float) -> int:
-    """Return 1 if the server holds more at the end than soon after the beginning."""
+    """Return 1 if the worker's memory grew after the first tenth of the time."""
     async with OwnCluster(1) as cluster, httpx.AsyncClient(trust_env=False) as http:
         token = (await http.post(f"{cluster.url}/v1/auth/register", json=ACCOUNT)).json()["token"]
         (worker,) = cluster.workers()

@@ -1,4 +1,4 @@
-"""Starts an OpenChat and has schemathesis send it whatever its own OpenAPI document allows, and does not."""
+"""Starts an OpenChat server, and runs schemathesis with its OpenAPI document: valid and invalid requests."""
 
 import asyncio
 import sys
@@ -12,13 +12,13 @@ ACCOUNT = {"name": "Fuzz", "email": "fuzz@example.org", "password": "correct hor
 
 
 async def main() -> int:
-    """Return what schemathesis returns: 1 if it found something."""
+    """Return the exit status of schemathesis, 1 if it found a failure."""
     async with OwnCluster(1) as cluster, httpx.AsyncClient(trust_env=False) as http:
         token = (await http.post(f"{cluster.url}/v1/auth/register", json=ACCOUNT)).json()["token"]
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "schemathesis.cli", "run", f"{cluster.url}/v1/openapi.json",
             "--header", f"Authorization: Bearer {token}", "--checks", CHECKS, "--max-examples", "200",
-            # Which would end the session that the others need.
+            # These requests would end the session that the others need.
             "--exclude-path", "/v1/auth/logout", "--exclude-method", "DELETE",
         )  # fmt: skip
         return await process.wait()

@@ -44,7 +44,7 @@ known_types: dict[frozenset[int], Any] = {}
 async def introspect_once(connection: asyncpg.Connection, oids: Iterable[int], timeout: float | None) -> Any:  # noqa: ASYNC109 - as the library calls it
     """Introspect a type once per process, not once per connection, since the query takes 20 ms.
 
-    The schema defines no types, and the built-in types of PostgreSQL have the same OIDs in every database.
+    Queries use only built-in types of PostgreSQL, which have the same OIDs in every database.
     """
     key = frozenset(oids)
     if key not in known_types:
@@ -115,7 +115,7 @@ def servers() -> Iterator[Servers]:
 
 def scratch() -> str | None:
     """Return a folder in memory if it has enough space. Copying a database there takes 10 ms instead of 300."""
-    memory = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a folder of our own in it
+    memory = Path("/dev/shm")  # noqa: S108 - mkdtemp creates a private folder in it
     return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > MIN_FREE_BYTES else None
 
 

@@ -11,7 +11,7 @@ from tests.prose import faults, sentences
 from tests.trees import parsed
 
 ROOT = Path(__file__).parent.parent
-DONE = ("protocol", "server")
+DONE = ("protocol", "server", "prove", "loadtest", "benchmarks", "fuzz", "deploy")
 """Rooms that were rewritten. Add a room when all of it keeps the rules."""
 MARKS = re.compile(r"#!?(?: (?:noqa: [A-Z0-9, ]+|type: ignore\S*|fmt: \w+|-{3,}.*?)(?: - |  # |$))*\s*")
 """The parts of a comment that are for tools, or that divide a file."""

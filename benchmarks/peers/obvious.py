@@ -1,6 +1,7 @@
-"""The same chat, written the obvious way in the same stack: a loop over sockets, a statement and a publish a message.
+"""The same chat with the same libraries, in a straightforward implementation.
 
-uvicorn benchmarks.peers.obvious:app, with DATABASE_URL and REDIS_URL in the environment.
+It loops over sockets, and executes one statement and one publish per message. Start it with
+`uvicorn benchmarks.peers.obvious:app`, with DATABASE_URL and REDIS_URL in the environment.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ rooms: dict[str, set[WebSocket]] = defaultdict(set)
 
 @contextlib.asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Connect to PostgreSQL and Redis, and listen to what other workers say."""
+    """Connect to PostgreSQL and Redis, and listen to all workers."""
     app.state.pool = await asyncpg.create_pool(os.environ["DATABASE_URL"], min_size=2, max_size=8)
     app.state.redis = Redis.from_url(os.environ["REDIS_URL"])
     listening = asyncio.create_task(listen(app))
@@ -31,7 +32,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 async def listen(app: Starlette) -> None:
-    """Deliver what anyone sends to whoever is in the conversation at this worker."""
+    """Deliver published messages to this worker's sockets of their conversations."""
     async with app.state.redis.pubsub() as pubsub:
         await pubsub.psubscribe("conversation:*")
         async for message in pubsub.listen():
@@ -43,7 +44,7 @@ async def listen(app: Starlette) -> None:
 
 
 async def chat(socket: WebSocket) -> None:
-    """One connection: who is it, which conversations, and then frame by frame."""
+    """Serve one connection: authenticate it, join its conversations, and handle its frames."""
     pool, redis = socket.app.state.pool, socket.app.state.redis
     token = socket.headers.get("authorization", "").removeprefix("Bearer ")
     user_id = await pool.fetchval("SELECT user_id FROM session WHERE token = $1 AND expires_at > now()", token)
@@ -66,7 +67,7 @@ async def chat(socket: WebSocket) -> None:
 
 
 async def send(pool: Any, redis: Any, mine: set[str], user_id: Any, frame: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
-    """Store a message and tell everyone."""
+    """Store a message and publish it."""
     about = frame["conversation_id"]
     if about not in mine:
         return {"type": "error", "re": frame["id"], "code": "not_found"}

@@ -1,4 +1,6 @@
-"""The raw limit in Python: one prepared frame, written to every socket. Nothing is stored.
+"""A broadcast in Python, the upper bound of WebSocket throughput: one prepared frame is written to every socket.
+
+Messages are not stored.
 
 python -m benchmarks.peers.raw_picows PORT
 """
@@ -15,19 +17,19 @@ from protocol.codec import text_frame
 class Member(WSListener):
     """One connection."""
 
-    everyone: "dict[Member, asyncio.Transport]" = {}  # noqa: RUF012 - there is one room
+    everyone: "dict[Member, asyncio.Transport]" = {}  # noqa: RUF012 - shared by all connections
 
     def on_ws_connected(self, transport: WSTransport) -> None:
-        """Come in."""
+        """Add the connection."""
         transport.send(WSMsgType.TEXT, b'{"type":"ready"}')
         self.everyone[self] = transport.underlying_transport
 
     def on_ws_disconnected(self, _: WSTransport) -> None:
-        """Go."""
+        """Remove the connection."""
         self.everyone.pop(self, None)
 
     def on_ws_frame(self, _: WSTransport, frame: WSFrame) -> None:
-        """Say the same to everyone."""
+        """Send the same frame to everyone."""
         if frame.msg_type == WSMsgType.TEXT:
             data = text_frame(frame.get_payload_as_bytes())
             for transport in self.everyone.values():
@@ -35,7 +37,7 @@ class Member(WSListener):
 
 
 async def main(port: int) -> None:
-    """Serve."""
+    """Serve on a port."""
 
     def enter(_: WSUpgradeRequest) -> WSListener:
         return Member()

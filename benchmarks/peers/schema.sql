@@ -1,4 +1,4 @@
--- What the chat servers that OpenChat is compared with store: as little as a chat can do with.
+-- The minimal schema of the other chat servers in the comparison.
 CREATE TABLE session (token text PRIMARY KEY, user_id uuid NOT NULL, expires_at timestamptz NOT NULL);
 CREATE TABLE participant (user_id uuid, conversation_id uuid, PRIMARY KEY (user_id, conversation_id));
 CREATE TABLE message (

@@ -1,4 +1,4 @@
-// The same chat on socket.io with its Redis adapter: one insert for each message, rooms for conversations.
+// The same chat on socket.io with its Redis adapter: one insert per message, and a room per conversation.
 // node socketio.js PORT DATABASE_URL REDIS_URL WORKERS
 const cluster = require('node:cluster')
 const [port, database, redis, workers] = process.argv.slice(2)

@@ -1,4 +1,4 @@
-// The raw limit in C++: whatever comes from anyone goes to everyone, as it is. Nothing is stored.
+// A broadcast in C++, the upper bound of WebSocket throughput: each frame goes to everyone unchanged, and is not stored.
 // node uws.js PORT
 const uWS = require('@trufflesuite/uws-js-unofficial')
 
