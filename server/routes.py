@@ -3,6 +3,7 @@
 from protocol import client
 from server.gateway.dispatch import Rate, Route
 from server.handlers import (
+    connection,
     conversations,
     drafts,
     invitations,
@@ -17,7 +18,6 @@ from server.handlers import (
     relationships,
     search,
     sending,
-    sessions,
     threads,
     users,
 )
@@ -25,8 +25,8 @@ from server.limits.load_shedding import Shed
 
 ROUTES: dict[type[client.Frame], Route] = {
     # the connection
-    client.Ping: Route(sessions.ping, Rate.EPHEMERAL),
-    client.Resume: Route(sessions.resume, Rate.READ, waits_for_client=True, socket_only=True),
+    client.Ping: Route(connection.ping, Rate.EPHEMERAL),
+    client.Resume: Route(connection.resume, Rate.READ, waits_for_client=True, socket_only=True),
     # conversations
     client.CreateDirect: Route(conversations.create_direct, Rate.WRITE),
     client.CreateGroup: Route(conversations.create_group, Rate.WRITE),

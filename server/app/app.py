@@ -198,7 +198,7 @@ class App:
             arrived=self._arrived,
             left=self._left,
             connections_per_user=settings.connections_per_user,
-            places=Counter(),
+            connection_counts=Counter(),
             heartbeat_seconds=settings.heartbeat_seconds,
             abuse=Throttle(),
             working=self._working,

@@ -61,7 +61,7 @@ class ConnectionDeps(NamedTuple):
     arrived: Callable[["Connection"], None]
     left: Callable[["Connection"], None]
     connections_per_user: int
-    places: Counter[UserId]
+    connection_counts: Counter[UserId]
     """The number of connections, per user."""
     heartbeat_seconds: float
     abuse: Throttle[UserId]
@@ -81,8 +81,8 @@ class Connection:
     """An authenticated WebSocket."""
 
     __slots__ = (
-        "_deps", "_entering", "_frames", "_gone", "_has_place", "_has_to_refresh", "_inbox", "_inbox_bytes",
-        "_is_closed", "_is_resuming", "_last", "_said", "_slot", "_strikes", "_todo", "_user_news", "_whole",
+        "_deps", "_entering", "_frames", "_gone", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed",
+        "_is_counted", "_is_resuming", "_last", "_said", "_slot", "_strikes", "_todo", "_user_news", "_whole",
         "_worker", "attached", "closed_with", "context", "expires_at", "session_id", "socket", "user_id",
         "user_version", "watched", "write",
     )  # fmt: skip
@@ -123,7 +123,7 @@ class Connection:
         self._user_news: UserNews | None = None
         self._whole: UserNews | None = None
         self._entering: asyncio.TimerHandle | None = None
-        self._has_place = False
+        self._is_counted = False
         # These belong to this connection alone. A table of them by `id` would fail, because ids of objects are reused.
         self._frames = ReservingBucket(deps.frames)
         self._strikes: Strikes | None = None
@@ -141,11 +141,11 @@ class Connection:
         self._entering = asyncio.get_running_loop().call_later(ENTER_SECONDS, self._is_in)
         self._todo.append(self._begin)
         # Counted before the first `await`, so that concurrent connections see each other.
-        self._has_place = self._deps.places[self.user_id] < self._deps.connections_per_user
-        self._deps.places[self.user_id] += self._has_place
+        self._is_counted = self._deps.connection_counts[self.user_id] < self._deps.connections_per_user
+        self._deps.connection_counts[self.user_id] += self._is_counted
         self._deps.arrived(self)
         self.socket.take_over(self)
-        if not self._has_place:
+        if not self._is_counted:
             self.say(error_frame(too_many_of_user(self._deps.connections_per_user)))
             self.close(CloseCode.TOO_MANY_CONNECTIONS)
         self._wake()
@@ -393,11 +393,11 @@ class Connection:
         self._is_closed = True
         self._is_in()
         self._gone()
-        if self._has_place:
-            self._has_place = False
-            self._deps.places[self.user_id] -= 1
-            if not self._deps.places[self.user_id]:
-                del self._deps.places[self.user_id]
+        if self._is_counted:
+            self._is_counted = False
+            self._deps.connection_counts[self.user_id] -= 1
+            if not self._deps.connection_counts[self.user_id]:
+                del self._deps.connection_counts[self.user_id]
         self._inbox.clear()
         self._todo.clear()
         self._deps.hub.remove(self)
