@@ -1,5 +1,7 @@
-"""Nothing that a viewer is told differs by who blocks or mutes them, or hides that they are here: every frame, every
-event, the way in, resuming, the export and notifications of worlds that differ in that alone.
+"""A viewer cannot tell whether another user blocks or mutes them, or hides that they are online.
+
+Worlds that differ only in that give the same answers to every frame, and the same events, initial state, resume,
+export and notifications.
 """
 
 import difflib
@@ -25,13 +27,13 @@ Fact = Callable[[Twin], Awaitable[None]]
 async def world(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.05)
     monkeypatch.setattr(presence, "FLUSH_SECONDS", 0.01)
-    # Nothing is refused on a busy machine.
+    # No frame is shed on a busy machine.
     monkeypatch.setattr(load_shedding, "LATE_SECONDS", (60, 60, 60))
     async with World(settings, workers=1) as world:
         yield world
 
 
-async def test_every_frame_is_asked(world: World) -> None:
+async def test_every_frame_is_compared(world: World) -> None:
     twin = Twin(world, "é0")
     await twin.begin(have_met=True, are_friends=False)
     reads, writes = ({type(frame) for frame in frames} for frames in (twin.reads(), twin.writes()))
@@ -39,7 +41,7 @@ async def test_every_frame_is_asked(world: World) -> None:
     assert reads == {frame for frame, route in ROUTES.items() if route.rate in {Rate.READ, Rate.SEARCH}}
 
 
-# ----------------------------------------------------------------------------------------------------- being here
+# ----------------------------------------------------------------------------------------------------- presence
 
 
 async def goes(twin: Twin) -> None:
@@ -64,7 +66,7 @@ async def hides_and_stays(twin: Twin) -> None:
     await twin.behave()
 
 
-# -------------------------------------------------------------------------------------------------- leave me alone
+# -------------------------------------------------------------------------------------------------- relationships
 
 
 async def blocks(twin: Twin) -> None:
@@ -75,7 +77,7 @@ async def blocks(twin: Twin) -> None:
 
 
 async def parts(twin: Twin) -> None:
-    """End friendship, and what Xaver has begun."""
+    """End the friendship, and Xaver's other relationships."""
     assert twin.xaver is not None
     await twin.xaver.ask(client.Unfriend(user_id=twin.id(VIEWER)))
     await twin.xaver.ask(client.Unfollow(user_id=twin.id(VIEWER)))
@@ -107,7 +109,7 @@ async def deactivates(twin: Twin) -> None:
 
 
 async def switches_off(twin: Twin) -> None:
-    """Do all against the viewer that there is short of a block, none of which they are told."""
+    """Switch off everything short of a block for the viewer, without an event to them."""
     assert twin.xaver is not None
     await parts(twin)
     await twin.xaver.call(client.Mute(user_id=twin.id(VIEWER)))
@@ -143,12 +145,12 @@ CASES: dict[str, tuple[tuple[bool, bool], list[Fact], bool]] = {
     "a friend blocks": (FRIENDS, [switches_off, blocks], True),
     "a stranger blocks": (STRANGERS, [is_private_to_strangers, blocks, deactivates], True),
 }
-"""How the two stand to each other, the facts that look alike, and whether frames that write are compared as well."""
+"""For each case: the relationship of the two, the facts that must look alike, and whether writes are compared, too."""
 SLOW = {"invisible stranger", "blocks"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(one, marks=pytest.mark.long if one in SLOW else ()) for one in CASES])
-async def test_worlds_that_differ_in_a_hidden_fact_look_alike(world: World, case: str) -> None:
+async def test_worlds_that_differ_in_a_hidden_fact_look_the_same(world: World, case: str) -> None:
     (have_met, are_friends), facts, writes = CASES[case]
     twins = []
     for number, fact in enumerate(facts):
@@ -167,7 +169,7 @@ async def test_worlds_that_differ_in_a_hidden_fact_look_alike(world: World, case
         assert not wrong, "\n".join(f"{kind}:\n" + "\n".join(lines) for kind, lines in wrong.items())
 
 
-# --------------------------------------------------------------------------------------------------- adding, inviting
+# --------------------------------------------------------------------------------------------------- invitations
 
 
 async def only_blocks(twin: Twin) -> None:
@@ -198,7 +200,7 @@ UNINVITABLE: list[Fact] = [only_is_private, only_switches_off, only_blocks, bloc
 
 
 def inviting(twin: Twin) -> list[client.Frame]:
-    """Return every frame that adds or invites, about Xaver alone and with a companion."""
+    """Return every frame that adds or invites, for Xaver alone and with a companion."""
     frames = [one for one in twin.writes() if hasattr(one, "participants")]
     both = [twin.id(XAVER), twin.id(COMPANION)]
     return [*frames, *(msgspec.structs.replace(one, participants=both) for one in frames)]
@@ -212,8 +214,8 @@ async def test_every_frame_that_names_participants_is_compared(world: World) -> 
 
 
 @pytest.mark.parametrize("anyone_adds", [False, True])
-async def test_answers_to_an_invitation_hide_a_block_in_each_world(world: World, *, anyone_adds: bool) -> None:
-    """Whoever may not be invited gives the same answers to those who share a group with them."""
+async def test_answers_to_an_invitation_do_not_reveal_a_block(world: World, *, anyone_adds: bool) -> None:
+    """All users who cannot be invited give the same answers to those who share a group with them."""
     app = world.workers[0].app
     twins = [Twin(world, f"é{number}") for number in range(len(UNINVITABLE))]
     for twin, fact in zip(twins, UNINVITABLE, strict=True):

@@ -1,4 +1,4 @@
-"""Twins: what somebody who blocks the caller, is private or invisible looks like, beside who is plainly not here."""
+"""Users who block the caller, are private or invisible look the same as users who are offline."""
 
 import json
 from typing import Any
@@ -18,7 +18,7 @@ BLOCKS, HIDES, SWITCHED, INVISIBLE, AWAY = "Blocks", "Hides", "Switched", "Invis
 
 
 async def people(room: Room, world: World) -> dict[str, UserSession]:
-    """Return members of the room who are connected in ways that Ada may not know of, and one who is not."""
+    """Return members of the room who are online but hidden from Ada in different ways, and one who is offline."""
     ada = room.users[0].id
     names = (BLOCKS, HIDES, SWITCHED, INVISIBLE, AWAY)
     them = dict(zip(names, await world.users(*names), strict=True))
@@ -43,7 +43,7 @@ async def people(room: Room, world: World) -> dict[str, UserSession]:
 
 
 async def about(room: Room, who: UserSession, message_id: MessageId) -> str:
-    """Return all that Ada is told about somebody, without their id and name."""
+    """Return all that Ada learns about a user, without the id and name."""
     told: list[Any] = []
     page = await room.ada.call(client.Why(conversation_id=room.group, message_id=message_id), server.Whereabouts)
     told += [one for one in page.recipients if one.user_id == who.id]
@@ -53,13 +53,13 @@ async def about(room: Room, who: UserSession, message_id: MessageId) -> str:
     return json.dumps(json.loads(text.replace(str(who.id), "id").replace(who.name, "name")), sort_keys=True)
 
 
-async def test_where_a_message_went_tells_nothing_of_who_is_not_to_be_seen(room: Room, world: World) -> None:
+async def test_delivery_report_reveals_nothing_about_hidden_users(room: Room, world: World) -> None:
     them = await people(room, world)
     message_id = await sent(room.ada, room.group)
     plain = await about(room, them[AWAY], message_id)
     assert '"offline"' in plain
     for close in (None, 4008):
-        # Somebody who was closed for being slow had a connection.
+        # A connection that was closed for slowness shows that the user was online.
         await world.db.execute(
             'UPDATE "user" SET last_close = $1, last_seen_at = now(), is_online = is_online AND $1::int IS NULL'
             " WHERE id <> $2", close, them[AWAY].id,
@@ -68,23 +68,23 @@ async def test_where_a_message_went_tells_nothing_of_who_is_not_to_be_seen(room:
             assert await about(room, them[name], message_id) == plain, (name, close)
 
 
-async def listed(one: Client) -> dict[str, User | None]:
-    """Return the faces in the caller's list of relationships, by user."""
+async def listed_profiles(one: Client) -> dict[str, User | None]:
+    """Return the names and pictures in the caller's list of relationships, by user."""
     page = await one.call(client.ListRelationships(limit=100), server.RelationshipPage)
     return {str(entry.relationship.user_id): entry.user for entry in page.relationships}
 
 
-async def test_a_list_of_relationships_shows_the_faces_that_may_be_seen(world: World) -> None:
+async def test_list_of_relationships_shows_only_visible_profiles(world: World) -> None:
     ada, blocking, private, erased, open_ = await world.users("Ada", "Blocking", "Private", "Gone", "Open")
     one = await world.connect(ada)
     for other in (blocking, private, erased, open_):
         await one.call(client.Mute(user_id=other.id))
-    assert all((await listed(one)).values())
+    assert all((await listed_profiles(one)).values())
     theirs, hidden = await world.connect(blocking, 1), await world.connect(private, 1)
     await theirs.call(client.Block(user_id=ada.id))
     await hidden.call(client.UpdateProfile(is_private=True, display_name="Secret"))
     await world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', erased.id)
-    faces = await listed(one)
+    faces = await listed_profiles(one)
     shown = await one.call(client.GetUsers(user_ids=[blocking.id, private.id, erased.id, open_.id]), server.UserList)
     assert {user for user, face in faces.items() if face is not None} == {str(face.id) for face in shown.users}
     for other in (blocking, erased):
@@ -92,13 +92,16 @@ async def test_a_list_of_relationships_shows_the_faces_that_may_be_seen(world: W
     assert faces[str(open_.id)] is not None
 
 
-async def test_every_frame_shows_the_same_faces_of_participants(room: Room, world: World) -> None:
-    """Who blocks the caller, is private, deactivated or erased: if one frame shows a face, so do the others."""
+async def test_every_frame_shows_the_same_profiles_of_participants(room: Room, world: World) -> None:
+    """Participants may block the caller, be private, deactivated or erased.
+
+    Frames agree on whether they are visible.
+    """
     names = ("Blocks", "Private", "Gone", "Erased")
     them = dict(zip(names, await world.users(*names), strict=True))
     outsiders = dict(zip(("Invited", "Banned"), await world.users("Invited", "Banned"), strict=True))
-    listed = [one.id for one in (*them.values(), outsiders["Banned"])]
-    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=listed))
+    listed_profiles = [one.id for one in (*them.values(), outsiders["Banned"])]
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=listed_profiles))
     await room.ada.call(client.Invite(conversation_id=room.group, participants=[outsiders["Invited"].id]))
     await room.ada.call(client.RemoveParticipant(conversation_id=room.group, user_id=outsiders["Banned"].id, ban=True))
     for one in (them["Blocks"], *outsiders.values()):
@@ -121,26 +124,26 @@ async def test_every_frame_shows_the_same_faces_of_participants(room: Room, worl
     assert {entry.participant.user_id: entry.user for entry in entries if entry.user is not None} == shown
     assert {one.id for one in (*them.values(), *room.users)} == set(shown)
     assert len(entries) == len(shown) + len(outsiders)
-    assert await room.ada.call(client.Mute(user_id=them["Blocks"].id)), "one can mute whom one sees"
+    assert await room.ada.call(client.Mute(user_id=them["Blocks"].id)), "a visible user can be muted"
 
 
 @pytest.mark.parametrize("is_blocked", [False, True])
-async def test_who_asks_for_friendship_shows_their_face(world: World, *, is_blocked: bool) -> None:
+async def test_user_who_requests_friendship_becomes_visible(world: World, *, is_blocked: bool) -> None:
     ada, private = await world.users("Ada", "Private")
     one, other = await world.connect(ada), await world.connect(private, 1)
     await other.call(client.UpdateProfile(is_private=True))
     await other.call(client.RequestFriend(user_id=ada.id))
     if is_blocked:
         await other.call(client.Block(user_id=ada.id))
-        assert await listed(one) == {}
+        assert await listed_profiles(one) == {}
     else:
-        face = (await listed(one))[str(private.id)]
+        face = (await listed_profiles(one))[str(private.id)]
         assert face is not None
         assert face.name == "Private"
 
 
 async def meet(room: Room, world: World) -> tuple[UserSession, Client]:
-    """Return somebody in the room, whom Ada watches and sees, and their connection to the other worker."""
+    """Return a user in the room whom Ada watches and sees, and their connection to the other worker."""
     who = await world.user("Xaver")
     await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[who.id]))
     one = await world.connect(who, 1)
@@ -151,7 +154,7 @@ async def meet(room: Room, world: World) -> tuple[UserSession, Client]:
     return who, one
 
 
-async def test_a_new_face_is_told_to_who_may_not_see_presence_and_presence_is_not(room: Room, world: World) -> None:
+async def test_profile_change_is_sent_to_watchers_who_may_not_see_presence(room: Room, world: World) -> None:
     _, one = await meet(room, world)
     await one.call(client.Block(user_id=room.users[0].id))
     await room.ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
@@ -162,13 +165,13 @@ async def test_a_new_face_is_told_to_who_may_not_see_presence_and_presence_is_no
     assert (await room.ada.event(server.UserUpdated)).user.display_name == "X."
     assert not [event for event in room.ada.events[seen:] if isinstance(event, server.PresenceChanged)]
     await one.call(client.Unblock(user_id=room.users[0].id))
-    # The presence of now comes without another change of it.
+    # The current presence is sent without a further change of it.
     await room.ada.event(server.PresenceChanged, lambda event: event.presence.custom_status == "Computing")
     await one.call(client.SetPresence(status="online"))
     await room.ada.event(server.PresenceChanged, lambda event: event.presence.status == "online", start=seen)
 
 
-async def test_a_worker_that_missed_a_block_notices_it_and_tells_nobody_of_its_clock(room: Room, world: World) -> None:
+async def test_worker_detects_a_missed_block_without_a_new_user_version(room: Room, world: World) -> None:
     who, _ = await meet(room, world)
     ada = room.users[0].id
     before = await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', ada)
@@ -180,7 +183,7 @@ async def test_a_worker_that_missed_a_block_notices_it_and_tells_nobody_of_its_c
     assert again.ready.user_version == before
 
 
-async def test_nobody_is_pushed_a_name_that_they_may_not_see_any_more(room: Room, world: World) -> None:
+async def test_notification_does_not_contain_a_name_that_is_no_longer_visible(room: Room, world: World) -> None:
     who, one = await meet(room, world)
     key = client.RegisterPush(endpoint="https://push.example/1", p256dh=PUSH_POINT, auth="A" * 22)
     await room.ada.call(key)
@@ -188,6 +191,6 @@ async def test_nobody_is_pushed_a_name_that_they_may_not_see_any_more(room: Room
     queued = (await push.due(world.db, [push.PushPage(room.group, push.FIRST, (message_id,))], 100)).posts
     assert [notice.sender.id for notice in await push.notices(world.db, queued)] == [who.id]
     await one.call(client.Leave(conversation_id=room.group))
-    assert len(await push.notices(world.db, queued)) == 1, "a name that everybody may see"
+    assert len(await push.notices(world.db, queued)) == 1, "the name is visible to all users"
     await one.call(client.UpdateProfile(is_private=True))
     assert await push.notices(world.db, queued) == []

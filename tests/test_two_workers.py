@@ -1,4 +1,4 @@
-"""Two people on two workers: every kind of event crosses, and the sender gets the same one as everybody."""
+"""Two users on two workers: every kind of event reaches the other worker, and the sender gets the same event."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.world import UserSession, World, message, sent
 
 
 class Pair:
-    """Ada on one worker, Charles on the other, in a group."""
+    """Ada on one worker and Charles on the other, in a group."""
 
     def __init__(self, ada: Client, charles: Client, conversation_id: ConversationId, them: list[UserSession]) -> None:
         self.ada = ada
@@ -28,7 +28,7 @@ async def pair(world: World) -> Pair:
     return Pair(ada, charles, group, them)
 
 
-async def test_message_sent(pair: Pair) -> None:
+async def test_sent_message_arrives(pair: Pair) -> None:
     reply = await pair.ada.call(message(pair.group, "The engine weaves"), server.Sent)
     for one in (pair.ada, pair.charles):
         event = await one.event(server.MessageSent)
@@ -38,7 +38,7 @@ async def test_message_sent(pair: Pair) -> None:
     assert pair.ada.events[-1] == pair.charles.events[-1]
 
 
-async def test_message_edited(pair: Pair) -> None:
+async def test_edited_message_arrives(pair: Pair) -> None:
     message_id = await sent(pair.ada, pair.group, "Helo")
     await pair.ada.call(client.Edit(conversation_id=pair.group, message_id=message_id, content="Hello"), server.Changed)
     for one in (pair.ada, pair.charles):
@@ -47,7 +47,7 @@ async def test_message_edited(pair: Pair) -> None:
         assert event.message.edited_at is not None
 
 
-async def test_message_deleted(pair: Pair) -> None:
+async def test_deletion_arrives(pair: Pair) -> None:
     message_id = await sent(pair.ada, pair.group)
     await pair.ada.call(client.Delete(conversation_id=pair.group, message_id=message_id), server.Changed)
     for one in (pair.ada, pair.charles):
@@ -56,7 +56,7 @@ async def test_message_deleted(pair: Pair) -> None:
         assert event.message.content == ""
 
 
-async def test_reactions(pair: Pair) -> None:
+async def test_reactions_arrive(pair: Pair) -> None:
     message_id = await sent(pair.ada, pair.group)
     await pair.charles.call(client.React(conversation_id=pair.group, message_id=message_id, emoji="👍"), server.Changed)
     await pair.ada.call(client.React(conversation_id=pair.group, message_id=message_id, emoji="👍"), server.Changed)
@@ -66,7 +66,7 @@ async def test_reactions(pair: Pair) -> None:
         assert (await one.event(server.MessageUnreacted)).count == 1
 
 
-async def test_reply_counts_on_its_root(pair: Pair) -> None:
+async def test_reply_increases_the_count_of_its_root(pair: Pair) -> None:
     root = await sent(pair.ada, pair.group, "Question")
     answer = await sent(pair.charles, pair.group, "Answer", parent_message_id=root)
     deeper = await sent(pair.ada, pair.group, "Thanks", parent_message_id=answer)
@@ -77,14 +77,14 @@ async def test_reply_counts_on_its_root(pair: Pair) -> None:
     assert (await pair.ada.event(server.MessageDeleted)).root_reply_count == 1
 
 
-async def test_conversation_updated(pair: Pair) -> None:
+async def test_conversation_update_arrives(pair: Pair) -> None:
     await pair.ada.call(client.UpdateConversation(conversation_id=pair.group, title="Engines"))
     for one in (pair.ada, pair.charles):
         event = await one.event(server.ConversationUpdated)
         assert event.conversation.title == "Engines"
 
 
-async def test_participants(pair: Pair, world: World) -> None:
+async def test_changes_of_participants_arrive(pair: Pair, world: World) -> None:
     mary = await world.connect(pair.them[2], 1)
     await pair.ada.call(client.AddParticipants(conversation_id=pair.group, participants=[pair.them[2].id]))
     view = (await mary.event(server.ConversationJoined)).view
@@ -105,7 +105,7 @@ async def test_participants(pair: Pair, world: World) -> None:
     assert not [event for event in mary.events if isinstance(event, server.MessageSent)]
 
 
-async def test_owner_leaves_to_the_next(pair: Pair) -> None:
+async def test_ownership_passes_to_the_next_participant(pair: Pair) -> None:
     await pair.ada.call(client.Leave(conversation_id=pair.group), server.Done)
     event = await pair.charles.event(
         server.ParticipantChanged,
@@ -115,7 +115,7 @@ async def test_owner_leaves_to_the_next(pair: Pair) -> None:
     assert (await pair.ada.event(server.ConversationLeft)).conversation_id == pair.group
 
 
-async def test_typing_and_receipts(pair: Pair) -> None:
+async def test_typing_and_receipts_arrive(pair: Pair) -> None:
     await pair.charles.call(client.Typing(conversation_id=pair.group), server.Done)
     assert (await pair.ada.event(server.TypingStarted)).user_id == pair.them[1].id
     await pair.charles.call(client.Typing(conversation_id=pair.group, active=False), server.Done)
@@ -130,7 +130,7 @@ async def test_typing_and_receipts(pair: Pair) -> None:
     assert (back.message_id, back.unread_count) == (second, 0)
 
 
-async def test_direct_conversation_is_one(pair: Pair, world: World) -> None:
+async def test_two_users_have_one_direct_conversation(pair: Pair, world: World) -> None:
     mary = await world.connect(pair.them[2], 1)
     made = await pair.ada.call(client.CreateDirect(user_id=pair.them[2].id), server.OneConversation)
     again = await mary.call(client.CreateDirect(user_id=pair.them[0].id), server.OneConversation)
@@ -140,7 +140,7 @@ async def test_direct_conversation_is_one(pair: Pair, world: World) -> None:
     await pair.ada.event(server.MessageSent, lambda event: event.message.content == "Dear Ada")
 
 
-async def test_all_devices_of_a_user_get_everything(pair: Pair, world: World) -> None:
+async def test_all_devices_of_a_user_receive_all_events(pair: Pair, world: World) -> None:
     phone = await world.connect(pair.them[0], 1)
     channel = await world.channel(pair.ada, is_public=True)
     joined = await phone.event(server.ConversationJoined, lambda event: event.view.conversation.id == channel)
@@ -149,7 +149,7 @@ async def test_all_devices_of_a_user_get_everything(pair: Pair, world: World) ->
     await phone.event(server.MessageSent)
 
 
-async def test_join_public_and_by_code(pair: Pair, world: World) -> None:
+async def test_user_joins_a_public_conversation_and_by_invite_code(pair: Pair, world: World) -> None:
     public = await world.channel(pair.ada, is_public=True)
     await pair.charles.call(client.Join(conversation_id=public), server.OneConversation)
     await pair.ada.event(server.ParticipantChanged, lambda event: event.conversation_id == public)
@@ -165,7 +165,7 @@ async def test_join_public_and_by_code(pair: Pair, world: World) -> None:
     await pair.ada.event(server.MessageSent, lambda event: event.message.content == "In")
 
 
-async def test_presence_crosses(pair: Pair, world: World) -> None:
+async def test_presence_arrives(pair: Pair, world: World) -> None:
     mary = pair.them[2]
     charles = pair.them[1]
     seen = await pair.ada.call(client.Watch(user_ids=[mary.id, charles.id]), server.PresenceList)
@@ -182,7 +182,7 @@ async def test_presence_crosses(pair: Pair, world: World) -> None:
     await pair.ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
 
 
-async def test_same_id_is_one_message(pair: Pair) -> None:
+async def test_messages_with_the_same_id_are_stored_once(pair: Pair) -> None:
     frame = message(pair.group, "Once", metadata={"n": [1, 2]})
     first = await pair.ada.call(frame, server.Sent)
     again = await pair.ada.call(frame, server.Sent)

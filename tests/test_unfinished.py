@@ -1,4 +1,4 @@
-"""Messages that do not end: what is held of them is counted by user, and the rest of each has a deadline."""
+"""Unfinished messages: their bytes are limited per user, and each message has a deadline."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ async def alone(settings: Settings) -> AsyncIterator[World]:
 
 
 async def shake(world: World, who: UserSession | None, source: str = "127.0.0.1") -> Wire:
-    """Return a WebSocket, of somebody or of nobody yet."""
+    """Return a WebSocket, authenticated as a user or not."""
     host, _, port = world.url.removeprefix("http://").rpartition(":")
     wire = Wire(*await asyncio.open_connection(host, int(port), local_addr=(source, 0)))
     token = b"" if who is None else b"Authorization: Bearer " + who.token.encode() + b"\r\n"
@@ -50,7 +50,7 @@ async def shake(world: World, who: UserSession | None, source: str = "127.0.0.1"
 
 
 async def answered(wire: Wire) -> dict[str, object]:
-    """Return the next answer of a connection, which is told other things, too."""
+    """Return the next reply or error of a connection, and skip events."""
     while True:
         kind, payload = await wire.frame()
         if kind == Opcode.TEXT and (said := msgspec.json.decode(payload))["type"] in {"reply", "error"}:
@@ -68,9 +68,9 @@ async def answered(wire: Wire) -> dict[str, object]:
         (frame(b" ", fin=False) + frame(b" ", Opcode.CONT, fin=False) * 9 + LARGE[:1], b""),
         (frame(b" ", Opcode.BINARY, fin=False), b""),
     ],
-    ids=["a byte", "half a header", "a dripping frame", "nothing", "a fragment, and pings", "fragments", "binary"],
+    ids=["byte", "half-header", "dripping-frame", "nothing", "fragment-and-pings", "fragments", "binary"],
 )
-async def test_a_message_that_does_not_end_ends_its_connection(
+async def test_unfinished_message_closes_its_connection(
     alone: World, monkeypatch: pytest.MonkeyPatch, begin: bytes, more: bytes
 ) -> None:
     monkeypatch.setattr(websocket, "MESSAGE_SECONDS", SHORT)
@@ -90,8 +90,8 @@ async def test_a_message_that_does_not_end_ends_its_connection(
     assert_nothing_is_kept(sockets)
 
 
-async def test_messages_have_a_deadline_each_and_their_own(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever always sends has always something unfinished."""
+async def test_each_message_has_its_own_deadline(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that sends continuously always has an unfinished message."""
     monkeypatch.setattr(websocket, "MESSAGE_SECONDS", 3 * SHORT)
     loop = asyncio.get_running_loop()
     wire = await shake(alone, await alone.user("Ada"))
@@ -111,9 +111,9 @@ async def test_messages_have_a_deadline_each_and_their_own(alone: World, monkeyp
 @pytest.mark.parametrize(
     ("begin", "more"),
     [(LARGE[:1], LARGE[1:2]), (LARGE[:2], LARGE[2:14]), (CUT[:-1], CUT[-1:])],
-    ids=["two bytes", "a header", "a fragment"],
+    ids=["two-bytes", "header", "fragment"],
 )
-async def test_parts_that_come_whole_give_a_message_no_more_time(
+async def test_complete_parts_do_not_extend_the_deadline_of_a_message(
     alone: World, monkeypatch: pytest.MonkeyPatch, begin: bytes, more: bytes
 ) -> None:
     monkeypatch.setattr(websocket, "MESSAGE_SECONDS", most := 4 * SHORT)
@@ -128,7 +128,7 @@ async def test_parts_that_come_whole_give_a_message_no_more_time(
     wire.writer.transport.abort()
 
 
-async def test_time_in_which_the_server_does_not_read_does_not_count(
+async def test_time_while_the_server_does_not_read_does_not_count(
     alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(websocket, "MESSAGE_SECONDS", SHORT)
@@ -159,8 +159,8 @@ async def test_time_in_which_the_server_does_not_read_does_not_count(
     ],
     ids=["frames", "fragments"],
 )
-async def test_bytes_of_unfinished_messages_are_counted_by_user(alone: World, begin: bytes) -> None:
-    """Fifty sockets of each user could hold 250 KB each, for as long as they liked."""
+async def test_bytes_of_unfinished_messages_are_limited_per_user(alone: World, begin: bytes) -> None:
+    """Without the limit, fifty sockets of each user could hold 250 KB each for any time."""
     sockets = alone.workers[0].app.sockets
     share = UNREAD_BYTES // SHARE
     ada, eve = await alone.users("Ada", "Eve")
@@ -170,7 +170,7 @@ async def test_bytes_of_unfinished_messages_are_counted_by_user(alone: World, be
         held[-1].writer.write(begin)
     await until(lambda: sockets.unread_of_users.taken > len(held) * 250_000)
     assert sockets.unread_of_users.taken <= share
-    # One more has no place, and is told to come back; others go on, and so does another user at the same address.
+    # One more message is refused with a retry time. Others continue, and so does another user at the same address.
     late, other = await shake(alone, ada, "127.0.0.2"), await shake(alone, eve, "127.0.0.2")
     with contextlib.suppress(ConnectionError):
         late.writer.write(begin + begin[:1_000])
@@ -195,8 +195,8 @@ async def assert_takes_a_frame_in_two_reads(world: World, wire: Wire, who: UserS
     assert (await answered(wire))["type"] == "reply"
 
 
-async def test_strangers_end_no_connection_of_users_and_keep_nobody_from_logging_in(alone: World) -> None:
-    """Bodies that nobody finishes, from 30 addresses, leave a new address less than a kilobyte."""
+async def test_unauthenticated_clients_cannot_close_connections_or_block_logins(alone: World) -> None:
+    """Unfinished bodies from 30 addresses leave a new address less than a kilobyte."""
     sockets = alone.workers[0].app.sockets
     ada = await alone.user("Ada")
     wire = await shake(alone, ada)
@@ -224,7 +224,7 @@ async def test_strangers_end_no_connection_of_users_and_keep_nobody_from_logging
         login = b'{"email":"nobody@example.com","password":"not the password"}'
         answer = await http.post("/v1/auth/login", content=login.ljust(2_000))
         assert answer.status_code == 401, answer.text
-    # What follows `authenticate` in the same read is the user's, once the token was seen to be good.
+    # Bytes after `authenticate` in the same read count for the user, once the token is verified.
     early = await shake(alone, None)
     early.writer.write(frame(encode(Authenticate(token=ada.token))) + PING + LARGE[:2_000])
     assert (await answered(early))["type"] == "reply"
@@ -237,8 +237,8 @@ async def test_strangers_end_no_connection_of_users_and_keep_nobody_from_logging
     assert_nothing_is_kept(sockets)
 
 
-async def test_websockets_of_nobody_make_room_for_users(alone: World) -> None:
-    """Whether they never authenticate, or do not go when they were told that they may not come in."""
+async def test_unauthenticated_websockets_are_evicted_for_users(alone: World) -> None:
+    """They never authenticate, or stay open after their token was refused."""
     sockets = alone.workers[0].app.sockets
     ada = await alone.user("Ada")
     wire = await shake(alone, ada)
@@ -250,7 +250,7 @@ async def test_websockets_of_nobody_make_room_for_users(alone: World) -> None:
         assert await one.closed() == CloseCode.UNAUTHENTICATED
     others = [await shake(alone, ada) for _ in range(19)]
     assert sockets.shed == 19
-    # Those who are in make room for nobody.
+    # Authenticated connections are not evicted.
     full = await dial(alone, "127.0.1.1")
     assert (await heard(full[0])).startswith(b"HTTP/1.1 503")
     for one in (wire, others[0]):

@@ -1,4 +1,4 @@
-"""Receipts and what is unread: one number, on the list, the badge and in what is pushed, whatever happens."""
+"""Read receipts and unread counts, which agree in lists, the badge and notifications."""
 
 import random
 from typing import Any
@@ -19,7 +19,7 @@ async def listed(one: Client, about: ConversationId) -> int:
     return view.unread_count
 
 
-async def test_what_counts_and_what_does_not(room: Room, world: World) -> None:
+async def test_unread_count_excludes_own_deleted_hidden_and_muted_messages(room: Room, world: World) -> None:
     root = await sent(room.ada, room.group, "Counts")
     gone, hidden, _ = [await sent(room.ada, room.group, str(number)) for number in range(3)]
     await sent(room.charles, room.group, "One's own")
@@ -42,7 +42,7 @@ async def test_what_counts_and_what_does_not(room: Room, world: World) -> None:
     assert await listed(room.charles, room.group) == 4
 
 
-async def test_unread_again_from_here_is_for_oneself_alone(room: Room, world: World) -> None:
+async def test_mark_as_unread_is_private(room: Room, world: World) -> None:
     ids = [await sent(room.ada, room.group, str(number)) for number in range(4)]
     phone = await world.connect(room.users[1])
     await room.charles.call(client.Read(**room.at(ids[3])))
@@ -53,14 +53,14 @@ async def test_unread_again_from_here_is_for_oneself_alone(room: Room, world: Wo
     assert await listed(phone, room.group) == 3
     assert (await phone.call(client.GetBadge(), server.Badge)).messages == 3
     readers = await room.ada.call(client.ListReaders(**room.at(ids[3])), server.Readers)
-    assert [one.user_id for one in readers.readers] == [room.users[1].id], "others are not told"
+    assert [one.user_id for one in readers.readers] == [room.users[1].id], "others do not see the mark"
     got = await phone.call(client.Read(**room.at(ids[2])), server.ReadUpTo)
-    assert (got.message_id, got.unread_count) == (ids[3], 0), "reading anything takes the mark away"
+    assert (got.message_id, got.unread_count) == (ids[3], 0), "any `read` removes the mark"
     await room.charles.event(server.PreferencesChanged, lambda event: event.preferences.unread_from_id is None)
     assert await listed(phone, room.group) == 0
 
 
-async def test_delivered_and_read_are_two_things(room: Room, world: World) -> None:
+async def test_delivered_and_read_positions_are_separate(room: Room, world: World) -> None:
     first, second = await sent(room.ada, room.group, "1"), await sent(room.ada, room.group, "2")
     await room.charles.call(client.Delivered(**room.at(second)))
     told = await room.ada.event(server.MessageDelivered)
@@ -73,7 +73,7 @@ async def test_delivered_and_read_are_two_things(room: Room, world: World) -> No
     assert got.readers[0].read_at is not None
     await room.charles.call(client.Delivered(**room.at(first)))
     got = await room.ada.call(client.ListReaders(**room.at(second)), server.Readers)
-    assert (got.delivered_to, got.read_by) == (1, 0), "it only moves forward"
+    assert (got.delivered_to, got.read_by) == (1, 0), "the position only moves forward"
     frame = client.Resume(epoch=room.ada.ready.epoch, versions={room.group: 1})
     back = await world.connect(room.users[0], query="?resume=1")
     await back.call(frame)
@@ -81,7 +81,7 @@ async def test_delivered_and_read_are_two_things(room: Room, world: World) -> No
     assert (receipt.message_id, receipt.delivered_message_id) == (first, second)
 
 
-async def test_readers_are_those_who_take_part_now_and_did_when_it_was_sent(room: Room) -> None:
+async def test_readers_took_part_when_the_message_was_sent_and_still_do(room: Room) -> None:
     async def read_by(message_id: MessageId) -> tuple[int, int, int]:
         got = await room.ada.call(client.ListReaders(**room.at(message_id)), server.Readers)
         one = await room.ada.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
@@ -98,7 +98,7 @@ async def test_readers_are_those_who_take_part_now_and_did_when_it_was_sent(room
     assert [await read_by(one) for one in (before, after)] == [(0, 0, 0), (1, 1, 1)]
 
 
-async def test_in_a_crowd_readers_are_counted_and_not_named(room: Room, world: World) -> None:
+async def test_readers_in_a_crowd_are_counted_and_not_listed(room: Room, world: World) -> None:
     await world.db.execute("UPDATE conversation SET participant_count = 101 WHERE id = $1", room.group)
     message_id = await sent(room.ada, room.group)
     await room.charles.call(client.Read(**room.at(message_id)))
@@ -107,7 +107,7 @@ async def test_in_a_crowd_readers_are_counted_and_not_named(room: Room, world: W
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
-async def test_the_count_is_that_of_a_slow_and_obvious_recount(world: World, seed: int) -> None:
+async def test_unread_count_equals_a_simple_recount(world: World, seed: int) -> None:
     chance = random.Random(seed)
     people = await world.users("Ada", "Charles", "Mary", "Grace")
     clients = [await world.connect(who, number % 2) for number, who in enumerate(people)]
@@ -140,11 +140,11 @@ async def test_the_count_is_that_of_a_slow_and_obvious_recount(world: World, see
         assert {view.conversation.id: view.unread_count for view in views} == recounted
         assert await counting.badge(world.db, who.id) == sum(recounted.values())
         counts += sum(recounted.values())
-    assert counts, "something is unread, or this proves nothing"
+    assert counts, "the scenario has no unread messages"
     assert await truth.recount(world.db) == []
 
 
-async def test_what_somebody_cannot_see_cannot_be_marked(room: Room, world: World) -> None:
+async def test_message_that_the_user_cannot_see_cannot_be_marked(room: Room, world: World) -> None:
     message_id = await sent(room.ada, room.group)
     stranger: UserSession = await world.user("Stranger")
     one = await world.connect(stranger)
@@ -169,17 +169,17 @@ INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
 """
 
 
-async def test_a_badge_adds_up_a_hundred_conversations(world: World) -> None:
+async def test_badge_adds_up_at_most_a_hundred_conversations(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     await world.db.execute(MANY, ada.id, charles.id)
     one = await world.connect(ada)
     assert (await one.call(client.GetBadge(), server.Badge)).messages == counting.MAX_IN_BADGE
     listed_first = [event for event in one.events if isinstance(event, server.Conversations)]
-    assert sum(len(event.conversations) for event in listed_first) == 120, "all are said on connecting"
+    assert sum(len(event.conversations) for event in listed_first) == 120, "all conversations are sent on connecting"
     assert [event.is_last for event in listed_first] == [False, False, True]
 
 
-async def test_badge_stops_after_a_number_of_messages(world: World) -> None:
+async def test_badge_stops_at_its_maximum(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     await world.db.execute(MANY, ada.id, charles.id)
     await world.db.execute(

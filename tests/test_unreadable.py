@@ -1,4 +1,4 @@
-"""Rows that nobody can write any more, or not yet: each is shown as far as it can be read, and harms no other."""
+"""Rows that this version cannot read are shown as far as possible, and do not affect other rows."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ __all__ = ["elsewhere", "shell"]
 
 
 def deep(depth: int) -> str:
-    """Return an object that nests to a depth, as JSON."""
+    """Return an object with the given nesting depth, as JSON."""
     return '{"a":' * depth + "1" + "}" * depth
 
 
@@ -40,13 +40,13 @@ BROKEN: dict[str, str] = {
     "a time before years": "edited_at = '0044-03-15 BC'",
     "a time after years": "created_at = '20000-01-01'",
 }
-"""What a message may hold in an old, restored or newer database."""
+"""Values of a message in an old, restored or newer database."""
 
 
-async def test_every_unreadable_message_is_shown_as_far_as_it_can_be_read(
+async def test_unreadable_message_is_shown_as_far_as_possible(
     room: Room, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In every frame that reads, on connecting and when resuming; one line is logged of each."""
+    """This holds for every frame that reads, on connecting and on resuming. Each message is logged once."""
     before = (await room.charles.call(client.GetConversation(conversation_id=room.group), server.OneConversation)).view
     root = await sent(room.ada, room.group, "The root for @charles")
     reply = {"parent_message_id": root, "also_in_conversation": True}
@@ -57,7 +57,7 @@ async def test_every_unreadable_message_is_shown_as_far_as_it_can_be_read(
         await room.charles.call(client.React(**room.at(one), emoji="👍"))
         await room.ada.call(client.Pin(**room.at(one)))
     for what, one in broken.items():
-        # The newest is unreadable, so that each view of the conversation has one.
+        # The newest message is unreadable, so that each view of the conversation contains one.
         await world.db.execute(f"UPDATE message SET {BROKEN[what]} WHERE id = $1", one)
     await world.db.execute(f"UPDATE message SET metadata = '{deep(5_000)}' WHERE id = $1", last)
     unreadable = {*broken.values(), last}
@@ -101,14 +101,14 @@ async def test_every_unreadable_message_is_shown_as_far_as_it_can_be_read(
         )
     logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     lines = [line for line in logged if line.startswith("unreadable ")]
-    assert len(lines) == len(set(lines)), "each is logged once"
+    assert len(lines) == len(set(lines)), "each row is logged once"
     assert all(any(str(one) in line for line in lines) for one in unreadable)
     assert not [line for line in logged if "for @charles" in line or '"a":' in line]
     assert not room.ada.is_over
     assert not room.charles.is_over
 
 
-async def test_unreadable_settings_and_schedules_harm_nobody(room: Room, world: World) -> None:
+async def test_unreadable_settings_and_scheduled_messages_do_not_affect_others(room: Room, world: World) -> None:
     other = await world.group(room.ada, room.users[1], title="Unharmed")
     await room.charles.event(server.ConversationJoined, lambda event: event.view.conversation.id == other)
     await world.db.execute(
@@ -141,8 +141,8 @@ async def test_unreadable_settings_and_schedules_harm_nobody(room: Room, world: 
     assert {row["id"]: row["status"] for row in rows} == dict.fromkeys(ids[:2], "failed") | {ids[2]: "sent"}
 
 
-async def test_what_a_rule_would_refuse_today_is_still_shown(room: Room, world: World) -> None:
-    """A file whose name has a control character, at an address with a quotation mark: without those, it is there."""
+async def test_value_that_a_newer_rule_refuses_is_still_shown(room: Room, world: World) -> None:
+    """The file has a control character in its name and a quotation mark in its URL. Both are removed or escaped."""
     one = await sent(room.ada, room.group, payload=File(url="https://example.org/x", name="x"))
     await world.db.execute(
         """UPDATE message SET payload = '{"type": "file", "url": "https://example.org/\\"<x>", "name": "a\\u202eb\\n"}'
@@ -153,11 +153,11 @@ async def test_what_a_rule_would_refuse_today_is_still_shown(room: Room, world: 
 
 
 def moved(path: Path) -> list[str]:
-    """Return the lines of an export but for its head, its end, and the entries about exports and imports."""
+    """Return the lines of an export, without its first and last line and the entries about exports and imports."""
     return [line for line in path.read_text().splitlines()[1:-1] if '"table":"audit_entry"' not in line]
 
 
-async def test_an_installation_with_unreadable_rows_moves(
+async def test_installation_with_unreadable_rows_can_be_exported_and_imported(
     shell: Shell, room: Room, elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = await sent(room.ada, room.group)
@@ -178,7 +178,7 @@ async def test_an_installation_with_unreadable_rows_moves(
     assert exported.text.endswith("]}\n")
 
 
-# ---------------------------------------------------------------------------------------------- on the way in
+# ---------------------------------------------------------------------------------------------- input
 
 
 PLACES = {
@@ -189,7 +189,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("depth", [MAX_JSON_DEPTH + 1, 100, 900, 983, 5_000])
-async def test_what_is_nested_too_deeply_is_refused_with_the_bound(room: Room, depth: int) -> None:
+async def test_json_nested_too_deeply_is_refused_with_the_bound(room: Room, depth: int) -> None:
     for path, text in PLACES.items():
         error = await room.ada.raw(text % (room.group, uuid7(), deep(depth)))
         if depth < 900:
@@ -200,14 +200,14 @@ async def test_what_is_nested_too_deeply_is_refused_with_the_bound(room: Room, d
     assert not page.messages
 
 
-async def test_what_is_nested_as_deeply_as_allowed_comes_as_it_was_sent(room: Room) -> None:
+async def test_json_of_maximum_depth_is_returned_unchanged(room: Room) -> None:
     assert (room.ada.ready.limits.json_depth, room.ada.ready.limits.metadata_bytes) == (20, 16 * 1024)
     metadata = json.loads(deep(MAX_JSON_DEPTH))
     one = await sent(room.ada, room.group, metadata=metadata)
     assert (await received_message(room.charles, one)).metadata == metadata
 
 
-async def test_values_of_an_object_are_bounded(room: Room) -> None:
+async def test_number_of_values_in_an_object_is_bounded(room: Room) -> None:
     assert room.ada.ready.limits.json_values == MAX_JSON_VALUES
     for values in ("[" + "1," * (MAX_JSON_VALUES - 2) + "1]", json.dumps({str(n): {} for n in range(125)})):
         for path, text in PLACES.items():
@@ -220,8 +220,8 @@ async def test_values_of_an_object_are_bounded(room: Room) -> None:
 
 
 @pytest.mark.parametrize("value", [r'"\u0000"', "[1e308" + ",1e308" * 60 + "]", str(2**64), '{"a\\u0000": 1}'])
-async def test_what_postgresql_or_javascript_cannot_hold_is_refused(room: Room, value: str) -> None:
-    """Of numbers, the digits that they are stored with count: 1e308 has 309."""
+async def test_values_that_postgresql_or_javascript_cannot_represent_are_refused(room: Room, value: str) -> None:
+    """Numbers count by their stored digits, and 1e308 has 309."""
     text = '{"type": "send", "conversation_id": "%s", "message_id": "%s", "content": "x", "metadata": {"a": %s}}'
     error = await room.ada.raw(text % (room.group, uuid7(), value))
     assert (error.code, error.path) == (ErrorCode.INVALID, "metadata")

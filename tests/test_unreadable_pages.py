@@ -1,5 +1,7 @@
-"""Every list goes on past a row that cannot be read: each page is as long as PostgreSQL says, and nothing readable is
-lost behind it."""
+"""Every list continues past a row that cannot be read.
+
+The length of each page is as read by PostgreSQL, and no readable row behind an unreadable one is lost.
+"""
 
 import asyncio
 from datetime import timedelta
@@ -35,16 +37,16 @@ BROKEN = (
     "UPDATE thread_follow SET last_read_order = -1 WHERE root_id = '{root}'",
     "UPDATE session SET expires_at = '20000-01-01' WHERE user_id = '{user}'",
 )
-"""How a row of each table that lists read becomes unreadable, wholly or in part."""
+"""Statements that make a row of each listed table unreadable, wholly or in part."""
 WHOLE = {
     "get_users", "list_readers", "list_drafts", "list_scheduled", "list_invitations", "list_edits", "list_pins",
     "list_threads", "find_conversations", "search_users",
 }  # fmt: skip
-"""Lists that have one page."""
+"""Lists with a single page."""
 
 
 class Walk(NamedTuple):
-    """A list, how its entries are known, and how many of them can be read."""
+    """A list, the name of its entries, and the number of readable ones."""
 
     frame: client.Frame
     entries: str
@@ -52,7 +54,7 @@ class Walk(NamedTuple):
 
 
 async def walked(reader: Any, frame: Any, entries: str) -> list[Any]:
-    """Return all entries of a list, read one by one."""
+    """Return all entries of a list, read in pages of one."""
     found: list[Any] = []
     for _ in range(50):
         page = await reader.call(frame)
@@ -68,11 +70,11 @@ async def walked(reader: Any, frame: Any, entries: str) -> list[Any]:
             return found
         else:
             frame = msgspec.structs.replace(frame, after=page.after)
-    raise AssertionError("a list without an end")
+    raise AssertionError("the list does not end")
 
 
 class Filled(NamedTuple):
-    """What lists are about: each has three entries, or a few more."""
+    """The objects that lists are about. Each list has at least three entries."""
 
     rooms: list[ConversationId]
     poll: MessageId
@@ -83,7 +85,7 @@ class Filled(NamedTuple):
 
 
 async def filled(room: Room, world: World) -> Filled:
-    """Do what fills every list of Ada's."""
+    """Fill every list of Ada."""
     ada, group = room.ada, room.group
     others = await world.users("Grace", "Mary", "Joan")
     await ada.call(client.AddParticipants(conversation_id=group, participants=[one.id for one in others]))
@@ -132,14 +134,14 @@ def walks_of(room: Room, there: Filled) -> list[Walk]:
 
 
 def whole_of(room: Room, there: Filled) -> list[Walk]:
-    """Return lists that have one page here."""
+    """Return the lists that have one page here."""
     return [
         Walk(client.ListDrafts(), "drafts", 3), Walk(client.ListScheduled(), "scheduled", 3),
         Walk(client.ListThreads(), "threads", 1), Walk(client.ListEdits(**room.at(there.said[1])), "edits", 1),
     ]  # fmt: skip
 
 
-async def test_every_list_goes_on_past_an_unreadable_row(
+async def test_every_list_continues_past_an_unreadable_row(
     room: Room, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     there = await filled(room, world)
@@ -157,8 +159,8 @@ async def test_every_list_goes_on_past_an_unreadable_row(
         assert (one.frame, len(await walked(again, one.frame, one.entries))) == (one.frame, one.readable)
     for frame, entries, readable in whole_of(room, there):
         assert (frame, len(getattr(await again.call(frame), entries))) == (frame, readable)
-    # Their session ends in a year that Python does not know, their role is none: others who log in with them can.
+    # Sessions end in a year that Python cannot represent, and roles are invalid. Others can still connect.
     fresh = await asyncio.gather(*(world.connect(one) for one in [*there.others, *room.users]))
     assert not [one for one in fresh if one.is_over]
     lines = [record.getMessage() for record in caplog.records if "unreadable" in record.getMessage()]
-    assert len(lines) == len(set(lines)), "each is logged once"
+    assert len(lines) == len(set(lines)), "each row is logged once"

@@ -1,4 +1,4 @@
-"""Check, why, reindex, export and import: the operator's commands, on databases that are in use."""
+"""`check`, `why`, `reindex`, `export` and `import` on databases in use."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ def shell(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
 @pytest.fixture
 async def elsewhere(servers: Servers) -> AsyncIterator[str]:
-    """Another installation, where nobody is yet."""
+    """Return the URL of another, empty installation."""
     administration = await asyncpg.connect(servers.postgres.url("postgres"))
     name = f"elsewhere_{uuid7().hex}"
     await administration.execute(f"CREATE DATABASE {name}")
@@ -48,7 +48,7 @@ async def elsewhere(servers: Servers) -> AsyncIterator[str]:
 
 
 async def busy(room: Room, world: World) -> MessageId:
-    """Have something of everything there is; return the id of a message."""
+    """Create at least one row of each kind, and return the id of a message."""
     mary = await world.user("Mary")
     await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[mary.id]))
     hers = await world.connect(mary)
@@ -74,25 +74,25 @@ async def busy(room: Room, world: World) -> MessageId:
     return root
 
 
-async def test_everything_is_well_and_each_thing_that_is_not_is_found(
+async def test_check_passes_and_detects_each_kind_of_damage(
     shell: Shell, room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = await busy(room, world)
     lines = await shell.json("check")
     assert len(lines) == len(CHECKS) + 1
-    assert lines[0].keys() == {"check", "seconds", "is_good", "wrong", "some"}, "nothing that was not counted"
+    assert lines[0].keys() == {"check", "seconds", "is_good", "wrong", "some"}, "the output has only these fields"
     assert [line["check"] for line in lines if not line["is_good"]] == []
     printed = await shell.run("check")
     assert "all is well" in printed
     assert len(re.findall(r"^ok +\d+\.\d s  \w", printed, re.MULTILINE)) == len(lines)
-    assert [line for line in printed.splitlines()[1:] if len(line) > 80] == [], "a terminal of 80 columns"
+    assert [line for line in printed.splitlines()[1:] if len(line) > 80] == [], "the lines fit 80 columns"
     assert f"\n{len(lines)} checks in " in printed
     with monkeypatch.context() as patch:
         patch.setattr(checks, "MAY_MAKE_ROLES", "SELECT false")
         printed = await shell.run("check")
     assert re.search(rf"\n{len(lines) - 1} checks, 1 skipped, in [0-9.]+ s: all is well\.", printed)
     assert "skipped: needs CREATEROLE\n" in printed
-    # Workers see to some of what follows by themselves.
+    # Running workers would repair some of the damage.
     await asyncio.gather(*(worker.stop() for worker in world.workers))
     world.workers.clear()
     wrong: set[str] = set()
@@ -100,11 +100,11 @@ async def test_everything_is_well_and_each_thing_that_is_not_is_found(
         await world.db.execute("BEGIN")
         await world.db.execute("SET session_replication_role = replica")
         status = await world.db.execute(statement, *([root] if "$1" in statement else []))
-        assert not status.endswith(" 0"), f"nothing is damaged by {statement}"
+        assert not status.endswith(" 0"), f"no row is damaged by {statement}"
         await world.db.execute("COMMIT")
         await world.db.execute("SET session_replication_role = origin")
         found = {line["check"] for line in await shell.json("check", status=1) if not line["is_good"]}
-        assert found - wrong, f"nobody notices {statement}"
+        assert found - wrong, f"no check detects {statement}"
         wrong |= found
     sampled = {"the search index matches the messages (one in a hundred)"}
     assert wrong | sampled >= {check.name for check in CHECKS}
@@ -147,7 +147,7 @@ DAMAGE = (
 )
 
 
-async def test_a_policy_that_shows_too_much_is_found(shell: Shell, room: Room, world: World) -> None:
+async def test_check_detects_a_policy_that_shows_too_much(shell: Shell, room: Room, world: World) -> None:
     await busy(room, world)
     await world.db.execute("DROP POLICY message_access ON message")
     await world.db.execute("CREATE POLICY message_access ON message FOR SELECT USING (true)")
@@ -158,7 +158,7 @@ async def test_a_policy_that_shows_too_much_is_found(shell: Shell, room: Room, w
     assert await world.db.fetchval("SELECT count(*) FROM pg_roles WHERE rolname = 'openchat_check'") == 0
 
 
-async def test_why_for_operators(shell: Shell, room: Room) -> None:
+async def test_why_command_shows_the_delivery_report(shell: Shell, room: Room) -> None:
     message_id = await sent(room.ada, room.group)
     await room.charles.call(client.Mute(user_id=room.users[0].id))
     printed = await shell.run("why", str(message_id))
@@ -169,7 +169,7 @@ async def test_why_for_operators(shell: Shell, room: Room) -> None:
     assert "no message" in await shell.run("why", str(uuid7()), status=1)
 
 
-async def test_reindex_in_another_language(
+async def test_reindex_changes_the_language(
     shell: Shell, room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await busy(room, world)
@@ -185,7 +185,7 @@ async def test_reindex_in_another_language(
 # --------------------------------------------------------------------------------------------- export and import
 
 
-async def test_a_whole_installation_moves(
+async def test_installation_is_exported_and_imported(
     shell: Shell, room: Room, elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = shell.world
@@ -217,7 +217,7 @@ async def test_a_whole_installation_moves(
     assert "the database has users already" in await shell.run("import", "openchat", str(first), status=1)
 
 
-async def test_a_broken_export_brings_in_nothing(
+async def test_broken_export_imports_nothing(
     shell: Shell, room: Room, elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await sent(room.ada, room.group, "Whole")
@@ -255,8 +255,8 @@ async def test_a_broken_export_brings_in_nothing(
     await there.close()
 
 
-async def moved_in(world: World) -> dict[str, Any]:
-    """Return what came in, by what it is called."""
+async def imported(world: World) -> dict[str, Any]:
+    """Return the imported conversations by name."""
     assert await recount(world.db) == []
     rows = await world.db.fetch("""
         SELECT coalesce(c.title, 'direct') AS title, c.type, c.is_public, ARRAY(
@@ -271,7 +271,7 @@ async def moved_in(world: World) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("is_zip", [False, True])
-async def test_slack_moves_in(shell: Shell, world: World, tmp_path: Path, *, is_zip: bool) -> None:
+async def test_slack_export_is_imported(shell: Shell, world: World, tmp_path: Path, *, is_zip: bool) -> None:
     ada = await world.user("Countess")
     await world.db.execute(
         """UPDATE "user" SET email = 'ada@example.org', email_verified = true WHERE id = $1""", ada.id
@@ -289,7 +289,7 @@ async def test_slack_moves_in(shell: Shell, world: World, tmp_path: Path, *, is_
         "Charles Babbage: A reply", "Mary Somerville: From who has left",
         "Countess: @everyone the next day\nplan.pdf: https://files.example.org/plan.pdf",
     ]  # fmt: skip
-    there = await moved_in(world)
+    there = await imported(world)
     assert there == {
         "general": ("channel", True, general, [":shipit:1", "🎉2", "👀1", "👋🏻1"]),
         "secret": ("group", False, ["Charles Babbage: Psst"], []),
@@ -300,14 +300,14 @@ async def test_slack_moves_in(shell: Shell, world: World, tmp_path: Path, *, is_
     assert (first["reply_count"], first["mentions"], first["hashtags"]) == (2, [mentioned], ["general", "loom"])
     assert first["created_at"].timestamp() == pytest.approx(1700000002)
     assert [line for line in await shell.json("check") if not line["is_good"]] == []
-    # Whoever had left by then finds in their own data where they wrote.
+    # A user who had left by then finds the conversation in their own data.
     mary = await world.db.fetchval("""SELECT id FROM "user" WHERE name = 'Mary Somerville'""")
     (hers,) = json.loads(await export.head(world.db, mary))["conversations"]
     assert (hers["participant"]["status"], hers["title"]) == ("left", None)
     assert 0 < hers["participant"]["version"] < first["sent_version"]
-    # Once more, nothing changes; and people go on where they were.
+    # A second import changes nothing, and users can continue.
     await shell.run("import", "slack", str(path))
-    assert await moved_in(world) == there
+    assert await imported(world) == there
     one = await world.connect(ada)
     mine = await one.call(client.ListConversations(conversation_type="channel"), server.ConversationPage)
     (view,) = mine.conversations
@@ -317,9 +317,9 @@ async def test_slack_moves_in(shell: Shell, world: World, tmp_path: Path, *, is_
     assert len(page.hits) == 1
 
 
-async def test_mattermost_moves_in(shell: Shell, world: World) -> None:
+async def test_mattermost_export_is_imported(shell: Shell, world: World) -> None:
     await shell.run("import", "mattermost", str(SAMPLES / "mattermost.jsonl"))
-    assert await moved_in(world) == {
+    assert await imported(world) == {
         "Town Square": ("channel", True, ["Ada Lovelace: Hello #loom", "charles: A reply", "Ada Lovelace: Another"],
             ["🎉1"]),
         "The board": ("channel", False, ["Ada Lovelace: Alone here\n2023/plan.pdf"], []),
@@ -328,7 +328,7 @@ async def test_mattermost_moves_in(shell: Shell, world: World) -> None:
     assert [line for line in await shell.json("check") if not line["is_good"]] == []
 
 
-async def test_what_is_no_export_is_refused(shell: Shell, tmp_path: Path) -> None:
+async def test_files_that_are_not_exports_are_refused(shell: Shell, tmp_path: Path) -> None:
     nothing = tmp_path / "nothing.zip"
     nothing.write_text("PK no")
     missing = tmp_path / "missing"
@@ -338,5 +338,5 @@ async def test_what_is_no_export_is_refused(shell: Shell, tmp_path: Path) -> Non
         assert "Errno" not in said
 
 
-def test_lines_are_json() -> None:
+def test_sample_lines_are_json() -> None:
     assert all(json.loads(line) for line in (SAMPLES / "mattermost.jsonl").read_text().splitlines())

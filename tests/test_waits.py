@@ -1,4 +1,4 @@
-"""What a frame has read before it waits for a lock is asked again when it has the lock."""
+"""Conditions that a frame read before it waited for a lock are checked again under the lock."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -44,8 +44,8 @@ async def world(settings: Settings) -> AsyncIterator[World]:
         yield world
 
 
-async def test_a_frame_of_a_disabled_account_writes_nothing_even_if_it_waited_meanwhile(world: World) -> None:
-    """Every frame that writes anything."""
+async def test_frame_of_a_disabled_account_writes_nothing_even_if_it_waited(world: World) -> None:
+    """Every frame that writes is tested."""
     async with http_client(world.url) as http:
         quarrel = Quarrel(world, http)
         await quarrel.begin()
@@ -57,7 +57,7 @@ async def test_a_frame_of_a_disabled_account_writes_nothing_even_if_it_waited_me
             async with db.transaction():
                 await db.execute("SELECT FROM conversation FOR UPDATE")
                 await db.execute('SELECT FROM "user" FOR UPDATE')
-                done = asyncio.create_task(answered(quarrel, frame))
+                done = asyncio.create_task(refusal_code(quarrel, frame))
                 while not done.done() and not await watch.fetchval(WAITING):
                     await asyncio.sleep(0.005)
                 has_waited = not done.done()
@@ -68,12 +68,12 @@ async def test_a_frame_of_a_disabled_account_writes_nothing_even_if_it_waited_me
                 await db.execute(FLIP, quarrel.ada)
                 before = await rows(db)
                 await db.execute(FLIP, quarrel.ada)
-            await answered(quarrel, quarrel.frames()[index])
+            await refusal_code(quarrel, quarrel.frames()[index])
             await db.execute(FLIP, quarrel.ada)
             after = await rows(db)
             assert not [(name, table) for table in before if before[table] != after[table]]
         await watch.close()
-        assert refused > 35, "most frames wait, and would be done"
+        assert refused > 35, "too few frames waited and were refused"
 
 
 async def rows(db: Any) -> dict[str, list[str]]:
@@ -82,8 +82,8 @@ async def rows(db: Any) -> dict[str, list[str]]:
     return {one: [row[0] for row in await db.fetch(f'SELECT t::text FROM "{one}" t ORDER BY 1')] for one in tables}
 
 
-async def answered(quarrel: Quarrel, frame: Frame) -> ErrorCode | None:
-    """Return why a frame of Ada's is refused, by a worker that has not heard that her account is disabled."""
+async def refusal_code(quarrel: Quarrel, frame: Frame) -> ErrorCode | None:
+    """Run a frame of Ada on a worker that does not know yet that her account is disabled. Return the error code."""
     context = Context(
         services=quarrel.app._services,  # noqa: SLF001
         user=User(id=quarrel.ada, name="Ada"),
@@ -96,17 +96,17 @@ async def answered(quarrel: Quarrel, frame: Frame) -> ErrorCode | None:
     return None
 
 
-ASKS_ITSELF: set[type[Frame]] = {client.Read, client.Delivered, client.SeeFeed}
-"""Frames that write by one statement without a transaction. Each of these statements asks for the account."""
+CHECKS_ITSELF: set[type[Frame]] = {client.Read, client.Delivered, client.SeeFeed}
+"""Frames that write with one statement outside a transaction. Each of these statements checks the account."""
 
 
-class Reading(Database):
-    """A database where nothing is written but in a transaction: `Context.transaction` asks for the account."""
+class WritesInTransactions(Database):
+    """A database that is read-only outside transactions. `Context.transaction` checks the account."""
 
     __slots__ = ()
 
     def of(self, user_id: UserId) -> Database:
-        return Reading(self._state.pool.of(user_id), self._state)
+        return WritesInTransactions(self._state.pool.of(user_id), self._state)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Any]:  # type: ignore[override]
@@ -123,19 +123,22 @@ class Reading(Database):
             yield db
 
 
-async def test_no_frame_writes_but_in_a_transaction_that_asks_for_the_account(world: World) -> None:
-    """Nor after it, in statements of their own. `send` and those of `ASKS_ITSELF` ask in the statement that writes."""
+async def test_frames_write_only_in_a_transaction_that_checks_the_account(world: World) -> None:
+    """The same holds for statements after it.
+
+    `send` and the frames of `CHECKS_ITSELF` check in the statement that writes.
+    """
     async with http_client(world.url) as http:
         quarrel = Quarrel(world, http)
         await quarrel.begin()
         services = quarrel.app._services  # noqa: SLF001
-        reading = Reading(services.database._pool, services.database._state)  # noqa: SLF001
+        reading = WritesInTransactions(services.database._pool, services.database._state)  # noqa: SLF001
         context = Context(
             services=msgspec.structs.replace(services, database=reading),
             user=User(id=quarrel.ada, name="Ada"),
             session_id=quarrel.sessions[quarrel.ada],
         )
-        done, asks_itself = 0, set()
+        done, checks_itself = 0, set()
         for index, frame in enumerate(quarrel.frames()):
             if isinstance(quarrel.frames()[index - 1], client.Leave | client.TransferOwnership):
                 await quarrel.furnish()
@@ -144,10 +147,10 @@ async def test_no_frame_writes_but_in_a_transaction_that_asks_for_the_account(wo
             except Refused:
                 continue
             except asyncpg.ReadOnlySQLTransactionError:
-                asks_itself.add(type(frame))
+                checks_itself.add(type(frame))
             done += 1
-        assert asks_itself == ASKS_ITSELF
-        assert done > 35, "most frames are done"
+        assert checks_itself == CHECKS_ITSELF
+        assert done > 35, "too few frames succeeded"
         async with reading.connection() as db:
             with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
                 await db.execute("DELETE FROM report")
@@ -159,10 +162,10 @@ UPDATE conversation_participant SET role = CASE role WHEN 'owner' THEN 'member' 
 
 
 @pytest.mark.parametrize(("lost", "refusal"), [(FLIP, NotActive), (DEMOTED, Refused)], ids=["account", "role"])
-async def test_reports_of_a_hidden_message_wait_if_the_account_or_role_ends_meanwhile(
+async def test_reports_stay_open_if_the_account_or_role_ends_meanwhile(
     world: World, lost: str, refusal: type[Refused]
 ) -> None:
-    """They are more than one statement resolves. The message is hidden: that was committed before."""
+    """More reports than one statement resolves. The message is hidden, since that was committed before."""
     owner, other = await world.users("Owner", "Other")
     mine = await world.connect(owner)
     about = await world.channel(mine, is_public=True)
@@ -178,7 +181,7 @@ async def test_reports_of_a_hidden_message_wait_if_the_account_or_role_ends_mean
     handler: Any = ROUTES[client.Moderate].handler
     frame = client.Moderate(conversation_id=about, message_id=said, reason="Rude")
     async with world.db.transaction():
-        # What resolves them skips rows that are held, so it is the table that is held.
+        # The resolving statement skips locked rows, so the test locks the table.
         await world.db.execute("LOCK TABLE report IN SHARE MODE")
         waits = asyncio.create_task(handler(context, frame))
         await waiting(world, 1)
@@ -193,8 +196,8 @@ async def test_reports_of_a_hidden_message_wait_if_the_account_or_role_ends_mean
     assert await world.db.fetchval("SELECT count(*) FROM report WHERE status = 'upheld'") == 2 * moderation.AT_ONCE + 1
 
 
-async def test_reports_are_upheld_in_portions_whatever_the_plan(world: World) -> None:
-    """With the statistics of an empty table, the planner chose one that made the portion anew for each report."""
+async def test_reports_are_upheld_in_batches_with_any_plan(world: World) -> None:
+    """With the statistics of an empty table, the planner once chose a plan that selected the batch again per report."""
     (owner,) = await world.users("Owner")
     mine = await world.connect(owner)
     about = await world.channel(mine, is_public=True)
@@ -211,7 +214,7 @@ async def test_reports_are_upheld_in_portions_whatever_the_plan(world: World) ->
 
 
 class Source(NamedTuple):
-    """A message of a conversation, its owner, the message's author, and a reader who is about to use it."""
+    """A message, the owner of its conversation, its author, and a reader who is about to use it."""
 
     owner: Client
     author: Client
@@ -248,10 +251,10 @@ async def delete_all(source: Source) -> None:
 BECOMES: dict[Callable[[Source], Awaitable[None]], str | None] = {
     delete: None, hide: None, edit: "Nothing", ban: None, delete_all: None,
 }  # fmt: skip
-"""What becomes of a message that is forwarded, and what the forward says then; None if it is refused."""
+"""Changes of a message that is being forwarded, and the content of the forward. None if it is refused."""
 
 
-async def test_a_forward_that_waits_says_what_its_sender_may_read_when_its_turn_comes(world: World) -> None:
+async def test_forward_contains_what_its_sender_may_read_after_the_wait(world: World) -> None:
     first, author, reader = await world.users("Owner", "Author", "Reader")
     owner, theirs, mine = [await world.connect(who, number % 2) for number, who in enumerate((first, author, reader))]
     target = await world.channel(mine)
@@ -269,14 +272,14 @@ async def test_a_forward_that_waits_says_what_its_sender_may_read_when_its_turn_
         refusal = (answer.code, answer.path) if isinstance(answer, Error) else None
         assert (change, refusal) == (change, None if words else (ErrorCode.NOT_FOUND, "message_id"))
         assert await world.db.fetchval("SELECT content FROM message WHERE id = $1", new) == words
-        # A forward that was stored is answered as the first time, whatever became of its source.
+        # A stored forward gets the first answer again, even if its source was deleted.
         if words:
             await delete(source)
             again = await mine.call(frame, server.Sent)
             assert (again.message_id, again.version) == (new, answer.result.version)
 
 
-async def test_a_reply_or_quote_that_waits_while_its_message_is_deleted_is_refused(world: World) -> None:
+async def test_reply_or_quote_is_refused_if_its_message_is_deleted_meanwhile(world: World) -> None:
     author, reader = await world.users("Author", "Reader")
     theirs, mine = await world.connect(author), await world.connect(reader, 1)
     about = await world.group(theirs, reader)

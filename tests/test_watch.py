@@ -1,4 +1,4 @@
-"""What the supervisor survives, and what it does as root in a folder that the servers' user owns."""
+"""Failures that the supervisor survives, and its work as root in a folder that the servers' user owns."""
 
 import ast
 import os
@@ -28,11 +28,11 @@ from server.processes.supervisor import Supervisor, Worker
 EMBEDDED = Path(__file__).parent.parent / "server" / "embedded"
 
 
-# --------------------------------------------------------------------------------------------------------- the watch
+# --------------------------------------------------------------------------------------------------------- supervision
 
 
 class Part:
-    """A server or a worker that has ended, and of which something may fail."""
+    """A server or worker that has ended, one of whose methods may fail."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -62,7 +62,7 @@ def failing(error: Exception) -> Callable[[], None]:
 @pytest.fixture
 def supervisor() -> Iterator[tuple[Any, list[Part]]]:
     made: Any = Supervisor(Settings())
-    # Each has a type of its own, as PostgreSQL and Valkey have.
+    # Each part has its own type, like PostgreSQL and Valkey.
     parts: list[Part] = [type(f"Part{number}", (Part,), {})(number) for number in range(4)]
     made._postgres, made._valkey, made._workers = parts[0], parts[1], parts[2:]  # noqa: SLF001
     yield made, parts
@@ -75,7 +75,7 @@ def supervisor() -> Iterator[tuple[Any, list[Part]]]:
     subprocess.SubprocessError("preexec_fn"), MemoryError(), ConnectionResetError(104, "reset"),
 ], ids=repr)  # fmt: skip
 @pytest.mark.parametrize("what", ["start", "rotate", "is_running"])
-def test_nothing_that_fails_for_one_process_ends_the_watch_or_keeps_it_from_the_others(
+def test_failure_of_one_process_does_not_affect_supervision_of_others(
     supervisor: tuple[Any, list[Part]], what: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch, parts = supervisor
@@ -87,10 +87,10 @@ def test_nothing_that_fails_for_one_process_ends_the_watch_or_keeps_it_from_the_
             watch._watch()  # noqa: SLF001
         others = [part.attended - count for part, count in zip(parts, before, strict=True) if part is not broken]
         assert others == [1, 1, 1]
-    assert len(watch._resting) <= 1, "the others are looked at with every turn"  # noqa: SLF001
+    assert len(watch._resting) <= 1, "the other processes are checked in every turn"  # noqa: SLF001
 
 
-def test_a_defect_is_logged_with_its_traceback_once(
+def test_defect_is_logged_with_its_traceback_once(
     supervisor: tuple[Any, list[Part]], caplog: pytest.LogCaptureFixture
 ) -> None:
     watch, _ = supervisor
@@ -134,9 +134,7 @@ def test_reason_why_a_worker_cannot_start_is_logged(tmp_path: Path) -> None:
             worker.kill()
 
 
-def test_a_replacement_that_cannot_be_started_leaves_the_worker_that_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_keeps_running_if_its_replacement_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as listener:
         worker = Worker(Settings(), 1, listener, tmp_path)
         there: Any = object()
@@ -151,11 +149,11 @@ def test_a_replacement_that_cannot_be_started_leaves_the_worker_that_is_there(
 # ----------------------------------------------------------------------------------------------------------- the logs
 
 
-def test_whatever_somebody_does_to_a_log_meanwhile_rotating_raises_nothing(tmp_path: Path) -> None:
+def test_rotation_survives_concurrent_changes_of_a_log(tmp_path: Path) -> None:
     log = LogFile(tmp_path / "postgres.log", max_bytes=10)
     victim = tmp_path / "victim"
     victim.write_text("kept" * 10)
-    if os.geteuid() == 0:  # whoever is not root can only be led to what is theirs
+    if os.geteuid() == 0:  # without root, links can only lead to the user's own files
         os.chown(victim, 1, 1)
     spare = tmp_path / "spare"
     is_over = threading.Event()
@@ -191,7 +189,7 @@ def test_whatever_somebody_does_to_a_log_meanwhile_rotating_raises_nothing(tmp_p
 
 
 @pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to, None])
-def test_a_log_that_is_another_file_is_replaced_and_the_other_is_left(tmp_path: Path, make: Any) -> None:
+def test_log_that_is_a_link_is_replaced_and_its_target_is_unchanged(tmp_path: Path, make: Any) -> None:
     victim = tmp_path / "victim"
     victim.write_text("kept" * 10)
     victim.chmod(0o644)
@@ -208,7 +206,7 @@ def test_a_log_that_is_another_file_is_replaced_and_the_other_is_left(tmp_path: 
 
 
 def seen(folder: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Return what there is in a folder: owners, modes and contents."""
+    """Return the contents of a folder with owners and modes."""
     return {
         str(one.relative_to(folder)): (
             one.lstat().st_uid,
@@ -221,7 +219,7 @@ def seen(folder: Path) -> dict[str, tuple[int, int, bytes]]:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder that the servers' user can reach."""
+    """Return a folder that the servers' user can access."""
     path = Path(tempfile.mkdtemp(prefix="openchat-tests-"))
     path.chmod(0o755)
     yield path
@@ -238,10 +236,10 @@ DEEDS: dict[str, Callable[[DataFolder, Path], object]] = {
 
 @pytest.mark.parametrize("deed", DEEDS.values(), ids=DEEDS)
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_no_link_in_the_data_folder_leads_out_of_it(
+def test_links_in_the_data_folder_are_not_followed_out_of_it(
     place: Path, deed: Callable[[DataFolder, Path], object], depth: int
 ) -> None:
-    """The servers' user owns the folder, and may put a link into each place of a path of which root writes the end."""
+    """The servers' user owns the folder, and may put a link at any place of a path to which root writes."""
     outside, data = place / "outside", place / "data"
     (outside / "a" / "b").mkdir(parents=True)
     folder = DataFolder(data)
@@ -266,7 +264,7 @@ def test_no_link_in_the_data_folder_leads_out_of_it(
     folder.release()
 
 
-def test_a_new_folder_is_made_and_files_are_written_read_and_removed(place: Path) -> None:
+def test_folder_is_created_and_files_are_written_read_and_removed(place: Path) -> None:
     folder = DataFolder(place / "data")
     made = folder.make("initdb-")
     mine = folder.owner.uid if folder.owner else os.geteuid()
@@ -285,7 +283,7 @@ def test_a_new_folder_is_made_and_files_are_written_read_and_removed(place: Path
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root ends processes of others")
 @pytest.mark.parametrize(("is_theirs", "is_here"), [(True, True), (True, False), (False, True)])
-def test_a_process_that_the_servers_user_names_is_ended_only_if_it_is_theirs_and_runs_in_the_folder(
+def test_stale_process_is_ended_only_if_it_runs_as_the_servers_user_in_the_folder(
     place: Path, *, is_theirs: bool, is_here: bool
 ) -> None:
     program = place / "postgres"
@@ -299,7 +297,7 @@ def test_a_process_that_the_servers_user_names_is_ended_only_if_it_is_theirs_and
         [program, "60"],
         user=uid,
         cwd=data if is_here and is_theirs else "/",
-        # A program that a shell began in the background ignores this signal, and so would its children.
+        # Programs that a shell starts in the background ignore this signal, and so would their children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
     )
     try:
@@ -316,7 +314,7 @@ def test_a_process_that_the_servers_user_names_is_ended_only_if_it_is_theirs_and
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files over")
-def test_giving_over_leaves_second_names_and_links_alone(place: Path) -> None:
+def test_change_of_owner_skips_hard_links_and_symbolic_links(place: Path) -> None:
     folder = DataFolder(place / "data")
     tree = place / "data" / "tree"
     tree.mkdir()
@@ -333,8 +331,8 @@ def test_giving_over_leaves_second_names_and_links_alone(place: Path) -> None:
     folder.release()
 
 
-def test_in_the_data_folder_names_are_used_by_the_folder_and_the_logs_alone() -> None:
-    """Whatever else changes an owner, a mode or a file there has to go through them: a path is walked by its owner."""
+def test_only_folder_and_logfile_use_paths_in_the_data_folder() -> None:
+    """Other code must use these modules to change files there, since the owner of the folder controls the path."""
     changing = {"chown", "chmod", "unlink", "write_text", "write_bytes", "read_text", "mkdtemp", "symlink_to", "touch"}
     allowed = {("folder.py", "chmod"), ("logfile.py", "unlink"), ("folder.py", "unlink"), ("folder.py", "mkdtemp")}
     allowed.add(("postgres.py", "read_text"))  # of /proc

@@ -1,4 +1,4 @@
-"""The wheel: one package, which works beside modules of the user that have the names of ours."""
+"""The wheel is one package, and works beside modules of the user with the same names as ours."""
 
 import ast
 import importlib.util
@@ -30,13 +30,13 @@ CHARLES = {"name": "Charles", "email": "charles@example.org", "password": "corre
 
 
 class Installed(Program):
-    """A run of the installed command, in a folder whose modules have the names of ours."""
+    """A run of the installed command in a folder whose modules have the names of ours."""
 
     site: Path
 
     @classmethod
     def install(cls, home: Path) -> None:
-        """Build the wheel and install it into an environment of its own, with the libraries of this one."""
+        """Build the wheel, and install it into its own environment with the libraries of this one."""
         wheels, environment, strangers = home / "wheels", home / "environment", home / "strangers"
         build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(wheels)]
         subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
@@ -65,7 +65,7 @@ def installed() -> Iterator[type[Installed]]:
 
 
 async def said(*arguments: str, status: int = 0) -> str:
-    """Run a command of the installed program and return what it prints."""
+    """Run a command of the installed program and return its output."""
     program = Installed(*arguments)
     await program.start()
     assert await program.ended() == status, program.lines
@@ -153,7 +153,7 @@ MODULES = frozenset({"server", "server.core", "server.core.log", "loadtest", "lo
         ('print(f"The server: {server.core}")', None),
     ],
 )  # fmt: skip
-def test_hook_renames_imports_and_names_of_modules_alone(hook: ModuleType, source: str, expected: str | None) -> None:
+def test_hook_renames_only_imports_and_names_of_modules(hook: ModuleType, source: str, expected: str | None) -> None:
     assert hook.renamed(source, MODULES) == (source if expected is None else expected)
 
 

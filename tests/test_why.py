@@ -1,4 +1,4 @@
-"""Where a message went: told by one call, for each who has it not with the reason."""
+"""The delivery report of a message: the state for each recipient, with the reason."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ async def why(one: Client, room: Room, message_id: MessageId) -> server.Whereabo
     return await one.call(client.Why(**room.at(message_id)), server.Whereabouts)
 
 
-async def test_stored_published_delivered_and_read(room: Room, world: World) -> None:
+async def test_report_has_the_times_of_each_step(room: Room, world: World) -> None:
     async with asyncio.timeout(10):
         while not await world.db.fetchval('SELECT is_online FROM "user" WHERE id = $1', room.users[1].id):
             await asyncio.sleep(0.01)
@@ -36,7 +36,7 @@ async def test_stored_published_delivered_and_read(room: Room, world: World) -> 
     assert told.version == (await room.ada.event(server.MessageSent)).version
 
 
-async def test_for_each_who_has_it_not_the_reason(room: Room, world: World) -> None:
+async def test_report_has_a_reason_for_each_recipient_without_the_message(room: Room, world: World) -> None:
     names = ("Left", "Offline", "Slow", "Muting", "Blocking", "Late")
     people = dict(zip(names, await world.users(*names), strict=True))
     early = [one.id for name, one in people.items() if name != "Late"]
@@ -60,7 +60,7 @@ async def test_for_each_who_has_it_not_the_reason(room: Room, world: World) -> N
         "Left": "left", "Offline": "offline", "Slow": "slow", "Muting": "muted", "Blocking": "blocked",
         "Late": "joined_later", "Charles": "unconfirmed",
     }  # fmt: skip
-    # The sender is told all of that but what others keep to themselves.
+    # The sender sees all of that except what the recipients keep private.
     for_sender = {ids[one.user_id]: one.state for one in (await why(room.ada, room, message_id)).recipients}
     assert for_sender | {"Muting": "", "Blocking": ""} == {
         "Left": "left", "Offline": "offline", "Slow": "slow", "Muting": "", "Blocking": "", "Late": "joined_later",
@@ -69,7 +69,7 @@ async def test_for_each_who_has_it_not_the_reason(room: Room, world: World) -> N
     assert not {for_sender["Muting"], for_sender["Blocking"]} & {"muted", "blocked"}
 
 
-async def test_a_client_that_reads_too_slowly_is_remembered(world: World) -> None:
+async def test_report_shows_a_client_that_read_too_slowly(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     owner = await world.connect(ada)
     group = await world.group(owner, charles)
@@ -79,7 +79,7 @@ async def test_a_client_that_reads_too_slowly_is_remembered(world: World) -> Non
     connection.overflowed()  # type: ignore[attr-defined]
     await slow.closed()
     presence = world.workers[0].app.presence
-    await until(lambda: charles.id not in presence._devices)  # noqa: SLF001 - the client hears of it first
+    await until(lambda: charles.id not in presence._devices)  # noqa: SLF001 - the client learns of it first
     await presence.close()
     told = await delivery_report.of(world.db, message_id, None, viewer=None)
     assert told is not None
@@ -87,7 +87,7 @@ async def test_a_client_that_reads_too_slowly_is_remembered(world: World) -> Non
     assert json.dumps([one.state for one in told.recipients])
 
 
-async def test_it_is_for_the_sender_and_for_moderators(room: Room) -> None:
+async def test_report_is_for_the_sender_and_moderators(room: Room) -> None:
     hers = await sent(room.ada, room.group)
     with refused(ErrorCode.FORBIDDEN, "message_id"):
         await why(room.charles, room, hers)

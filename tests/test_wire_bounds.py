@@ -1,4 +1,4 @@
-"""Each bound of a value on the wire, by walking the types: what is at the bound is accepted, one more is refused."""
+"""Every bound of a field, found from the types: a value at the bound is accepted, and one beyond it is refused."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from tests.test_hostile_values import valid
 BODIES = (Register, Login, Confirm, ChangePassword)
 CLIENT: list[type[msgspec.Struct]] = [*ROUTES, *BODIES]
 PAIR = 2
-"""Types of a field that may be left out."""
+"""Number of types of an optional field."""
 
 
 class Bound(NamedTuple):
@@ -39,7 +39,7 @@ class Bound(NamedTuple):
 
 
 def text(pattern: str | None, name: str, length: int) -> str:
-    """Return a text of a length that a pattern allows."""
+    """Return a text of a given length that a pattern allows."""
     begin, end, fill = "", "", "x"
     if pattern is not None and "https" in pattern:
         begin = "https://example.org/"
@@ -53,7 +53,7 @@ def text(pattern: str | None, name: str, length: int) -> str:
 
 
 def items(kind: inspect.ListType | inspect.DictType, count: int) -> Any:
-    """Return a list or an object of so many different entries."""
+    """Return a list or object of `count` different entries."""
     if isinstance(kind, inspect.DictType):
         return {str(uuid7()): 0 for _ in range(count)}
     match kind.item_type:
@@ -62,7 +62,7 @@ def items(kind: inspect.ListType | inspect.DictType, count: int) -> Any:
         case inspect.LiteralType(values=values):
             return [values[place % len(values)] for place in range(count)]
         case inspect.IntType():
-            # More than there are different ones is too many already.
+            # With more entries than different values, the count is beyond the bound anyway.
             return [place % MAX_POLL_OPTIONS for place in range(count)]
     return [f"entry {place}" for place in range(count)]
 
@@ -70,7 +70,7 @@ def items(kind: inspect.ListType | inspect.DictType, count: int) -> Any:
 def ends(  # noqa: C901 - one case for each type
     kind: inspect.Type, name: str
 ) -> Iterator[tuple[str, int | float, Any, Any]]:
-    """Return the bounds of a type, each with a value at it and one beyond."""
+    """Return the bounds of a type, each with a value at the bound and one beyond."""
     match kind:
         case inspect.StrType():
             if kind.max_length is not None:
@@ -98,7 +98,7 @@ def ends(  # noqa: C901 - one case for each type
 
 
 def places(kind: inspect.Type, name: str, way: tuple[str | int, ...]) -> Iterator[tuple[Any, ...]]:
-    """Return the bounds of a type and of all that is in it, each with the way to it."""
+    """Return the bounds of a type and of all types in it, each with its path."""
     for found in ends(kind, name):
         yield (way, *found)
     match kind:
@@ -128,7 +128,7 @@ BOUNDS = bounds()
 
 
 def put(kind: inspect.Type, value: Any, way: tuple[str | int, ...], leaf: Any) -> Any:
-    """Return `value`, a valid one of a type, with another one at the end of the way."""
+    """Return the valid value `value` with the value at a path replaced by `leaf`."""
     if not way:
         return leaf
     step, *rest = way
@@ -151,11 +151,11 @@ def put(kind: inspect.Type, value: Any, way: tuple[str | int, ...], leaf: Any) -
 
 
 ONE_OF = {"after_order": "before_order", "invite_code": "conversation_id"}
-"""Fields that are given instead of others."""
+"""Fields that exclude each other."""
 
 
 def answer(bound: Bound, leaf: Any) -> Refused | None:
-    """Return how a frame, or a body over HTTP, is refused that has a value in the place of the bound."""
+    """Return the refusal of a frame or body with a value in the place of the bound, or None."""
     about = inspect.type_info(bound.frame)
     frame = put(about, valid(about, "", {}), bound.way, leaf)
     frame.pop(ONE_OF.get(str(bound.way[-1])), None)
@@ -171,7 +171,7 @@ def answer(bound: Bound, leaf: Any) -> Refused | None:
     return None
 
 
-def test_every_bound_of_every_field_is_where_it_is_said() -> None:
+def test_every_bound_of_every_field_is_exact() -> None:
     assert len(BOUNDS) > 200
     wrong = []
     for bound in BOUNDS:
@@ -186,7 +186,7 @@ def test_every_bound_of_every_field_is_where_it_is_said() -> None:
     assert wrong == []
 
 
-def test_bounds_of_the_wire_are_those_of_the_table() -> None:
+def test_bounds_of_fields_match_the_documented_limits() -> None:
     """docs/limits.md and `ready.limits` name these numbers."""
     has = {(bound.frame.__name__, bound.way[-1], bound.name): bound.bound for bound in BOUNDS}
     assert has["Resume", "versions", "max_length"] == MAX_RESUMED == 5_000
@@ -198,8 +198,8 @@ def test_bounds_of_the_wire_are_those_of_the_table() -> None:
     assert has["UpdateConversation", "slow_mode_seconds", "le"] == 6 * 3_600
 
 
-def test_every_list_and_text_of_a_client_has_a_bound() -> None:
-    """But for `metadata` and `settings.custom`, which are bounded as a whole, and times, ids and names of a list."""
+def test_every_list_and_text_from_a_client_is_bounded() -> None:
+    """Exceptions are `metadata` and `settings.custom`, bounded as a whole, and times, ids and enumerations."""
 
     def loose(kind: inspect.Type, way: str) -> Iterator[str]:
         match kind:
@@ -217,7 +217,7 @@ def test_every_list_and_text_of_a_client_has_a_bound() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 1_000])
-def test_a_line_of_an_import_has_a_bound(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_an_import_are_bounded(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "MAX_LINE", length)
     fits, is_longer = b"x" * (length - 1) + b"\n", b"x" * length + b"\n"
     assert list(reading.lines(io.BytesIO(fits * 2))) == [(1, fits), (2, fits)]
@@ -225,7 +225,7 @@ def test_a_line_of_an_import_has_a_bound(length: int, monkeypatch: pytest.Monkey
         list(reading.lines(io.BytesIO(fits + is_longer)))
 
 
-def test_a_line_of_an_import_is_nested_to_a_bound() -> None:
+def test_nesting_in_lines_of_an_import_is_bounded() -> None:
     reading.require_shallow(b"[" * 64 + b"]" * 64)
     with pytest.raises(ValueError, match="nested more than 64 levels deep"):
         reading.require_shallow(b"[" * 65 + b"]" * 65)
