@@ -22,8 +22,8 @@ from server.gateway.websocket import WebSocket
 from tests.test_floods import shake
 from tests.test_frames import Wire, frame
 from tests.test_lock_order import WAITS
-from tests.test_silence import CHUNKED, assert_nothing_is_kept, dial, heard, known
-from tests.test_unfinished import answered
+from tests.test_silence import CHUNKED, assert_nothing_is_kept, dial, received, with_token
+from tests.test_unfinished import next_answer
 from tests.world import World, until
 
 BURST = 800
@@ -129,13 +129,13 @@ async def test_what_comes_after_a_refused_request_is_not_parsed(  # noqa: PLR091
     monkeypatch.setattr("server.gateway.http_protocol.FREE_BYTES", 0)
     async with World(msgspec.structs.replace(settings, trusted_proxies="1"), workers=1) as world:
         sockets = world.workers[0].app.sockets
-        begin = await known(world, begin)
+        begin = await with_token(world, begin)
         sockets.unread.most = 100
         sockets._of_address["10.0.0.1"] = sockets._per_address  # noqa: SLF001
         calls.clear()
         reader, writer = await dial(world)
         writer.write(begin + piece * 3_000)
-        assert (await heard(reader)).startswith(status)
+        assert (await received(reader)).startswith(status)
         assert 0 < calls["on_header"] + calls["on_body"] < 100
         writer.transport.abort()
         await until(lambda: len(sockets) == 0)
@@ -199,9 +199,9 @@ async def test_frames_of_one_read_are_parsed_when_there_is_a_place_for_them(
     assert calls["_frame"] == MAX_INBOX
     assert app.sockets.unread_of_users.taken == sum(map(len, pings[MAX_INBOX:])) - 5
     await holding.close()
-    assert [(await answered(wire))["re"] for _ in range(count)] == list(range(count))
+    assert [(await next_answer(wire))["re"] for _ in range(count)] == list(range(count))
     wire.writer.write(pings[-1][-5:])
-    assert (await answered(wire))["re"] == count
+    assert (await next_answer(wire))["re"] == count
     assert app.sockets.unread_of_users.taken == 0
 
     calls.clear()
@@ -243,7 +243,7 @@ async def test_a_request_comes_in_a_bounded_number_of_pieces(  # noqa: PLR0917 -
     alone: World, calls: Counter[str], begin: bytes, piece: bytes, most: int, told: bytes
 ) -> None:
     """Each costs as much as hundreds of bytes, and one request of many took the loop 0.2 seconds."""
-    begin = await known(alone, begin)
+    begin = await with_token(alone, begin)
     end = b"0\r\n\r\n" if b"1\r" in piece else b"\r\n"
     for count in (most, most + 1, 12_000):
         calls.clear()

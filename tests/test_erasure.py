@@ -26,7 +26,7 @@ from server.queries.checks import run as ask
 from server.queries.participants import ParticipantChange
 from server.queries.sending import Outgoing
 from tests.test_credentials import administer
-from tests.test_lock_order import Quarrel
+from tests.test_lock_order import ConflictingWrites
 from tests.test_may_send import waiting
 from tests.world import UserSession, World, are_stored, http_client, message, sent
 
@@ -196,22 +196,22 @@ async def test_reply_during_an_erasure_leaves_nothing_of_theirs(settings: Settin
 async def test_what_others_do_during_an_erasure_and_after_it_leaves_nothing(world: World) -> None:
     """Every frame that writes, beside each step of the erasure and after it."""
     async with http_client(world.url) as http:
-        quarrel = Quarrel(world, http)
-        await quarrel.begin()
+        conflicting = ConflictingWrites(world, http)
+        await conflicting.begin()
 
         async def do_all() -> None:
-            charles = quarrel.charles
+            charles = conflicting.charles
             lasting = [client.Mute(user_id=charles), client.SetSwitches(user_id=charles, can_see_profile=False),
                        client.Block(user_id=charles)]  # fmt: skip
-            for frame in [*quarrel.frames(), *lasting]:
-                await quarrel.run(quarrel.ada, frame)
+            for frame in [*conflicting.frames(), *lasting]:
+                await conflicting.run(conflicting.ada, frame)
 
         class Meanwhile(Single):
             async def atomically(self, what: str, work: Callable[[Db], Awaitable[Result]]) -> Result:
                 result, _ = await asyncio.gather(super().atomically(what, work), do_all())
                 return result
 
-        await erase(Meanwhile(world.db), quarrel.charles, nobody)
+        await erase(Meanwhile(world.db), conflicting.charles, nobody)
         await do_all()
     assert await is_well(world) == []
 

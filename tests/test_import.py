@@ -526,14 +526,14 @@ async def test_user_without_an_address_gets_no_data_of_another_workspace(
 async def test_client_cannot_block_an_import_by_taking_its_ids(shell: Shell, world: World) -> None:
     """When ids depended on the archive alone, a client could take the id of a channel to be imported."""
 
-    def foreseen(at_ms: int, *parts: str) -> UUID:
+    def predicted_id(at_ms: int, *parts: str) -> UUID:
         random = int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:10])
         return UUID(int=at_ms << 80 | 7 << 76 | (random >> 68) << 64 | 2 << 62 | random & 0x3FFF_FFFF_FFFF_FFFF)
 
     mallory = await world.connect(await world.user("Mallory"))
-    channel_id = ConversationId(foreseen(1700000000000, "slack", "C1"))
+    channel_id = ConversationId(predicted_id(1700000000000, "slack", "C1"))
     await mallory.call(client.CreateChannel(conversation_id=channel_id, title="Mine"))
-    message_id = MessageId(foreseen(1700000002000, "slack", "C1", "1700000002.000100"))
+    message_id = MessageId(predicted_id(1700000002000, "slack", "C1", "1700000002.000100"))
     await mallory.call(client.Send(conversation_id=channel_id, message_id=message_id, content="Mine"))
     await shell.run("import", "slack", str(SAMPLES / "slack"))
     assert await world.db.fetchval("SELECT count(*) FROM conversation") == 4

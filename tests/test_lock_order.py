@@ -47,7 +47,7 @@ DELETE = "delete the group"
 NOT_NOW = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.INTERNAL})
 
 
-class Quarrel:
+class ConflictingWrites:
     """Ada and Charles, who share a group and a direct conversation, and all writes that can affect them."""
 
     def __init__(self, world: World, http: httpx.AsyncClient) -> None:
@@ -69,9 +69,9 @@ class Quarrel:
         made = await self.run(self.ada, client.CreateDirect(user_id=self.charles))
         assert isinstance(made, OneConversation)
         self.direct = made.view.conversation.id
-        await self.furnish()
+        await self.fill_group()
 
-    async def furnish(self) -> None:
+    async def fill_group(self) -> None:
         """Make a group for all later writes. Both have a draft, a star and a thread in which they replied."""
         group = ConversationId(uuid7())
         await self.run(self.ada, client.CreateGroup(conversation_id=group, title="Engines", is_public=True,
@@ -196,11 +196,11 @@ class Quarrel:
             "deactivate": self.deactivate,
             "log in": self.log_in,
             "erase": self.erase,
-            "disable": lambda: self.commanded("user", "disable", user),
-            "enable": lambda: self.commanded("user", "enable", user),
+            "disable": lambda: self.run_command("user", "disable", user),
+            "enable": lambda: self.run_command("user", "enable", user),
             "reset-password": self.reset_password,
-            "sessions --revoke": lambda: self.commanded("user", "sessions", user, "--revoke"),
-            "promote": lambda: self.commanded("user", "promote", user),
+            "sessions --revoke": lambda: self.run_command("user", "sessions", user, "--revoke"),
+            "promote": lambda: self.run_command("user", "promote", user),
             "seen": self.seen,
             "jobs": self.jobs,
             DELETE: self.delete,
@@ -211,13 +211,13 @@ class Quarrel:
         group = self.group
         for who in (self.ada, self.charles):  # one of them owns the group
             await self.run(who, client.DeleteConversation(conversation_id=group))
-        await self.furnish()
+        await self.fill_group()
 
     async def reconcile(self) -> None:
         """Undo what could prevent either user from acting in a new group."""
         await self.world.db.execute("DELETE FROM user_relationship")
         await self.world.db.execute("UPDATE conversation SET created_at = '2000-01-01'")
-        await self.furnish()
+        await self.fill_group()
 
     # ------------------------------------------------------------------------------------------------ accounts
 
@@ -247,12 +247,12 @@ class Quarrel:
 
     # ------------------------------------------------------------------------------------------ administration
 
-    async def commanded(self, *arguments: str) -> None:
+    async def run_command(self, *arguments: str) -> None:
         with contextlib.suppress(asyncpg.TransactionRollbackError):
             await administer(self.world, *arguments)
 
     async def reset_password(self) -> None:
-        await self.commanded("user", "reset-password", str(self.charles))
+        await self.run_command("user", "reset-password", str(self.charles))
         await self.on_database(lambda db: accounts.give_password(db, self.charles, CHEAP.hash(PASSWORD)))
 
     async def erase(self) -> None:
@@ -264,7 +264,7 @@ class Quarrel:
 
         await self.on_database(made)
         await self.run(self.ada, client.AddParticipants(conversation_id=self.group, participants=guests))
-        await self.commanded("erase", str(guests[0]), "--yes")
+        await self.run_command("erase", str(guests[0]), "--yes")
 
     # ---------------------------------------------------------------------------------------------------- jobs
 
@@ -297,7 +297,7 @@ class Quarrel:
 
 
 @pytest.fixture
-async def quarrel(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Quarrel]:
+async def conflicting(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ConflictingWrites]:
     monkeypatch.setattr(passwords, "is_outdated", lambda _: False)
     monkeypatch.setattr(passwords, "hashed", _cheap)
     admin = await asyncpg.connect(settings.database_url)
@@ -309,9 +309,9 @@ async def quarrel(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncI
         # One worker adds the users that the other one invites, so that both branches run.
         invites = world.workers[1].app
         invites._services = msgspec.structs.replace(invites._services, anyone_adds=False)  # noqa: SLF001
-        quarrel = Quarrel(world, http)
-        await quarrel.begin()
-        yield quarrel
+        conflicting = ConflictingWrites(world, http)
+        await conflicting.begin()
+        yield conflicting
     # The connections are closed, so that their processes have reported their counts.
     for _ in range(200):
         if not await admin.fetchval(OTHERS):
@@ -356,20 +356,20 @@ WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lo
 
 
 async def locked_by_waiting_backends(
-    quarrel: Quarrel, connection: asyncpg.Connection, later: list[str]
+    conflicting: ConflictingWrites, connection: asyncpg.Connection, later: list[str]
 ) -> list[str] | None:
     """Return the tables with rows that are locked while a backend waits for a connection.
 
     Return None if no backend waits, or if it is uncertain. A job may lock rows for a moment without waiting.
     """
-    before = await quarrel.world.db.fetchrow(STATE, connection.get_server_pid())
+    before = await conflicting.world.db.fetchrow(STATE, connection.get_server_pid())
     assert before is not None
     if not before[1] or before[2]:
         return None
     probe = connection.transaction()
     await probe.start()
     counts = await connection.fetchrow(f"SELECT {', '.join(locked_rows(table) for table in later)}") or ()
-    after = await quarrel.world.db.fetchrow(STATE, connection.get_server_pid())
+    after = await conflicting.world.db.fetchrow(STATE, connection.get_server_pid())
     await probe.rollback()
     return [table for table, count in zip(later, counts, strict=True) if count] if after == before else None
 
@@ -378,29 +378,29 @@ async def locked_by_waiting_backends(
     ("rank", "mode"),
     [(0, "UPDATE"), (1, "NO KEY UPDATE"), pytest.param(0, "NO KEY UPDATE", marks=pytest.mark.long)],
 )
-async def test_lock_order_is_respected_while_waiting(quarrel: Quarrel, rank: int, mode: str) -> None:
+async def test_lock_order_is_respected_while_waiting(conflicting: ConflictingWrites, rank: int, mode: str) -> None:
     """Each write meets a transaction that locks all rows of a rank, as a deletion locks its conversation."""
-    connection = await asyncpg.connect(quarrel.world.settings.database_url)
+    connection = await asyncpg.connect(conflicting.world.settings.database_url)
     later = [table for tables in RANKS[rank + 1 :] for table in tables]
     if mode == "NO KEY UPDATE" and rank == 0:
         later.append("conversation")  # an insert takes FOR KEY SHARE, which is compatible with `NO KEY UPDATE`
     wrong: dict[str, list[str]] = {}
     met = 0
-    for name, act in quarrel.acts().items():
+    for name, act in conflicting.acts().items():
         transaction = connection.transaction()
         await transaction.start()
         await connection.execute(f"SELECT FROM {RANKS[rank][0]} FOR {mode}")
         task = asyncio.create_task(act())
         rows = None
-        while not task.done() and (rows := await locked_by_waiting_backends(quarrel, connection, later)) is None:
+        while not task.done() and (rows := await locked_by_waiting_backends(conflicting, connection, later)) is None:
             await asyncio.sleep(0)
         if rows:
             wrong[name] = rows
         met += rows is not None
         await transaction.rollback()
         await task
-        if not await quarrel.world.db.fetchval(AS_BEFORE, quarrel.group):
-            await quarrel.reconcile()
+        if not await conflicting.world.db.fetchval(AS_BEFORE, conflicting.group):
+            await conflicting.reconcile()
     await connection.close()
     assert not wrong
     assert met > 50, "too few writes waited for the lock"
@@ -408,14 +408,14 @@ async def test_lock_order_is_respected_while_waiting(quarrel: Quarrel, rank: int
 
 @pytest.mark.parametrize("waits_for_connection", [True, False])
 async def test_only_locks_of_backends_that_wait_for_the_connection_are_reported(
-    quarrel: Quarrel, *, waits_for_connection: bool
+    conflicting: ConflictingWrites, *, waits_for_connection: bool
 ) -> None:
     """A backend has locked a session, and the test has locked all conversations.
 
     The backend either waits for a conversation, which is reported, or another backend waits for the session, which is
     not.
     """
-    url = quarrel.world.settings.database_url
+    url = conflicting.world.settings.database_url
     connection, holder, waiter = [await asyncpg.connect(url) for _ in range(3)]
     holds_all, holds = connection.transaction(), holder.transaction()
     await holds_all.start()
@@ -426,9 +426,9 @@ async def test_only_locks_of_backends_that_wait_for_the_connection_are_reported(
     task = asyncio.create_task(
         rest.execute(f"SELECT FROM {'conversation' if waits_for_connection else 'session'} FOR UPDATE")
     )
-    while not await quarrel.world.db.fetchval(WAITS):
+    while not await conflicting.world.db.fetchval(WAITS):
         await asyncio.sleep(0)
-    found = [await locked_by_waiting_backends(quarrel, connection, ["session", "account"]) for _ in range(20)]
+    found = [await locked_by_waiting_backends(conflicting, connection, ["session", "account"]) for _ in range(20)]
     assert {tuple(one) for one in found if one is not None} == ({("session",)} if waits_for_connection else set())
     await holds_all.rollback()
     if waits_for_connection:
@@ -443,31 +443,31 @@ async def _cheap(password: str) -> str:
     return CHEAP.hash(password)
 
 
-async def test_every_writing_frame_is_covered(quarrel: Quarrel) -> None:
-    assert {one.app._services.anyone_adds for one in quarrel.world.workers} == {True, False}  # noqa: SLF001
+async def test_every_writing_frame_is_covered(conflicting: ConflictingWrites) -> None:
+    assert {one.app._services.anyone_adds for one in conflicting.world.workers} == {True, False}  # noqa: SLF001
     writing = {kind for kind, route in ROUTES.items() if route.rate is Rate.WRITE}
-    assert writing - {client.DeleteConversation} <= {type(frame) for frame in quarrel.frames()}
+    assert writing - {client.DeleteConversation} <= {type(frame) for frame in conflicting.frames()}
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
-async def test_no_deadlock_when_all_writes_run_concurrently(quarrel: Quarrel, seed: int) -> None:
+async def test_no_deadlock_when_all_writes_run_concurrently(conflicting: ConflictingWrites, seed: int) -> None:
     """Four connections run all writes, each in another order."""
     random.seed(seed)
-    acts = list(quarrel.acts().values())
+    acts = list(conflicting.acts().values())
 
-    async def all_of_it() -> None:
+    async def run_all() -> None:
         for act in random.sample(acts, len(acts)):
             await act()
 
-    await asyncio.gather(*(all_of_it() for _ in range(4)))
+    await asyncio.gather(*(run_all() for _ in range(4)))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-async def test_no_deadlock_between_any_two_writes(quarrel: Quarrel) -> None:
+async def test_no_deadlock_between_any_two_writes(conflicting: ConflictingWrites) -> None:
     """All pairs run, several of each concurrently."""
-    acts = quarrel.acts()
+    acts = conflicting.acts()
     for (name, one), (_, other) in itertools.combinations_with_replacement(reversed(acts.items()), 2):
         if name == DELETE:
-            await quarrel.reconcile()
+            await conflicting.reconcile()
         await asyncio.gather(*(act() for act in (one, other, one, other)))

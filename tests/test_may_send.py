@@ -90,7 +90,7 @@ async def stage(world: World, *, is_direct: bool) -> Stage:
     return here
 
 
-def speech(on: Stage) -> dict[str, Frame]:
+def frames_that_reach_others(on: Stage) -> dict[str, Frame]:
     """Return every frame that reaches others as a message does, each with a new id."""
     later = datetime.now(UTC) + timedelta(hours=1)
     return {
@@ -111,7 +111,7 @@ def speech(on: Stage) -> dict[str, Frame]:
     }  # fmt: skip
 
 
-def no_speech(on: Stage) -> list[Frame]:
+def frames_that_reach_no_others(on: Stage) -> list[Frame]:
     """Return the frames that delete or undo, read, concern only the sender, or repeat an earlier frame."""
     return [
         client.React(**on.at("reacted"), emoji="👍"),
@@ -131,7 +131,7 @@ def no_speech(on: Stage) -> list[Frame]:
     ]
 
 
-NO_SPEECH = {
+REACH_NO_OTHERS = {
     client.Unreact, client.Delete, client.Read, client.ReadThread, client.MarkUnread, client.Star, client.Unstar,
     client.FollowThread, client.UnfollowThread, client.SetDraft, client.CancelScheduled, client.ReportMessage,
     client.SetPreferences, client.SeeFeed, client.RegisterPush, client.UnregisterPush, client.UpdateProfile,
@@ -149,9 +149,11 @@ OTHERS = {
 
 
 async def test_every_writing_frame_is_classified(world: World) -> None:
-    says = {type(frame) for frame in speech(await stage(world, is_direct=False)).values()} - {client.Typing}
+    says = {type(frame) for frame in frames_that_reach_others(await stage(world, is_direct=False)).values()} - {
+        client.Typing
+    }
     writing = {frame for frame, route in ROUTES.items() if route.rate is Rate.WRITE}
-    assert writing == says | NO_SPEECH | OTHERS
+    assert writing == says | REACH_NO_OTHERS | OTHERS
 
 
 # ------------------------------------------------------------------------------------------------- the obstacles
@@ -202,7 +204,7 @@ async def test_user_who_may_not_send_is_refused_every_frame_that_reaches_others(
 ) -> None:
     is_direct, code = OBSTACLES[obstacle]
     on = await stage(world, is_direct=is_direct)
-    frames = speech(on)
+    frames = frames_that_reach_others(on)
     await obstacle(on)
     await on.keeper.synced()
     seen = len(on.keeper.events)
@@ -215,7 +217,7 @@ async def test_user_who_may_not_send_is_refused_every_frame_that_reaches_others(
     if obstacle is slow_down:
         waits = [answer.retry_after_ms for answer in answers.values() if isinstance(answer, Error)]
         assert all(wait is not None and 3_500_000 < wait <= 3_600_000 for wait in waits)
-    for frame in no_speech(on):
+    for frame in frames_that_reach_no_others(on):
         if obstacle is not be_disabled:
             await on.member.call(frame)
     await on.keeper.synced()
@@ -227,7 +229,7 @@ async def test_user_who_may_not_send_is_refused_every_frame_that_reaches_others(
 @pytest.mark.parametrize("is_direct", [False, True], ids=["group", "direct"])
 async def test_user_who_may_send_can_use_every_frame_that_reaches_others(world: World, *, is_direct: bool) -> None:
     on = await stage(world, is_direct=is_direct)
-    for frame in speech(on).values():
+    for frame in frames_that_reach_others(on).values():
         await on.member.call(frame)
 
 
@@ -239,7 +241,7 @@ async def test_slow_mode_applies_to_edits_and_exempts_moderators(world: World) -
     with refused(ErrorCode.RATE_LIMITED, "conversation_id"):
         await sent(on.member, on.about, "And more")
     await on.keeper.call(client.SetRole(conversation_id=on.about, user_id=on.who.id, role="moderator"))
-    for frame in speech(on).values():
+    for frame in frames_that_reach_others(on).values():
         await on.member.call(frame)
 
 
@@ -332,7 +334,7 @@ async def assert_frames_are_refused_after(
     """Make a change while every frame that reaches others waits for the conversation."""
     on = await stage(world, is_direct=is_direct)
     # `typing` takes no lock and does not wait. It is handled before the change or after it.
-    frames = {name: frame for name, frame in speech(on).items() if name != "typing"}
+    frames = {name: frame for name, frame in frames_that_reach_others(on).items() if name != "typing"}
     async with on.world.db.transaction():
         if is_direct:
             await relationships.lock(on.world.db, on.keeper_id, on.who.id)
@@ -375,7 +377,7 @@ async def test_no_message_arrives_after_a_block_is_acknowledged(world: World) ->
     """The sender has several messages in flight when the other user blocks them."""
     on = await stage(world, is_direct=True)
     for _ in range(5):
-        saying = asyncio.create_task(keep_saying(on))
+        saying = asyncio.create_task(keep_sending(on))
         await sent(on.member, on.about, "Before")
         await on.keeper.call(client.Block(user_id=on.who.id))
         newest = await on.world.db.fetchval("SELECT version FROM conversation WHERE id = $1", on.about)
@@ -384,7 +386,7 @@ async def test_no_message_arrives_after_a_block_is_acknowledged(world: World) ->
         await on.keeper.call(client.Unblock(user_id=on.who.id))
 
 
-async def keep_saying(on: Stage) -> None:
+async def keep_sending(on: Stage) -> None:
     """Send messages until one is refused."""
     try:
         while True:

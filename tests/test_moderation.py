@@ -222,7 +222,7 @@ OWN = {
 """
 
 
-class Court:
+class RolesChannel:
     """A channel of everyone in `ROLES`.
 
     Each has sent a poll for each actor and act; those for `dismiss` are reported.
@@ -298,17 +298,19 @@ class Court:
 
 
 @pytest.fixture
-async def court(world: World) -> Court:
-    court = Court(world)
-    await court.begin()
-    return court
+async def roles_channel(world: World) -> RolesChannel:
+    roles_channel = RolesChannel(world)
+    await roles_channel.begin()
+    return roles_channel
 
 
-async def test_moderators_cannot_act_on_their_own_messages_or_those_of_higher_roles(court: Court) -> None:
+async def test_moderators_cannot_act_on_their_own_messages_or_those_of_higher_roles(
+    roles_channel: RolesChannel,
+) -> None:
     """Every actor tries each act on a message of every sender (docs/roles.md)."""
     wrong = []
-    for (actor, sender, act), said in court.said.items():
-        answer = await court.of[actor].ask(court.frame(act, said))
+    for (actor, sender, act), said in roles_channel.said.items():
+        answer = await roles_channel.of[actor].ask(roles_channel.frame(act, said))
         found = (answer.code, answer.path) if isinstance(answer, server.Error) else None
         expected = OWN[act] if actor == sender else None
         if sender != "who left" and rank(ROLES[sender]) > rank(ROLES[actor]):
@@ -329,42 +331,44 @@ FROM people, message m WHERE m.id = $1
 """
 
 
-async def test_reported_user_sees_neither_reports_nor_reporters(court: Court) -> None:
+async def test_reported_user_sees_neither_reports_nor_reporters(roles_channel: RolesChannel) -> None:
     """Frames, the frames of administrators, and direct reads of the database show no report about the reader.
 
     The same holds for the log.
     """
-    db = court.world.db
+    db = roles_channel.world.db
     for name in ACTORS:
-        assert await court.listed(name, court.about) == court.about_others(name), name
-    await db.execute('UPDATE "user" SET is_admin = true WHERE id = $1', court.of["a member"].ready.user.id)
-    assert await court.listed("a member", None) == court.about_others("a member")
+        assert await roles_channel.listed(name, roles_channel.about) == roles_channel.about_others(name), name
+    await db.execute('UPDATE "user" SET is_admin = true WHERE id = $1', roles_channel.of["a member"].ready.user.id)
+    assert await roles_channel.listed("a member", None) == roles_channel.about_others("a member")
     reader = f"reader_{uuid7().hex}"
     await db.execute(f"CREATE ROLE {reader}; SELECT grant_reader('{reader}'); SET ROLE {reader}")
     for name in ACTORS:
-        await db.execute("SELECT set_config('openchat.user_id', $1, false)", str(court.of[name].ready.user.id))
-        shown = {row[0] for row in await db.fetch("SELECT id FROM report WHERE conversation_id = $1", court.about)}
-        assert shown == court.about_others(name), name
+        await db.execute("SELECT set_config('openchat.user_id', $1, false)", str(roles_channel.of[name].ready.user.id))
+        shown = {
+            row[0] for row in await db.fetch("SELECT id FROM report WHERE conversation_id = $1", roles_channel.about)
+        }
+        assert shown == roles_channel.about_others(name), name
     await db.execute("RESET ROLE")
-    about = {name: court.said["owner", name, "dismiss"] for name in ("admin", "an admin", "a member")}
+    about = {name: roles_channel.said["owner", name, "dismiss"] for name in ("admin", "an admin", "a member")}
     for said in about.values():
-        await court.of["owner"].call(court.frame("dismiss", said))
+        await roles_channel.of["owner"].call(roles_channel.frame("dismiss", said))
     for name in ("owner", "admin", "an admin"):
         expected = {said for sender, said in about.items() if sender != name}
-        assert await court.dismissed(name) == expected, name
-        await db.execute("SELECT set_config('openchat.user_id', $1, false)", str(court.of[name].ready.user.id))
+        assert await roles_channel.dismissed(name) == expected, name
+        await db.execute("SELECT set_config('openchat.user_id', $1, false)", str(roles_channel.of[name].ready.user.id))
         await db.execute(f"SET ROLE {reader}")
         rows = await db.fetch("SELECT message_id FROM audit_entry WHERE action = 'dismiss_report'")
         assert {row[0] for row in rows} == expected, name
         await db.execute("RESET ROLE")
     await db.execute(f"DROP OWNED BY {reader}; DROP ROLE {reader}")
     # A page reads a bounded number of reports, and the next one continues after them.
-    await db.execute(MANY, court.said["owner", "admin", "delete"])
-    listed = client.ListReports(conversation_id=court.about, after=ReportId(UUID(int=0xFFFE << 112)))
-    page = await court.of["admin"].call(listed, server.ReportPage)
+    await db.execute(MANY, roles_channel.said["owner", "admin", "delete"])
+    listed = client.ListReports(conversation_id=roles_channel.about, after=ReportId(UUID(int=0xFFFE << 112)))
+    page = await roles_channel.of["admin"].call(listed, server.ReportPage)
     assert page.reports == []
-    rest = client.ListReports(conversation_id=court.about, after=page.after)
-    assert await court.of["admin"].call(rest, server.ReportPage) == server.ReportPage(reports=[], after=None)
+    rest = client.ListReports(conversation_id=roles_channel.about, after=page.after)
+    assert await roles_channel.of["admin"].call(rest, server.ReportPage) == server.ReportPage(reports=[], after=None)
 
 
 async def test_system_messages_can_be_deleted_whatever_user_caused_them(scene: Scene) -> None:

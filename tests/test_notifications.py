@@ -134,7 +134,7 @@ async def test_unread_message_is_pushed_encrypted_and_signed(room: Room, browser
     assert claims["aud"] == browser.url.rsplit("/push", 1)[0]
 
 
-async def quiet(room: Room, browser: Browser) -> bool:
+async def nothing_was_pushed(room: Room, browser: Browser) -> bool:
     """Send a message that is always pushed, and return whether it is pushed before any other."""
     last = await sent(room.ada, room.group, "The end, @charles")
     while True:
@@ -152,7 +152,7 @@ async def test_message_that_was_read_meanwhile_is_not_pushed(room: Room, world: 
     await room.charles.call(client.Read(**room.at(message_id)))
     for worker in world.workers:
         worker.app.web_push._after_seconds = 0.0  # noqa: SLF001 - as before
-    assert await quiet(room, browser)
+    assert await nothing_was_pushed(room, browser)
 
 
 async def test_preferences_suppress_notifications(room: Room, world: World, browser: Browser) -> None:
@@ -173,7 +173,7 @@ async def test_preferences_suppress_notifications(room: Room, world: World, brow
     await sent(room.charles, room.group, "His own @charles")
     hidden = await sent(hers, room.group, "Hidden")
     await room.ada.call(client.Delete(**room.at(hidden)))
-    assert await quiet(room, browser)
+    assert await nothing_was_pushed(room, browser)
     for change in (
         client.SetPreferences(conversation_id=room.group, notification_level="none"),
         client.SetPreferences(conversation_id=room.group, notification_level="all", is_muted=True),
@@ -182,7 +182,7 @@ async def test_preferences_suppress_notifications(room: Room, world: World, brow
         await sent(room.ada, room.group, "Silence, @charles")
     await asyncio.gather(*(worker.app.web_push.push_due() for worker in world.workers))
     await room.charles.call(client.SetPreferences(conversation_id=room.group, is_muted=False))
-    assert await quiet(room, browser)
+    assert await nothing_was_pushed(room, browser)
 
 
 @pytest.mark.parametrize(("start", "end", "is_quiet"), [(-1, 1, True), (1, -1, False), (1, 2, False)])
@@ -197,7 +197,7 @@ async def test_quiet_hours_are_in_the_users_time_zone(
     await asyncio.gather(*(worker.app.web_push.push_due() for worker in world.workers))
     await room.charles.call(client.UpdateProfile(quiet_from=None, quiet_until=None))
     if is_quiet:
-        assert await quiet(room, browser)
+        assert await nothing_was_pushed(room, browser)
     else:
         assert (await browser.next())[1].message_id == message_id
     assert isinstance(hours[0], time)
@@ -212,7 +212,7 @@ async def test_quiet_hours_in_an_unknown_zone_use_utc(
     await sent(room.ada, room.group, "At night?")
     await asyncio.gather(*(worker.app.web_push.push_due() for worker in world.workers))
     await room.charles.call(client.UpdateProfile(quiet_from=None, quiet_until=None))
-    assert await quiet(room, browser)
+    assert await nothing_was_pushed(room, browser)
     assert "Olympus" not in servers.postgres.log.path.read_text()
 
 
@@ -348,7 +348,7 @@ async def test_keys_that_cannot_be_used_for_encryption_are_refused(
     ]
 
 
-class Silent:
+class SilentServices:
     """Push services that accept connections and never answer, each on its own port."""
 
     def __init__(self) -> None:
@@ -380,7 +380,7 @@ async def test_silent_endpoints_delay_no_other_users(
     room: Room, world: World, browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 60.0)
-    silent = Silent()
+    silent = SilentServices()
     for _ in range(16):
         await silent.add(endpoints=3)
     silenced = await world.users("Mary", "Grace", "Alan", "Kurt")
@@ -408,7 +408,7 @@ def post(number: int = 0, host: str = "slow.example") -> PushPost:
     return post_to(f"https://{host}/{number}")
 
 
-class Held:
+class HeldPosts:
     """A fake of the push services, in which each post waits until it is released."""
 
     def __init__(self) -> None:
@@ -424,8 +424,8 @@ class Held:
 
 
 @pytest.fixture
-async def held() -> Held:
-    return Held()
+async def held() -> HeldPosts:
+    return HeldPosts()
 
 
 async def turns(number: int) -> None:
@@ -439,7 +439,7 @@ async def idle(queue: Posts) -> None:
         await asyncio.sleep(0)
 
 
-async def test_silent_host_takes_one_slot(held: Held) -> None:
+async def test_silent_host_takes_one_slot(held: HeldPosts) -> None:
     queue = Posts(prepared_push, held.send, Drops())
     for number in range(20):
         queue.add(post(number))
@@ -466,7 +466,7 @@ async def test_silent_host_takes_one_slot(held: Held) -> None:
     (0.0, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]), (90.0, [90, 90]), (1e9, [300, 300]),
 ])  # fmt: skip
 async def test_failing_host_is_paused_for_longer_each_time(
-    held: Held, monkeypatch: pytest.MonkeyPatch, retry_after: float, waits: list[int]
+    held: HeldPosts, monkeypatch: pytest.MonkeyPatch, retry_after: float, waits: list[int]
 ) -> None:
     monkeypatch.setattr(push_hosts, "HOST_USERS", 1)
     clock = 1_000.0
@@ -503,7 +503,7 @@ def test_retry_after_is_read_in_both_forms(header: str, least: float, most: floa
 
 
 async def test_dropped_notifications_are_counted_and_logged_once_per_period(
-    held: Held, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    held: HeldPosts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(push_hosts, "HOST_USERS", 1)
     monkeypatch.setattr(push_posts, "MAX_QUEUED", 40)
@@ -536,7 +536,7 @@ async def test_full_queue_of_messages_counts_dropped_ones(
 
 
 async def test_numbers_of_hosts_and_signatures_are_bounded(
-    held: Held, world: World, monkeypatch: pytest.MonkeyPatch
+    held: HeldPosts, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(push_posts, "MAX_HOSTS", 3)
     monkeypatch.setattr(push, "MAX_SIGNED", 3)
@@ -558,7 +558,7 @@ async def test_numbers_of_hosts_and_signatures_are_bounded(
     assert len(one._signed) == 3  # noqa: SLF001
 
 
-async def test_hosts_in_back_off_are_discarded_last(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hosts_in_back_off_are_discarded_last(held: HeldPosts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(push_hosts, "HOST_USERS", 1)
     monkeypatch.setattr(push_hosts, "KEPT_SECONDS", 0.0)
     monkeypatch.setattr(push_posts, "MAX_HOSTS", 3)

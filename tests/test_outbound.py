@@ -39,7 +39,7 @@ PAGE = """<html><head><title>The Engine &amp; its notes</title>
 Engine"><meta property="og:image" content="/engine.png"></head><body><title>no</title></body></html>"""
 
 
-class Site:
+class FakeSite:
     """A web server that answers with the bytes that a test gives it."""
 
     def __init__(self) -> None:
@@ -74,22 +74,22 @@ def page(body: str, kind: str = "text/html; charset=utf-8") -> bytes:
 
 
 @pytest.fixture
-async def site() -> AsyncIterator[Site]:
-    site = Site()
+async def site() -> AsyncIterator[FakeSite]:
+    site = FakeSite()
     await site.start()
     yield site
     await site.stop()
 
 
 @pytest.fixture
-async def careful() -> AsyncIterator[SafeHttp]:
+async def restricted() -> AsyncIterator[SafeHttp]:
     one = SafeHttp(to_private=False)
     yield one
     await one.close()
 
 
 @pytest.fixture
-async def careless() -> AsyncIterator[SafeHttp]:
+async def unrestricted() -> AsyncIterator[SafeHttp]:
     one = SafeHttp(to_private=True)
     yield one
     await one.close()
@@ -107,15 +107,15 @@ NOWHERE = ["ftp://example.org/", "file:///etc/passwd", "http:///x", "http://user
 
 @pytest.mark.parametrize("url", [*NEAR, *NOWHERE])
 async def test_private_addresses_are_never_connected_to(
-    careful: SafeHttp, url: str, monkeypatch: pytest.MonkeyPatch
+    restricted: SafeHttp, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def send(*_: object, **__: object) -> None:
         raise OSError("sent")
 
     # The stub prevents connections to these addresses if the check is broken.
-    monkeypatch.setattr(careful._transport, "handle_async_request", send)  # noqa: SLF001
+    monkeypatch.setattr(restricted._transport, "handle_async_request", send)  # noqa: SLF001
     with pytest.raises(Unreachable, match="not a public one" if url in NEAR else "not an address on the web"):
-        await careful.get(url, most=10)
+        await restricted.get(url, most=10)
 
 
 def test_addresses_that_reach_private_networks_are_not_public() -> None:
@@ -132,7 +132,7 @@ def test_addresses_that_reach_private_networks_are_not_public() -> None:
 
 
 async def test_name_that_resolves_to_a_private_address_is_refused(
-    careful: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
+    restricted: SafeHttp, site: FakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = int(site.url.rsplit(":", 1)[1])
     answers = iter([
@@ -149,15 +149,15 @@ async def test_name_that_resolves_to_a_private_address_is_refused(
         asked.append(str(request.url))  # type: ignore[attr-defined]
         raise OSError
 
-    monkeypatch.setattr(careful._transport, "handle_async_request", connect)  # noqa: SLF001 - no network in tests
+    monkeypatch.setattr(restricted._transport, "handle_async_request", connect)  # noqa: SLF001 - no network in tests
     for _ in range(4):
         with pytest.raises(Unreachable):
-            await careful.get(f"http://rebinding.example:{port}/", most=10)
+            await restricted.get(f"http://rebinding.example:{port}/", most=10)
     assert asked == [f"http://93.184.216.34:{port}/"], "one private address refuses all addresses of the name"
 
 
 async def test_answers_leave_no_cookies_objects_or_log_entries(
-    careless: SafeHttp, site: Site, caplog: pytest.LogCaptureFixture
+    unrestricted: SafeHttp, site: FakeSite, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
 
@@ -168,7 +168,7 @@ async def test_answers_leave_no_cookies_objects_or_log_entries(
     site.answer = answer
 
     async def post() -> None:
-        assert (await careless.post(f"{site.url}/push", b"x", {"ttl": "60"}, stopwatch=Stopwatch())).status == 201
+        assert (await unrestricted.post(f"{site.url}/push", b"x", {"ttl": "60"}, stopwatch=Stopwatch())).status == 201
 
     await post()
     gc.collect()
@@ -181,7 +181,7 @@ async def test_answers_leave_no_cookies_objects_or_log_entries(
     assert caplog.records == []
 
 
-async def test_slow_resolver_does_not_block_the_loop(careful: SafeHttp, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_resolver_does_not_block_the_loop(restricted: SafeHttp, monkeypatch: pytest.MonkeyPatch) -> None:
     answered = threading.Event()
     asked: list[str] = []
 
@@ -191,7 +191,7 @@ async def test_slow_resolver_does_not_block_the_loop(careful: SafeHttp, monkeypa
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    waiting = [asyncio.create_task(careful.get(f"http://{number}.example/", most=1)) for number in range(100)]
+    waiting = [asyncio.create_task(restricted.get(f"http://{number}.example/", most=1)) for number in range(100)]
     try:
         await until(lambda: len(asked) == len(waiting))
         assert await asyncio.wait_for(asyncio.to_thread(lambda: "done"), 3) == "done"
@@ -201,7 +201,7 @@ async def test_slow_resolver_does_not_block_the_loop(careful: SafeHttp, monkeypa
         assert isinstance(one, Unreachable)
 
 
-class Names:
+class FakeResolver:
     """A resolver. `good` names resolve to this machine, and all others hang until `answered` is set."""
 
     def __init__(self) -> None:
@@ -217,8 +217,8 @@ class Names:
 
 
 @pytest.fixture
-def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
-    names = Names()
+def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeResolver]:
+    names = FakeResolver()
     monkeypatch.setattr(socket, "getaddrinfo", names)
     monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.5)
     yield names
@@ -236,11 +236,11 @@ def posts_by(asker: SafeHttp, drops: Drops) -> Posts:
 
 
 async def test_names_that_hang_do_not_fail_push_services_that_answer(
-    careless: SafeHttp, site: Site, names: Names
+    unrestricted: SafeHttp, site: FakeSite, names: FakeResolver
 ) -> None:
     port = site.url.rsplit(":", 1)[1]
     drops = Drops()
-    queue = posts_by(careless, drops)
+    queue = posts_by(unrestricted, drops)
     silent = 2 * SLOW_SLOTS
     try:
         queue.add(post_to(f"http://good-known:{port}/"))
@@ -263,11 +263,11 @@ async def test_names_that_hang_do_not_fail_push_services_that_answer(
 
 
 async def test_names_that_hang_take_a_bounded_number_of_threads(
-    careless: SafeHttp, site: Site, names: Names, monkeypatch: pytest.MonkeyPatch
+    unrestricted: SafeHttp, site: FakeSite, names: FakeResolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resolver, "MAX_OVERDUE", 8)
     drops = Drops()
-    queue = posts_by(careless, drops)
+    queue = posts_by(unrestricted, drops)
     silent = 2 * SLOW_SLOTS
     try:
         for number in range(silent):
@@ -277,7 +277,7 @@ async def test_names_that_hang_take_a_bounded_number_of_threads(
         await until(lambda: drops.counts["host_failed"] == 8)
         await until(lambda: len(names.asked) == SLOW_SLOTS + 8)
         with pytest.raises(Unreachable):
-            await careless.get("http://silent-0/", most=1)
+            await unrestricted.get("http://silent-0/", most=1)
         assert len(names.asked) == SLOW_SLOTS + 8, "a lookup in progress takes no second thread"
         names.answered.set()
         await until(lambda: len(site.asked) == 1)
@@ -296,16 +296,16 @@ def no_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_thread")
-async def test_lookup_fails_if_no_thread_can_be_started(careless: SafeHttp) -> None:
+async def test_lookup_fails_if_no_thread_can_be_started(unrestricted: SafeHttp) -> None:
     drops = Drops()
-    queue = posts_by(careless, drops)
+    queue = posts_by(unrestricted, drops)
     queue.add(post_to("http://good/"))
     queue.start()
     await until(lambda: drops.counts.total() == 1)
     assert drops.counts == {"host_failed": 1}
     (pause,) = queue._pauses.values()  # noqa: SLF001
     assert pause.until > time.monotonic(), "the lookup is not repeated immediately"
-    assert not careless._resolver._running  # noqa: SLF001
+    assert not unrestricted._resolver._running  # noqa: SLF001
     await queue.close()
 
 
@@ -356,30 +356,30 @@ asyncio.run(main())
     assert ended.stdout == b"closed\n"
 
 
-async def test_target_of_a_redirect_is_checked_again(careless: SafeHttp, site: Site) -> None:
+async def test_target_of_a_redirect_is_checked_again(unrestricted: SafeHttp, site: FakeSite) -> None:
     site.answer = lambda path: (
         page("here") if path == "/there" else b"HTTP/1.1 302 Found\r\nlocation: /there\r\ncontent-length: 0\r\n\r\n"
     )
-    answer = await careless.get(site.url, most=100)
+    answer = await unrestricted.get(site.url, most=100)
     assert (answer.body, answer.url) == (b"here", f"{site.url}/there")
     site.answer = lambda _: b"HTTP/1.1 302 Found\r\nlocation: /again\r\ncontent-length: 0\r\n\r\n"
     with pytest.raises(Unreachable, match="redirects"):
-        await careless.get(site.url, most=100)
+        await unrestricted.get(site.url, most=100)
     site.answer = lambda _: b"HTTP/1.1 302 Found\r\nlocation: http://[\r\ncontent-length: 0\r\n\r\n"
     with pytest.raises(Unreachable, match="to no address"):
-        await careless.get(site.url, most=100)
+        await unrestricted.get(site.url, most=100)
     # The target of a redirect is checked even if the first URL is allowed.
-    careless._to_private = False  # noqa: SLF001
+    unrestricted._to_private = False  # noqa: SLF001
     site.answer = lambda _: b"HTTP/1.1 302 Found\r\nlocation: http://169.254.169.254/\r\ncontent-length: 0\r\n\r\n"
     with pytest.raises(Unreachable):
-        await careless.get(site.url, most=100)
+        await unrestricted.get(site.url, most=100)
 
 
 async def test_long_answers_are_truncated_and_slow_ones_are_abandoned(
-    careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
+    unrestricted: SafeHttp, site: FakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.answer = lambda _: page("x" * 1_000_000)
-    assert len((await careless.get(site.url, most=1_000)).body) == 1_000
+    assert len((await unrestricted.get(site.url, most=1_000)).body) == 1_000
     monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.5)
     never = asyncio.Event()
 
@@ -390,7 +390,7 @@ async def test_long_answers_are_truncated_and_slow_ones_are_abandoned(
     # All redirects share one time limit.
     site.answer = slow
     with pytest.raises(Unreachable) as unreachable:
-        await careless.get(site.url, most=1_000)
+        await unrestricted.get(site.url, most=1_000)
     assert unreachable.value.url == f"{site.url}/x"
     monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.2)
 
@@ -400,7 +400,7 @@ async def test_long_answers_are_truncated_and_slow_ones_are_abandoned(
 
     site.answer = lambda _: silence()
     with pytest.raises(Unreachable):
-        await careless.get(site.url, most=1_000)
+        await unrestricted.get(site.url, most=1_000)
     never.set()
 
 
@@ -435,51 +435,51 @@ class Events:
     (CHUNKED + b"0\r\n", b"a:\r\n"), (CHUNKED, b"1;a\r\nx\r\n"),
 ], ids=["103", "chunks", "headers", "not HTTP", "trailers", "extensions"])  # fmt: skip
 async def test_endless_answer_is_abandoned_and_does_not_block_others(
-    careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch, begin: bytes, part: bytes
+    unrestricted: SafeHttp, site: FakeSite, monkeypatch: pytest.MonkeyPatch, begin: bytes, part: bytes
 ) -> None:
     events = Events(monkeypatch)
     site.answer = lambda _: begin + part * (2_000_000 // len(part))
     turns = asyncio.create_task(events.count_turns())
     with pytest.raises(Unreachable, match="too many parts"):
-        await careless.get(site.url, most=200_000)
+        await unrestricted.get(site.url, most=200_000)
     with contextlib.suppress(Unreachable):
-        assert len((await careless.post(site.url, b"x", {}, stopwatch=Stopwatch())).body) == safe_http.MOST_OF_POST
+        assert len((await unrestricted.post(site.url, b"x", {}, stopwatch=Stopwatch())).body) == safe_http.MOST_OF_POST
     turns.cancel()
     assert events.total < 2 * 2 * safe_http.MAX_BESIDE_BYTES / 5
     assert events.most_in_turn <= safe_http.TURN_BYTES / 5
 
 
 async def test_answer_that_arrives_byte_by_byte_is_abandoned(
-    careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
+    unrestricted: SafeHttp, site: FakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(safe_http, "TURN_BYTES", 1)
     monkeypatch.setattr(safe_http, "MAX_READS", 200)
     site.answer = lambda _: page("x" * 10)
-    assert (await careless.get(site.url, most=1_000)).body == b"x" * 10
+    assert (await unrestricted.get(site.url, most=1_000)).body == b"x" * 10
     site.answer = lambda _: page("x" * 200)
     with pytest.raises(Unreachable, match="too many parts"):
-        await careless.get(site.url, most=1_000)
+        await unrestricted.get(site.url, most=1_000)
 
 
 async def test_parsing_of_answers_takes_a_bounded_share_of_the_loop(
-    careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
+    unrestricted: SafeHttp, site: FakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Previews and notifications have separate shares, and neither waits for the other's."""
     events = Events(monkeypatch, seconds=0.001)
     monkeypatch.setattr(safe_http, "TURN_BYTES", 60)
     site.answer = lambda _: CHUNKED + b"1\r\nx\r\n" * 200 + b"0\r\n\r\n"
     for name, ask in (
-        ("_gets", careless.get(site.url, most=1_000)),
-        ("_posts", careless.post(site.url, b"x", {}, stopwatch=Stopwatch())),
+        ("_gets", unrestricted.get(site.url, most=1_000)),
+        ("_posts", unrestricted.post(site.url, b"x", {}, stopwatch=Stopwatch())),
     ):
-        setattr(careless, name, LoopTime(1.0, 0.01, used=lambda: events.used))
+        setattr(unrestricted, name, LoopTime(1.0, 0.01, used=lambda: events.used))
         began, used = time.monotonic(), events.used
         assert (await ask).body == b"x" * 200
         assert events.used - used >= 0.2
         assert time.monotonic() - began >= events.used - used - 0.05
-    careless._gets = LoopTime(1e-9, 1e-9, used=lambda: events.used)  # noqa: SLF001
-    waiting = [asyncio.create_task(careless.get(site.url, most=1_000)) for _ in range(2)]
-    assert (await careless.post(site.url, b"x", {}, stopwatch=Stopwatch())).body == b"x" * 200
+    unrestricted._gets = LoopTime(1e-9, 1e-9, used=lambda: events.used)  # noqa: SLF001
+    waiting = [asyncio.create_task(unrestricted.get(site.url, most=1_000)) for _ in range(2)]
+    assert (await unrestricted.post(site.url, b"x", {}, stopwatch=Stopwatch())).body == b"x" * 200
     assert not any(one.done() for one in waiting)
     for one in waiting:
         one.cancel()
@@ -487,9 +487,9 @@ async def test_parsing_of_answers_takes_a_bounded_share_of_the_loop(
 
 
 async def test_one_answer_is_parsed_per_turn_of_the_loop(
-    careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
+    unrestricted: SafeHttp, site: FakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    careless._posts = LoopTime(1.0, 60.0)  # noqa: SLF001
+    unrestricted._posts = LoopTime(1.0, 60.0)  # noqa: SLF001
     read = safe_http._Stream.read  # noqa: SLF001
     turn = 0
     parsed: list[int] = []
@@ -517,7 +517,7 @@ async def test_one_answer_is_parsed_per_turn_of_the_loop(
     monkeypatch.setattr(safe_http._Stream, "read", recorded)  # noqa: SLF001
     site.answer = lambda _: together()
     counting = asyncio.create_task(count_turns())
-    await asyncio.gather(*(careless.post(site.url, b"x", {}, stopwatch=Stopwatch()) for _ in range(40)))
+    await asyncio.gather(*(unrestricted.post(site.url, b"x", {}, stopwatch=Stopwatch()) for _ in range(40)))
     counting.cancel()
     assert len(parsed) >= 40
     assert len(set(parsed)) == len(parsed)
@@ -529,12 +529,12 @@ def overdraw(share: LoopTime) -> None:
 
 
 async def test_waits_for_the_share_of_the_loop_do_not_count_as_slowness(
-    careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
+    unrestricted: SafeHttp, site: FakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.5)
     monkeypatch.setattr(push_posts, "SLOW_SECONDS", 0.25)
     drops = Drops()
-    queue = posts_by(careless, drops)
+    queue = posts_by(unrestricted, drops)
 
     async def post(users: int) -> Host:
         for _ in range(users):
@@ -548,7 +548,7 @@ async def test_waits_for_the_share_of_the_loop_do_not_count_as_slowness(
         await asyncio.sleep(0.3)
         return page("")
 
-    overdraw(careless._posts)  # noqa: SLF001
+    overdraw(unrestricted._posts)  # noqa: SLF001
     assert (await post(1)).is_fast
     assert not drops.counts
     monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 10.0)
@@ -560,8 +560,8 @@ async def test_waits_for_the_share_of_the_loop_do_not_count_as_slowness(
         page("here") if path == "/there" else b"HTTP/1.1 302 Found\r\nlocation: /there\r\ncontent-length: 0\r\n\r\n"
     )
     monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.5)
-    overdraw(careless._gets)  # noqa: SLF001
-    assert (await careless.get(site.url, most=100)).body == b"here"
+    overdraw(unrestricted._gets)  # noqa: SLF001
+    assert (await unrestricted.get(site.url, most=100)).body == b"here"
 
 
 # ---------------------------------------------------------------------------------------------------- previews
@@ -627,7 +627,9 @@ class TestInTheServer:
         return msgspec.structs.replace(settings, link_previews=is_on, private_addresses=True)
 
     @pytest.mark.parametrize("is_on", [True, False])
-    async def test_preview_is_added_only_if_enabled(self, room: Room, world: World, site: Site, *, is_on: bool) -> None:
+    async def test_preview_is_added_only_if_enabled(
+        self, room: Room, world: World, site: FakeSite, *, is_on: bool
+    ) -> None:
         message_id = await sent(room.ada, room.group, f"Look: {site.url}/engine.")
         await room.ada.call(message(room.group, "No link"))
         if not is_on:
@@ -653,7 +655,7 @@ class TestInTheServer:
         self,
         room: Room,
         world: World,
-        site: Site,
+        site: FakeSite,
         *,
         is_on: bool,  # noqa: ARG002 - of the fixture
     ) -> None:
@@ -684,7 +686,7 @@ class TestInTheServer:
     async def test_links_of_one_user_do_not_delay_links_of_others(
         self,
         world: World,
-        site: Site,
+        site: FakeSite,
         monkeypatch: pytest.MonkeyPatch,
         *,
         is_on: bool,  # noqa: ARG002 - of the fixture
@@ -722,7 +724,7 @@ class TestInTheServer:
     async def test_failing_host_is_paused_for_a_while(
         self,
         world: World,
-        site: Site,
+        site: FakeSite,
         monkeypatch: pytest.MonkeyPatch,
         *,
         is_on: bool,  # noqa: ARG002 - of the fixture

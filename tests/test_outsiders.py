@@ -44,7 +44,7 @@ OWN = {
 """The membership that each target's own export states."""
 
 
-Told: TypeAlias = list[tuple[str, object, object]]
+Findings: TypeAlias = list[tuple[str, object, object]]
 """Tuples of a source and viewer, the value that the source returned, and the expected value."""
 
 
@@ -122,8 +122,8 @@ def told_by(scene: Scene, events: Sequence[Any]) -> tuple[set[str], set[str], se
     return scene.named(events), {scene.names[user_id] for user_id in left}, statuses
 
 
-async def by_events(scene: Scene) -> Told:
-    told: Told = []
+async def by_events(scene: Scene) -> Findings:
+    told: Findings = []
     for name in VIEWERS:
         live = scene.of[name].events[scene.starts[name] :]
         told.append((f"{name}, live", told_by(scene, live), ({*GONE, "accepted"}, {*GONE}, {"active"})))
@@ -138,8 +138,8 @@ async def by_events(scene: Scene) -> Told:
     return [*told, ("stranger, live", scene.named(stranger.events, set(scene.people) - {"stranger"}), set())]
 
 
-async def by_lists(scene: Scene) -> Told:
-    told: Told = []
+async def by_lists(scene: Scene) -> Findings:
+    told: Findings = []
     for name in (*VIEWERS, "stranger"):
         refusal = ErrorCode.NOT_FOUND if name == "stranger" else ErrorCode.FORBIDDEN
         for status, members in STATUSES.items():
@@ -155,8 +155,8 @@ async def by_lists(scene: Scene) -> Told:
     return told
 
 
-async def by_policies(scene: Scene, reader: Reader) -> Told:
-    told: Told = []
+async def by_policies(scene: Scene, reader: Reader) -> Findings:
+    told: Findings = []
     for name, who in scene.people.items():
         await reader.db.execute("SELECT set_config('openchat.user_id', $1, false)", str(who.id))
         rows = await reader.db.fetch("SELECT user_id, status FROM conversation_participant")
@@ -169,8 +169,8 @@ async def by_policies(scene: Scene, reader: Reader) -> Told:
     return told
 
 
-async def by_export(scene: Scene) -> Told:
-    told: Told = []
+async def by_export(scene: Scene) -> Findings:
+    told: Findings = []
     async with http_client(scene.world.url) as http:
         for name, own in OWN.items():
             answer = await http.get("/v1/auth/export", headers={"Authorization": f"Bearer {scene.people[name].token}"})
@@ -181,7 +181,7 @@ async def by_export(scene: Scene) -> Told:
     return told
 
 
-async def by_why(scene: Scene) -> Told:
+async def by_why(scene: Scene) -> Findings:
     frame = client.Why(conversation_id=scene.about, message_id=scene.question)
     why = await scene.of["member"].call(frame, server.Whereabouts)
     found = {scene.names[one.user_id]: (one.state, one.at is None) for one in why.recipients}

@@ -68,12 +68,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> QueryCounter:
 
 
 @pytest.fixture
-async def lone(settings: Settings) -> AsyncIterator[World]:
+async def one_worker(settings: Settings) -> AsyncIterator[World]:
     async with World(settings, workers=1) as world:
         yield world
 
 
-async def quiet(world: World, *who: UserSession) -> None:
+async def settled(world: World, *who: UserSession) -> None:
     """Wait until all sockets of the users have received all events, and no recheck is running."""
     for one in who:
         version = await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', one.id)
@@ -100,7 +100,7 @@ async def test_own_change_is_read_once_per_worker_without_memberships(world: Wor
     message = await sent(sockets[0], group)
     at: dict[str, Any] = {"conversation_id": group, "message_id": message}
     later = MessageId(uuid7())
-    await quiet(world, ada)
+    await settled(world, ada)
     asked.who = ada.id
     asked.taken()
 
@@ -122,7 +122,7 @@ async def test_own_change_is_read_once_per_worker_without_memberships(world: Wor
     ]
     for frame in own:
         await sockets[0].call(frame)
-        await quiet(world, ada)
+        await settled(world, ada)
         assert asked.taken() == (0, 2), frame
     for socket in sockets:
         await socket.event(server.DraftChanged, lambda event: event.draft.content == "Dear Charles")
@@ -131,12 +131,12 @@ async def test_own_change_is_read_once_per_worker_without_memberships(world: Wor
     other = await world.group(friend, ada)
     for socket in sockets:
         await socket.event(server.ConversationJoined, lambda event: event.view.conversation.id == other)
-    await quiet(world, ada)
+    await settled(world, ada)
     assert asked.taken() == (2, 2)
     await friend.call(client.RemoveParticipant(conversation_id=other, user_id=ada.id))
     for socket in sockets:
         await socket.event(server.ConversationLeft, lambda event: event.conversation_id == other)
-    await quiet(world, ada)
+    await settled(world, ada)
     assert asked.taken() == (2, 2)
 
 
@@ -159,19 +159,19 @@ async def _removed(world: World, ada: UserSession, group: ConversationId) -> Non
 
 @pytest.mark.parametrize("change", [_joins, _removed])
 async def test_own_change_does_not_hide_a_missed_change(
-    lone: World, change: Callable[[World, UserSession, ConversationId], Awaitable[None]]
+    one_worker: World, change: Callable[[World, UserSession, ConversationId], Awaitable[None]]
 ) -> None:
-    ada, charles = await lone.users("Ada", "Charles")
-    friend = await lone.connect(charles)
-    other = await lone.user("Grace")
+    ada, charles = await one_worker.users("Ada", "Charles")
+    friend = await one_worker.connect(charles)
+    other = await one_worker.user("Grace")
     for one in (ada, other):
-        await lone.befriend(one, charles)
-    group = await lone.group(friend, other, *([ada] if change is _removed else []))
-    sockets = [await lone.connect(ada) for _ in range(2)]
-    mine = await lone.channel(sockets[0])
+        await one_worker.befriend(one, charles)
+    group = await one_worker.group(friend, other, *([ada] if change is _removed else []))
+    sockets = [await one_worker.connect(ada) for _ in range(2)]
+    mine = await one_worker.channel(sockets[0])
     # Only the user version announces the change.
-    await change(lone, ada, group)
-    await lone.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
+    await change(one_worker, ada, group)
+    await one_worker.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
     await sockets[0].call(client.SetDraft(conversation_id=mine, content="Dear"))
     for socket in sockets:
         if change is _joins:
@@ -179,20 +179,20 @@ async def test_own_change_does_not_hide_a_missed_change(
         else:
             await socket.event(server.ConversationLeft, lambda event: event.conversation_id == group)
     # A session that ended is not hidden either.
-    await lone.db.execute("DELETE FROM session")
-    await lone.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
-    lone.workers[0].app.hub.notify([ada.id])
+    await one_worker.db.execute("DELETE FROM session")
+    await one_worker.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
+    one_worker.workers[0].app.hub.notify([ada.id])
     assert [await socket.closed() for socket in sockets] == [CloseCode.SESSION_ENDED] * 2
 
 
-async def test_memberships_read_before_a_socket_connected_detach_nothing(lone: World) -> None:
-    ada = await lone.user("Ada")
-    socket = await lone.connect(ada)
-    app = lone.workers[0].app
+async def test_memberships_read_before_a_socket_connected_detach_nothing(one_worker: World) -> None:
+    ada = await one_worker.user("Ada")
+    socket = await one_worker.connect(ada)
+    app = one_worker.workers[0].app
     user_news = app.hub.online_users.fresh(ada.id)
     assert not await user_news.memberships()
-    group = await lone.channel(socket)
-    await quiet(lone, ada)
+    group = await one_worker.channel(socket)
+    await settled(one_worker, ada)
     (held,) = app.hub.online_users.sockets(ada.id)
     assert isinstance(held, Connection)
     await sync.refresh(held.context, user_news, user_news)
@@ -201,14 +201,14 @@ async def test_memberships_read_before_a_socket_connected_detach_nothing(lone: W
 
 
 async def test_changes_during_a_pause_are_read_in_one_recheck_and_other_users_do_not_wait(
-    lone: World, asked: QueryCounter, monkeypatch: pytest.MonkeyPatch
+    one_worker: World, asked: QueryCounter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ada, charles = await lone.users("Ada", "Charles")
-    sockets: list[Client] = [await lone.connect(ada) for _ in range(2)]
-    group = await lone.channel(sockets[0])
-    other = [await lone.connect(charles) for _ in range(2)]
-    theirs = await lone.channel(other[0])
-    await quiet(lone, ada, charles)
+    ada, charles = await one_worker.users("Ada", "Charles")
+    sockets: list[Client] = [await one_worker.connect(ada) for _ in range(2)]
+    group = await one_worker.channel(sockets[0])
+    other = [await one_worker.connect(charles) for _ in range(2)]
+    theirs = await one_worker.channel(other[0])
+    await settled(one_worker, ada, charles)
     asked.who = ada.id
     asked.taken()
     monkeypatch.setattr(people_module, "REST", 1_000_000)
@@ -219,16 +219,16 @@ async def test_changes_during_a_pause_are_read_in_one_recheck_and_other_users_do
     await other[0].call(client.SetDraft(conversation_id=theirs, content="Dear"))
     await other[1].event(server.DraftChanged)
     assert asked.taken() == (0, 1)
-    assert len(lone.workers[0].app.hub.online_users._rechecks) <= 3  # noqa: SLF001 - two sockets of Ada, one of Charles
+    assert len(one_worker.workers[0].app.hub.online_users._rechecks) <= 3  # noqa: SLF001 - two sockets of Ada, one of Charles
 
 
 async def test_revoked_session_ends_while_own_changes_cannot_be_read(
-    lone: World, monkeypatch: pytest.MonkeyPatch
+    one_worker: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ada = await lone.user("Ada")
-    socket = await lone.connect(ada)
-    group = await lone.channel(socket)
-    await quiet(lone, ada)
+    ada = await one_worker.user("Ada")
+    socket = await one_worker.connect(ada)
+    group = await one_worker.channel(socket)
+    await settled(one_worker, ada)
     monkeypatch.setattr(people_module, "REST_MOST_SECONDS", 0.1)
     read_news, may_read = users.news, asyncio.Event()
 
@@ -238,28 +238,28 @@ async def test_revoked_session_ends_while_own_changes_cannot_be_read(
 
     monkeypatch.setattr(users, "news", news)
     await socket.call(client.SetDraft(conversation_id=group, content="Dear"))
-    await lone.db.execute("DELETE FROM session")
-    await lone.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
-    lone.workers[0].app.hub.notify([ada.id])
+    await one_worker.db.execute("DELETE FROM session")
+    await one_worker.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
+    one_worker.workers[0].app.hub.notify([ada.id])
     assert await socket.closed() == CloseCode.SESSION_ENDED
     may_read.set()
 
 
 @pytest.mark.parametrize("moved", ["hidden_version = hidden_version + 1", "version = version + 1"])
 async def test_recheck_hides_no_lost_change_of_watch_permissions(
-    lone: World, moved: str, monkeypatch: pytest.MonkeyPatch
+    one_worker: World, moved: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ada = await lone.user("Ada")
-    socket = await lone.connect(ada)
-    group = await lone.channel(socket)
-    await quiet(lone, ada)
-    online_users = lone.workers[0].app.hub.online_users
+    ada = await one_worker.user("Ada")
+    socket = await one_worker.connect(ada)
+    group = await one_worker.channel(socket)
+    await settled(one_worker, ada)
+    online_users = one_worker.workers[0].app.hub.online_users
     await online_users.compare(parts=1)
     doubted: list[UserId] = []
     monkeypatch.setattr(online_users, "_doubt", doubted.append)
-    await lone.db.execute(f'UPDATE "user" SET {moved} WHERE id = $1', ada.id)
+    await one_worker.db.execute(f'UPDATE "user" SET {moved} WHERE id = $1', ada.id)
     await socket.call(client.SetDraft(conversation_id=group, content="Dear"))
-    await quiet(lone, ada)
+    await settled(one_worker, ada)
     await online_users.compare(parts=1)
     assert doubted == [ada.id]
     await online_users.compare(parts=1)

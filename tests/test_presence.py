@@ -109,7 +109,7 @@ async def test_user_who_may_not_be_seen_cannot_be_watched(pair: Pair, world: Wor
     assert {event.presence.user_id for event in pair.seen} == {pair.charles.id}
 
 
-async def three(world: World) -> tuple[list[UserSession], list[Client]]:
+async def strangers(world: World) -> tuple[list[UserSession], list[Client]]:
     """Return Ada, Charles and Mary, who are strangers, and their clients.
 
     Charles is on the other worker. His arrival has been announced, which may take longer than the next frames.
@@ -140,7 +140,7 @@ async def test_busy_connection_gets_no_presence_that_it_may_no_longer_see(
     world: World, act: Callable[[Client, UserId], Awaitable[None]]
 ) -> None:
     """A client can delay the comparison of its watches, by not reading or by frames that wait for a lock."""
-    people, (ada, charles, mary) = await three(world)
+    people, (ada, charles, mary) = await strangers(world)
     for friend in (people[0], people[2]):
         await world.befriend(people[1], friend)
     if act is unfriends:
@@ -169,7 +169,7 @@ async def test_busy_connection_gets_no_presence_that_it_may_no_longer_see(
 
 
 async def test_name_set_together_with_privacy_is_not_shown_to_strangers(world: World) -> None:
-    people, (ada, charles, mary) = await three(world)
+    people, (ada, charles, mary) = await strangers(world)
     await world.befriend(people[1], people[2])
     for one in (ada, mary):
         await one.call(client.Watch(user_ids=[people[1].id]))
@@ -198,7 +198,7 @@ async def loses_the_group(group: ConversationId, _: Client, __: UserId, owner: C
 async def test_private_user_is_no_longer_seen_after_leaving_the_shared_conversation(
     world: World, act: Callable[[ConversationId, Client, UserId, Client], Awaitable[None]]
 ) -> None:
-    people, (ada, charles, mary) = await three(world)
+    people, (ada, charles, mary) = await strangers(world)
     for other in (people[0], people[2]):
         await world.befriend(people[1], other)
     await world.befriend(people[0], people[2])
@@ -243,7 +243,7 @@ async def test_changes_during_the_comparison_are_sent_after_it(world: World) -> 
 async def test_permission_read_before_a_block_is_not_used(
     world: World, monkeypatch: pytest.MonkeyPatch, *, is_new: bool
 ) -> None:
-    people, (ada, charles, mary) = await three(world)
+    people, (ada, charles, mary) = await strangers(world)
     await world.befriend(*people[:2])
     watch = client.Watch(user_ids=[people[1].id])
     for one in (mary,) if is_new else (mary, ada):
@@ -320,7 +320,7 @@ class HeldReads:
 async def test_no_event_newer_than_the_reply_to_watch_comes_before_it(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    people, (ada, charles, mary) = await three(world)
+    people, (ada, charles, mary) = await strangers(world)
     ada_, charles_, mary_ = (one.id for one in people)
     await world.befriend(people[0], people[2])
     group = await world.group(mary, people[0])
@@ -351,7 +351,7 @@ async def test_no_event_newer_than_the_reply_to_watch_comes_before_it(
 async def test_watches_of_one_user_do_not_cause_repeated_queries(
     world: World, monkeypatch: pytest.MonkeyPatch, *, is_blocked: bool
 ) -> None:
-    people, (ada, charles, mary) = await three(world)
+    people, (ada, charles, mary) = await strangers(world)
     again = await world.connect(people[0])
     await mary.call(client.Watch(user_ids=[people[1].id]))
     watchers = world.workers[0].app.hub.watchers

@@ -18,13 +18,13 @@ ON CONFLICT ON CONSTRAINT user_relationship_key DO UPDATE SET status = excluded.
 """
 
 
-async def stand(world: World, viewer: UserId, target: UserId, standing: str) -> None:
+async def relate(world: World, viewer: UserId, target: UserId, standing: str) -> None:
     """Give two users the relationship `standing`, and no other."""
     await world.db.execute("DELETE FROM user_relationship; DELETE FROM conversation_participant")
-    await stand_also(world, viewer, target, standing)
+    await relate_also(world, viewer, target, standing)
 
 
-async def stand_also(world: World, viewer: UserId, target: UserId, standing: str) -> None:
+async def relate_also(world: World, viewer: UserId, target: UserId, standing: str) -> None:
     match standing:
         case "friend":
             await world.db.execute(RELATE, viewer, target, "friend", "accepted")
@@ -47,8 +47,8 @@ async def stand_also(world: World, viewer: UserId, target: UserId, standing: str
 @pytest.mark.parametrize("standing", STANDINGS)
 async def test_each_cell_of_the_privacy_table(world: World, standing: str, before: str) -> None:
     viewer, target = await world.users("Viewer", "Target")
-    await stand(world, viewer.id, target.id, before)
-    await stand_also(world, viewer.id, target.id, standing)
+    await relate(world, viewer.id, target.id, before)
+    await relate_also(world, viewer.id, target.id, standing)
     # A row of an inactive relationship carries the switches.
     await world.db.execute(RELATE, target.id, viewer.id, "mute", "inactive")
     place = list(STANDINGS).index(standing)
@@ -87,10 +87,10 @@ async def test_only_the_profile_of_a_departed_user_may_be_visible(world: World) 
         found: list[str] | None = await world.db.fetchval(ask, list(RULES), viewer.id, target.id)
         return found
 
-    await stand(world, viewer.id, target.id, "together")
+    await relate(world, viewer.id, target.id, "together")
     await world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', target.id)
     assert await allowed() == ["see_face"]
-    await stand(world, viewer.id, target.id, "friend")
+    await relate(world, viewer.id, target.id, "friend")
     assert await allowed() is None
     await world.db.execute('UPDATE "user" SET is_deleted = true, erased_at = now() WHERE id = $1', target.id)
     assert await allowed() == ["see_face"]

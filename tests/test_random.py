@@ -53,7 +53,7 @@ async def test_everyone_ends_with_the_truth(settings: Settings, cluster: Cluster
         assert actor.mirror.copies.keys() == await memberships(db, actor.who.id)
         for one, copy in actor.mirror.copies.items():
             assert_same(copy, truths[one])
-        await same_own(db, actor, ended)
+        await wait_for_own_state(db, actor, ended)
     messages = set().union(*(actor.tally.messages for actor in actors))
     assert len(messages) > 300
     assert await absent(db, "message", messages) == 0
@@ -65,7 +65,9 @@ async def test_everyone_ends_with_the_truth(settings: Settings, cluster: Cluster
     await db.close()
 
 
-async def same_own(db: "asyncpg.Connection[asyncpg.Record]", actor: Actor, ended: set[ConversationId]) -> None:
+async def wait_for_own_state(
+    db: "asyncpg.Connection[asyncpg.Record]", actor: Actor, ended: set[ConversationId]
+) -> None:
     """Wait until an actor knows what is theirs alone; nobody takes back an invitation to what has ended."""
     truth = await own(db, actor.who.id)
     over = {("invitation", str(one), "") for one in ended}

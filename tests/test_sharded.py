@@ -94,20 +94,20 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Node]]:
 
 
 @pytest.fixture
-async def circle(nodes: list[Node], settings: Settings) -> AsyncIterator["Circle"]:
+async def cluster_world(nodes: list[Node], settings: Settings) -> AsyncIterator["ClusterWorld"]:
     async with World(msgspec.structs.replace(settings, redis_url=nodes[0].url)) as world:
         await until(lambda: all(worker.app.hub.bus.is_up for worker in world.workers))
         ada, charles = await world.users("Ada", "Charles")
         here, there = await world.connect(ada, 0), await world.connect(charles, 1)
         groups: list[ConversationId] = []
         begin = prefix(await epoch_id(world.db))
-        while {home(begin + channel(group)) for group in groups} != set(range(NODES)):
+        while {node_of(begin + channel(group)) for group in groups} != set(range(NODES)):
             groups.append(await world.group(here, charles))
-        await until(lambda: all(joined(one) == len(groups) for one in (here, there)))
-        yield Circle(world, ada.id, here, there, groups, begin)
+        await until(lambda: all(joined_count(one) == len(groups) for one in (here, there)))
+        yield ClusterWorld(world, ada.id, here, there, groups, begin)
 
 
-class Circle(NamedTuple):
+class ClusterWorld(NamedTuple):
     """Two users on two workers, and groups whose channels are spread over the cluster."""
 
     world: World
@@ -128,63 +128,63 @@ class Circle(NamedTuple):
     async def talk(self) -> None:
         """Send a message in each group, and wait until it arrives at the other worker."""
         wanted = {await sent(self.ada, group) for group in self.groups}
-        await until(lambda: wanted <= {one.id for event in self.charles.events for one in said(event)})
+        await until(lambda: wanted <= {one.id for event in self.charles.events for one in messages_in(event)})
 
     async def is_up(self, *, is_so: bool = True) -> None:
         await until(lambda: all(worker.app.hub.bus.is_up is is_so for worker in self.world.workers))
 
 
-def joined(one: Client) -> int:
+def joined_count(one: Client) -> int:
     """Return how many `conversation_joined` events a client received."""
     return sum(isinstance(event, server.ConversationJoined) for event in one.events)
 
 
-def said(event: server.ServerFrame) -> list[Message]:
+def messages_in(event: server.ServerFrame) -> list[Message]:
     """Return the messages in an event, from the bus or from PostgreSQL."""
     if isinstance(event, server.Changes):
-        return [one for inner in event.events for one in said(inner)]
+        return [one for inner in event.events for one in messages_in(inner)]
     return [event.message] if isinstance(event, server.MessageSent) else []
 
 
-def home(name: bytes) -> int:
+def node_of(name: bytes) -> int:
     """Return the number of the node that has a channel."""
     return key_slot(name) * NODES // REDIS_CLUSTER_HASH_SLOTS
 
 
-async def test_events_of_conversations_on_every_node_arrive(circle: Circle) -> None:
-    await circle.talk()
-    assert circle.fetched() == 0
-    await circle.charles.call(client.Watch(user_ids=[circle.ada_id]), server.PresenceList)
-    await circle.ada.call(client.SetPresence(status="busy"), server.Done)
-    await circle.charles.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
+async def test_events_of_conversations_on_every_node_arrive(cluster_world: ClusterWorld) -> None:
+    await cluster_world.talk()
+    assert cluster_world.fetched() == 0
+    await cluster_world.charles.call(client.Watch(user_ids=[cluster_world.ada_id]), server.PresenceList)
+    await cluster_world.ada.call(client.SetPresence(status="busy"), server.Done)
+    await cluster_world.charles.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
 
 
-async def test_no_message_is_lost_when_a_node_dies(circle: Circle, nodes: list[Node]) -> None:
-    await circle.talk()
+async def test_no_message_is_lost_when_a_node_dies(cluster_world: ClusterWorld, nodes: list[Node]) -> None:
+    await cluster_world.talk()
     nodes[0].kill()
-    await circle.is_up(is_so=False)
-    await circle.talk()
-    assert circle.fetched() > 0
+    await cluster_world.is_up(is_so=False)
+    await cluster_world.talk()
+    assert cluster_world.fetched() > 0
     nodes[0].start()
-    await circle.is_up()
-    before = circle.fetched()
-    await circle.talk()
-    assert circle.fetched() == before
+    await cluster_world.is_up()
+    before = cluster_world.fetched()
+    await cluster_world.talk()
+    assert cluster_world.fetched() == before
 
 
-async def test_workers_follow_a_slot_that_moves(circle: Circle, nodes: list[Node]) -> None:
-    group = circle.groups[0]
-    name = circle.name(group)
-    slot, owner = key_slot(name), nodes[home(name)]
-    heir = nodes[(home(name) + 1) % NODES]
+async def test_workers_follow_a_slot_that_moves(cluster_world: ClusterWorld, nodes: list[Node]) -> None:
+    group = cluster_world.groups[0]
+    name = cluster_world.name(group)
+    slot, owner = key_slot(name), nodes[node_of(name)]
+    heir = nodes[(node_of(name) + 1) % NODES]
     names = [node.ask("CLUSTER MYID") for node in (owner, heir)]
     heir.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", names[0])
     owner.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", names[1])
     for node in (heir, owner):
         node.ask("CLUSTER", "SETSLOT", slot, "NODE", names[1])
-    await circle.talk()
+    await cluster_world.talk()
     await until(lambda: heir.ask("PUBSUB SHARDNUMSUB", name) == [(name, 2)])
-    await circle.is_up()
-    before = circle.fetched()
-    await circle.talk()
-    assert circle.fetched() == before
+    await cluster_world.is_up()
+    before = cluster_world.fetched()
+    await cluster_world.talk()
+    assert cluster_world.fetched() == before

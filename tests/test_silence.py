@@ -56,12 +56,12 @@ async def dial(world: World, source: str = "127.0.0.1") -> Streams:
     return await asyncio.open_connection(host, int(port), local_addr=(source, 0))
 
 
-async def known(world: World, request: bytes) -> bytes:
+async def with_token(world: World, request: bytes) -> bytes:
     """Return a request of a user with a session, whose body the server reads."""
     return request.replace(b"TOKEN", (await world.user("Ada")).token.encode())
 
 
-async def heard(reader: asyncio.StreamReader) -> bytes:
+async def received(reader: asyncio.StreamReader) -> bytes:
     """Return all bytes until the connection ends, even if it ends with a reset because of unread bytes."""
     said = b""
     with contextlib.suppress(ConnectionError):
@@ -106,9 +106,9 @@ async def test_unfinished_request_ends(alone: World, short: None, begin: bytes, 
     alone.workers[0].server.config.timeout_keep_alive = SHORT  # type: ignore[assignment]
     streams = await dial(alone)
     await until(lambda: len(app.sockets) == 1)
-    streams[1].write(await known(alone, begin))
+    streams[1].write(await with_token(alone, begin))
     dripping = asyncio.create_task(drip(streams, more)) if more else None
-    assert (await heard(streams[0])).startswith(answer)
+    assert (await received(streams[0])).startswith(answer)
     await until(lambda: len(app.sockets) == 0)
     if dripping is not None:
         dripping.cancel()
@@ -138,7 +138,7 @@ async def test_every_invalid_upgrade_is_answered_and_ends(alone: World, short: N
     app = alone.workers[0].app
     reader, writer = await dial(alone)
     writer.write(begin + HANDSHAKE)
-    assert (await heard(reader)).startswith(b"HTTP/1.1 4")
+    assert (await received(reader)).startswith(b"HTTP/1.1 4")
     writer.close()
     await until(lambda: len(app.sockets) == 0)
     assert_nothing_is_kept(app.sockets)
@@ -153,26 +153,26 @@ async def test_handshake_without_an_answer_of_the_application_ends(
         await alone.db.execute("LOCK TABLE session IN ACCESS EXCLUSIVE MODE")
         token = b"Authorization: Bearer " + b"x" * 43 + b"\r\n"
         writer.write(b"GET /v1/ws HTTP/1.1\r\nHost: here\r\n" + token + HANDSHAKE)
-        assert await heard(reader) == b""
+        assert await received(reader) == b""
     writer.close()
 
 
 async def test_trailers_are_not_headers(alone: World) -> None:
     """A proxy may forward trailers of a client, who could then choose an address or a token."""
-    trailer = await known(alone, b"Authorization: Bearer TOKEN\r\n\r\n")
+    trailer = await with_token(alone, b"Authorization: Bearer TOKEN\r\n\r\n")
     reader, writer = await dial(alone)
     writer.write(
         b"POST /v1/call HTTP/1.1\r\nHost: here\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
         b'f\r\n{"type":"ping"}\r\n0\r\n' + trailer
     )
-    assert (await heard(reader)).startswith(b"HTTP/1.1 401")
+    assert (await received(reader)).startswith(b"HTTP/1.1 401")
     writer.close()
 
 
 async def test_no_path_redirects_to_the_host_of_the_request(alone: World) -> None:
     reader, writer = await dial(alone)
     writer.write(b"GET /healthz/ HTTP/1.1\r\nHost: elsewhere.example\r\nConnection: close\r\n\r\n")
-    said = await heard(reader)
+    said = await received(reader)
     assert said.startswith(b"HTTP/1.1 404")
     assert b"elsewhere" not in said
     writer.close()
@@ -229,7 +229,7 @@ async def test_silent_sockets_are_limited_per_address(settings: Settings, caplog
         silent = [await dial(world, "127.0.0.2") for _ in range(3 + sockets_module.SPARE)]
         await until(lambda: len(app.sockets) == len(silent))
         reader, writer = await dial(world, "127.0.0.2")
-        assert (await heard(reader)).startswith(b"HTTP/1.1 429")
+        assert (await received(reader)).startswith(b"HTTP/1.1 429")
         assert caplog.text.count("too many connections from address 127.0.0.2") == 1
         writer.close()
         await (await world.connect(await world.user("Ada"))).call(client.Ping())
@@ -257,7 +257,7 @@ async def test_requests_behind_a_proxy_count_for_the_forwarded_address(settings:
     async with World(settings, workers=1) as world:
         sockets = world.workers[0].app.sockets
         sockets.unread.most = 400_000  # of which one address may use a quarter
-        ada, by_mal, by_eve = (await known(world, POST)).partition(b"Content")[0], b"203.0.113.9", b"198.51.100.7"
+        ada, by_mal, by_eve = (await with_token(world, POST)).partition(b"Content")[0], b"203.0.113.9", b"198.51.100.7"
 
         async def ask(client_ip: bytes, sent: int, of: int) -> Streams:
             streams = await dial(world)
@@ -268,7 +268,7 @@ async def test_requests_behind_a_proxy_count_for_the_forwarded_address(settings:
         open_ = [await ask(by_mal, 99_000, 100_000)]
         await until(lambda: sockets.unread.taken == 99_000 - FREE_BYTES)
         too_large = await ask(by_mal, 10_000, 100_000)
-        assert (await heard(too_large[0])).startswith(b"HTTP/1.1 503")
+        assert (await received(too_large[0])).startswith(b"HTTP/1.1 503")
         too_large[1].close()
         done = await ask(by_eve, 60_000, 60_000)
         assert (await done[0].readline()).startswith(b"HTTP/1.1 200")
@@ -277,7 +277,7 @@ async def test_requests_behind_a_proxy_count_for_the_forwarded_address(settings:
         open_ += [await ask(by_mal, 50, 100_000) for _ in range(3 + sockets_module.SPARE - 1)]
         await until(lambda: sockets._of_address[by_mal.decode()] == len(open_))  # noqa: SLF001
         too_many = await ask(by_mal, 0, 100_000)
-        assert (await heard(too_many[0])).startswith(b"HTTP/1.1 429")
+        assert (await received(too_many[0])).startswith(b"HTTP/1.1 429")
         eve_token, of_eve = (await world.user("Eve")).token, {"X-Forwarded-For": by_eve.decode()}
         async with Client(world.url, eve_token, headers=of_eve) as eve:
             await eve.call(client.Ping())
@@ -292,7 +292,7 @@ async def test_unfinished_bodies_are_bounded(alone: World) -> None:
     """400 requests of 250 KB would be 100 MB."""
     app = alone.workers[0].app
     held: list[Streams] = []
-    request = await known(alone, POST)
+    request = await with_token(alone, POST)
     for _ in range(60):
         held.append(await dial(alone, "127.0.0.2"))
         held[-1][1].write(request + b"x" * 249_000)
@@ -320,7 +320,7 @@ async def test_body_that_ends_too_early_is_not_logged_as_an_error(
     alone: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, writer = await dial(alone)
-    writer.write(await known(alone, POST) + b"x" * (FREE_BYTES + 500))
+    writer.write(await with_token(alone, POST) + b"x" * (FREE_BYTES + 500))
     app = alone.workers[0].app
     await until(lambda: app.sockets.unread.taken == 500)
     writer.close()
@@ -345,7 +345,7 @@ async def test_endless_requests_are_cut_off(alone: World, endless: bytes) -> Non
     _, writer = await dial(alone)
     await until(lambda: len(sockets) == 1)
     with contextlib.suppress(ConnectionError):
-        writer.write(await known(alone, endless))
+        writer.write(await with_token(alone, endless))
     await until(lambda: len(sockets) == 0)
     writer.transport.abort()
     assert_nothing_is_kept(sockets)
@@ -397,7 +397,7 @@ async def test_refused_client_that_stays_is_closed(alone: World, short: None) ->
         assert (await streams[0].read(12)) == b"HTTP/1.1 431"
         assert len(sockets) == len(sockets._waiting) == 1  # noqa: SLF001
         dripping = asyncio.create_task(drip(streams, more)) if more else None
-        await heard(streams[0])
+        await received(streams[0])
         await until(lambda: len(sockets) == 0)
         if dripping is not None:
             dripping.cancel()
@@ -569,7 +569,7 @@ async def test_refused_upgrade_leaves_no_deadline(alone: World, monkeypatch: pyt
     monkeypatch.setattr(WebSocket, "__init__", noted)
     reader, writer = await dial(alone)
     writer.write(b"GET /v1/ws HTTP/1.1\r\nHost: here\r\n" + b"a: " + b"b" * 9_000 + b"\r\n" + HANDSHAKE)
-    assert (await heard(reader)).startswith(b"HTTP/1.1 4")
+    assert (await received(reader)).startswith(b"HTTP/1.1 4")
     writer.close()
     await until(lambda: len(alone.workers[0].app.sockets) == 0)
     assert [one._deadline for one in made] == [None]  # noqa: SLF001

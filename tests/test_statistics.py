@@ -20,7 +20,7 @@ WHERE a.attnum > 0 AND NOT a.attisdropped AND a.attstattarget IS DISTINCT FROM 0
 """Counts columns of tables with policies for which ANALYZE collects statistics."""
 
 
-class Both(NamedTuple):
+class OwnerAndReader(NamedTuple):
     """A connection of the owner, and one of a reader with its name."""
 
     owner: Db
@@ -29,14 +29,14 @@ class Both(NamedTuple):
 
 
 @pytest.fixture
-async def both(database_url: str) -> AsyncIterator[Both]:
+async def both(database_url: str) -> AsyncIterator[OwnerAndReader]:
     owner, reader = [await asyncpg.connect(database_url) for _ in range(2)]
     name = f"reader_{uuid7().hex}"
     assert not await owner.fetchval(KEPT), "without a reader, there are no statistics either"
     await owner.execute(f"CREATE ROLE {name}; ALTER TABLE draft ALTER COLUMN content SET STATISTICS 100")
     await owner.execute("SELECT grant_reader($1)", name)
     await reader.execute(f"SET ROLE {name}")
-    yield Both(owner, reader, name)
+    yield OwnerAndReader(owner, reader, name)
     await reader.close()
     await owner.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
     await owner.close()
@@ -96,7 +96,7 @@ async def estimated(db: Db, table: str, condition: str) -> int:
     return int(json.loads(plan)[0]["Plan"]["Plan Rows"])
 
 
-async def test_estimates_do_not_reveal_frequent_values(both: Both) -> None:
+async def test_estimates_do_not_reveal_frequent_values(both: OwnerAndReader) -> None:
     """Statistics cover all rows, including hidden ones, and PostgreSQL estimates leakproof comparisons by them."""
     columns = await both.owner.fetch(READABLE, both.name)
     await both.owner.execute(UNBOUND)

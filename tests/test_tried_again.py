@@ -18,7 +18,7 @@ from server.hub import hub
 from server.limits.shared_rate_limit import SharedRateLimit
 from server.routes import ROUTES
 from tests.test_credentials import administer
-from tests.test_lock_order import AS_BEFORE, NOT_NOW, Quarrel
+from tests.test_lock_order import AS_BEFORE, NOT_NOW, ConflictingWrites
 from tests.world import World, http_client, sent
 
 FAIL = """
@@ -62,25 +62,25 @@ async def test_frame_whose_first_attempt_is_aborted_is_published_once(
     """Every frame that writes is tested."""
     failed: set[str] = set()
     async with http_client(world.url) as http:
-        quarrel = Quarrel(world, http)
-        await quarrel.begin()
+        conflicting = ConflictingWrites(world, http)
+        await conflicting.begin()
         here = world.workers[0].app
         told = Published(here.hub, monkeypatch)
         dispatch = Dispatch(ROUTES, here._rate_limits, metrics=here.metrics, load_shedding=here.load_shedding)  # noqa: SLF001
         context = Context(
             services=here._services,  # noqa: SLF001
-            user=User(id=quarrel.ada, name="Ada"),
-            session_id=quarrel.sessions[quarrel.ada],
+            user=User(id=conflicting.ada, name="Ada"),
+            session_id=conflicting.sessions[conflicting.ada],
         )
         await world.db.execute(FAIL)
         await world.db.execute(ARM, 1)
         for (table,) in await world.db.fetch(TABLES):
             await world.db.execute(AT_COMMIT.format(table=table))
-        for index, name in enumerate(type(frame).__name__ for frame in quarrel.frames()):
+        for index, name in enumerate(type(frame).__name__ for frame in conflicting.frames()):
             before = {one: version for one, version in await world.db.fetch(VERSIONS)}  # noqa: C416 - not pairs
             told.versions.clear()
             await world.db.execute(ARM, -1)
-            answer = await dispatch.run(context, encode(quarrel.frames()[index]))
+            answer = await dispatch.run(context, encode(conflicting.frames()[index]))
             if await world.db.fetchval(HAS_FAILED):
                 failed.add(name)
             await world.db.execute(ARM, 1)
@@ -93,8 +93,8 @@ async def test_frame_whose_first_attempt_is_aborted_is_published_once(
             }
             published = {one: count for one, count in told.versions.items() if one[0] in before}
             assert (name, published) == (name, dict.fromkeys(moved, 1))
-            if not await world.db.fetchval(AS_BEFORE, quarrel.group):
-                await quarrel.reconcile()
+            if not await world.db.fetchval(AS_BEFORE, conflicting.group):
+                await conflicting.reconcile()
     assert len(failed) > 30, failed
 
 

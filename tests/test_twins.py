@@ -142,7 +142,7 @@ async def test_user_who_requests_friendship_becomes_visible(world: World, *, is_
         assert face.name == "Private"
 
 
-async def meet(room: Room, world: World) -> tuple[UserSession, Client]:
+async def add_watched_user(room: Room, world: World) -> tuple[UserSession, Client]:
     """Return a user in the room whom Ada watches and sees, and their connection to the other worker."""
     who = await world.user("Xaver")
     await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[who.id]))
@@ -155,7 +155,7 @@ async def meet(room: Room, world: World) -> tuple[UserSession, Client]:
 
 
 async def test_profile_change_is_sent_to_watchers_who_may_not_see_presence(room: Room, world: World) -> None:
-    _, one = await meet(room, world)
+    _, one = await add_watched_user(room, world)
     await one.call(client.Block(user_id=room.users[0].id))
     await room.ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
     await room.ada.synced()
@@ -172,7 +172,7 @@ async def test_profile_change_is_sent_to_watchers_who_may_not_see_presence(room:
 
 
 async def test_worker_detects_a_missed_block_without_a_new_user_version(room: Room, world: World) -> None:
-    who, _ = await meet(room, world)
+    who, _ = await add_watched_user(room, world)
     ada = room.users[0].id
     before = await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', ada)
     await relationships.put(world.db, who.id, ada, RelationshipChange("block", "active"), who.id)
@@ -184,7 +184,7 @@ async def test_worker_detects_a_missed_block_without_a_new_user_version(room: Ro
 
 
 async def test_notification_does_not_contain_a_name_that_is_no_longer_visible(room: Room, world: World) -> None:
-    who, one = await meet(room, world)
+    who, one = await add_watched_user(room, world)
     key = client.RegisterPush(endpoint="https://push.example/1", p256dh=PUSH_POINT, auth="A" * 22)
     await room.ada.call(key)
     message_id = await sent(one, room.group)

@@ -22,7 +22,7 @@ from server.gateway.sockets import FREE_BYTES, UNREAD_BYTES
 from tests.test_floods import HEAD
 from tests.test_frames import Wire, frame
 from tests.test_lock_order import WAITS
-from tests.test_silence import Streams, assert_nothing_is_kept, dial, drip, heard
+from tests.test_silence import Streams, assert_nothing_is_kept, dial, drip, received
 from tests.world import UserSession, World, http_client, until
 
 SHORT = 0.3
@@ -49,7 +49,7 @@ async def shake(world: World, who: UserSession | None, source: str = "127.0.0.1"
     return wire
 
 
-async def answered(wire: Wire) -> dict[str, object]:
+async def next_answer(wire: Wire) -> dict[str, object]:
     """Return the next reply or error of a connection, and skip events."""
     while True:
         kind, payload = await wire.frame()
@@ -77,9 +77,9 @@ async def test_unfinished_message_closes_its_connection(
     sockets = alone.workers[0].app.sockets
     wire = await shake(alone, await alone.user("Ada"))
     wire.writer.write(PING + begin)
-    assert (await answered(wire))["type"] == "reply"
+    assert (await next_answer(wire))["type"] == "reply"
     dripping = asyncio.create_task(drip((wire.reader, wire.writer), more)) if more else None
-    assert (said := await answered(wire))["code"] == "bad_frame", said
+    assert (said := await next_answer(wire))["code"] == "bad_frame", said
     assert "within 0 seconds" in str(said["message"])
     assert await wire.closed() == CloseCode.SILENT
     assert sockets.timed_out == 1
@@ -102,7 +102,7 @@ async def test_each_message_has_its_own_deadline(alone: World, monkeypatch: pyte
         wire.writer.write(message[-3:] + message[:-3])
         count += 2
         for _ in range(2):
-            assert (await answered(wire))["type"] == "reply"
+            assert (await next_answer(wire))["type"] == "reply"
         await asyncio.sleep(SHORT / 5)
     assert count > 20
     wire.writer.transport.abort()
@@ -122,7 +122,7 @@ async def test_complete_parts_do_not_extend_the_deadline_of_a_message(
     began = loop.time()
     wire.writer.write(begin)
     loop.call_later(0.8 * most, wire.writer.write, more)
-    assert (await answered(wire))["code"] == "bad_frame"
+    assert (await next_answer(wire))["code"] == "bad_frame"
     assert loop.time() - began < 1.5 * most
     assert await wire.closed() == CloseCode.SILENT
     wire.writer.transport.abort()
@@ -145,9 +145,9 @@ async def test_time_while_the_server_does_not_read_does_not_count(
     await asyncio.sleep(2 * SHORT)
     await holding.close()
     for _ in range(MAX_INBOX + 1):
-        assert (await answered(wire))["type"] == "reply"
+        assert (await next_answer(wire))["type"] == "reply"
     wire.writer.write(PING[-1:])
-    assert (await answered(wire))["type"] == "reply"
+    assert (await next_answer(wire))["type"] == "reply"
     wire.writer.transport.abort()
 
 
@@ -174,7 +174,7 @@ async def test_bytes_of_unfinished_messages_are_limited_per_user(alone: World, b
     late, other = await shake(alone, ada, "127.0.0.2"), await shake(alone, eve, "127.0.0.2")
     with contextlib.suppress(ConnectionError):
         late.writer.write(begin + begin[:1_000])
-    said = await answered(late)
+    said = await next_answer(late)
     assert (said["code"], bool(said["retry_after_ms"])) == ("unavailable", True)
     assert await late.closed() == CloseCode.GOING_AWAY
     await assert_takes_a_frame_in_two_reads(alone, other, eve)
@@ -192,7 +192,7 @@ async def assert_takes_a_frame_in_two_reads(world: World, wire: Wire, who: UserS
     wire.writer.write(padded[:150_000])
     await until(lambda: held.get(who.id, 0) == 150_000 - FREE_BYTES)
     wire.writer.write(padded[150_000:])
-    assert (await answered(wire))["type"] == "reply"
+    assert (await next_answer(wire))["type"] == "reply"
 
 
 async def test_unauthenticated_clients_cannot_close_connections_or_block_logins(alone: World) -> None:
@@ -227,9 +227,9 @@ async def test_unauthenticated_clients_cannot_close_connections_or_block_logins(
     # Bytes after `authenticate` in the same read count for the user, once the token is verified.
     early = await shake(alone, None)
     early.writer.write(frame(encode(Authenticate(token=ada.token))) + PING + LARGE[:2_000])
-    assert (await answered(early))["type"] == "reply"
+    assert (await next_answer(early))["type"] == "reply"
     early.writer.write(LARGE[2_000:])
-    assert (await answered(early))["code"] == "bad_frame"
+    assert (await next_answer(early))["code"] == "bad_frame"
 
     for writer in (wire.writer, early.writer, *(writer for _, writer in held)):
         writer.transport.abort()
@@ -252,10 +252,10 @@ async def test_unauthenticated_websockets_are_evicted_for_users(alone: World) ->
     assert sockets.shed == 19
     # Authenticated connections are not evicted.
     full = await dial(alone, "127.0.1.1")
-    assert (await heard(full[0])).startswith(b"HTTP/1.1 503")
+    assert (await received(full[0])).startswith(b"HTTP/1.1 503")
     for one in (wire, others[0]):
         one.writer.write(PING)
-        assert (await answered(one))["type"] == "reply"
+        assert (await next_answer(one))["type"] == "reply"
     for writer in (full[1], *(one.writer for one in (wire, *others, *silent, *refused))):
         writer.transport.abort()
     await until(lambda: len(sockets) == 0)

@@ -22,7 +22,7 @@ from server.core.errors import NotActive
 from server.db.database import Database
 from server.queries import conversations, moderation
 from server.routes import ROUTES
-from tests.test_lock_order import Quarrel
+from tests.test_lock_order import ConflictingWrites
 from tests.test_may_send import WAITING, waiting
 from tests.world import World, http_client, message, sent
 
@@ -47,29 +47,29 @@ async def world(settings: Settings) -> AsyncIterator[World]:
 async def test_frame_of_a_disabled_account_writes_nothing_even_if_it_waited(world: World) -> None:
     """Every frame that writes is tested."""
     async with http_client(world.url) as http:
-        quarrel = Quarrel(world, http)
-        await quarrel.begin()
+        conflicting = ConflictingWrites(world, http)
+        await conflicting.begin()
         db, refused = world.db, 0
         watch = await asyncpg.connect(world.settings.database_url)
         before = await rows(db)
-        for index, frame in enumerate(quarrel.frames()):
+        for index, frame in enumerate(conflicting.frames()):
             name = type(frame).__name__
             async with db.transaction():
                 await db.execute("SELECT FROM conversation FOR UPDATE")
                 await db.execute('SELECT FROM "user" FOR UPDATE')
-                done = asyncio.create_task(refusal_code(quarrel, frame))
+                done = asyncio.create_task(refusal_code(conflicting, frame))
                 while not done.done() and not await watch.fetchval(WAITING):
                     await asyncio.sleep(0.005)
                 has_waited = not done.done()
-                await db.execute(FLIP, quarrel.ada)
+                await db.execute(FLIP, conflicting.ada)
             code = await done
             refused += code is ErrorCode.UNAUTHENTICATED
             if not has_waited:
-                await db.execute(FLIP, quarrel.ada)
+                await db.execute(FLIP, conflicting.ada)
                 before = await rows(db)
-                await db.execute(FLIP, quarrel.ada)
-            await refusal_code(quarrel, quarrel.frames()[index])
-            await db.execute(FLIP, quarrel.ada)
+                await db.execute(FLIP, conflicting.ada)
+            await refusal_code(conflicting, conflicting.frames()[index])
+            await db.execute(FLIP, conflicting.ada)
             after = await rows(db)
             assert not [(name, table) for table in before if before[table] != after[table]]
         await watch.close()
@@ -82,12 +82,12 @@ async def rows(db: Any) -> dict[str, list[str]]:
     return {one: [row[0] for row in await db.fetch(f'SELECT t::text FROM "{one}" t ORDER BY 1')] for one in tables}
 
 
-async def refusal_code(quarrel: Quarrel, frame: Frame) -> ErrorCode | None:
+async def refusal_code(conflicting: ConflictingWrites, frame: Frame) -> ErrorCode | None:
     """Run a frame of Ada on a worker that does not know yet that her account is disabled. Return the error code."""
     context = Context(
-        services=quarrel.app._services,  # noqa: SLF001
-        user=User(id=quarrel.ada, name="Ada"),
-        session_id=quarrel.sessions[quarrel.ada],
+        services=conflicting.app._services,  # noqa: SLF001
+        user=User(id=conflicting.ada, name="Ada"),
+        session_id=conflicting.sessions[conflicting.ada],
     )
     try:
         await ROUTES[type(frame)].handler(context, frame)
@@ -129,21 +129,21 @@ async def test_frames_write_only_in_a_transaction_that_checks_the_account(world:
     `send` and the frames of `CHECKS_ITSELF` check in the statement that writes.
     """
     async with http_client(world.url) as http:
-        quarrel = Quarrel(world, http)
-        await quarrel.begin()
-        services = quarrel.app._services  # noqa: SLF001
+        conflicting = ConflictingWrites(world, http)
+        await conflicting.begin()
+        services = conflicting.app._services  # noqa: SLF001
         reading = WritesInTransactions(services.database._pool, services.database._state)  # noqa: SLF001
         context = Context(
             services=msgspec.structs.replace(services, database=reading),
-            user=User(id=quarrel.ada, name="Ada"),
-            session_id=quarrel.sessions[quarrel.ada],
+            user=User(id=conflicting.ada, name="Ada"),
+            session_id=conflicting.sessions[conflicting.ada],
         )
         done, checks_itself = 0, set()
-        for index, frame in enumerate(quarrel.frames()):
-            if isinstance(quarrel.frames()[index - 1], client.Leave | client.TransferOwnership):
-                await quarrel.furnish()
+        for index, frame in enumerate(conflicting.frames()):
+            if isinstance(conflicting.frames()[index - 1], client.Leave | client.TransferOwnership):
+                await conflicting.fill_group()
             try:
-                await ROUTES[type(frame)].handler(context, quarrel.frames()[index])
+                await ROUTES[type(frame)].handler(context, conflicting.frames()[index])
             except Refused:
                 continue
             except asyncpg.ReadOnlySQLTransactionError:
@@ -174,8 +174,8 @@ async def test_reports_stay_open_if_the_account_or_role_ends_meanwhile(
     said = await sent(theirs, about)
     await world.db.execute(REPORTS, about, said)
     async with http_client(world.url) as http:
-        quarrel = Quarrel(world, http)
-        services = quarrel.app._services  # noqa: SLF001
+        conflicting = ConflictingWrites(world, http)
+        services = conflicting.app._services  # noqa: SLF001
     session = await world.db.fetchval("SELECT id FROM session WHERE user_id = $1", owner.id)
     context = Context(services=services, user=User(id=owner.id, name="Owner"), session_id=session)
     handler: Any = ROUTES[client.Moderate].handler

@@ -226,7 +226,7 @@ def place() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-DEEDS: dict[str, Callable[[DataFolder, Path], object]] = {
+OPERATIONS: dict[str, Callable[[DataFolder, Path], object]] = {
     "write": lambda folder, path: folder.write(path / "pg_hba.conf", "ours"),
     "read": lambda folder, path: folder.read(path / "postmaster.pid"),
     "remove": lambda folder, path: folder.remove(path / "postmaster.pid"),
@@ -234,10 +234,10 @@ DEEDS: dict[str, Callable[[DataFolder, Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("deed", DEEDS.values(), ids=DEEDS)
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_links_in_the_data_folder_are_not_followed_out_of_it(
-    place: Path, deed: Callable[[DataFolder, Path], object], depth: int
+    place: Path, operation: Callable[[DataFolder, Path], object], depth: int
 ) -> None:
     """The servers' user owns the folder, and may put a link at any place of a path to which root writes."""
     outside, data = place / "outside", place / "data"
@@ -255,7 +255,7 @@ def test_links_in_the_data_folder_are_not_followed_out_of_it(
         (target / name).write_text("1234")
     before = seen(outside)
     try:
-        found = deed(folder, data.joinpath(*parts))
+        found = operation(folder, data.joinpath(*parts))
     except Fatal as error:
         assert str(data) in str(error)
     else:
