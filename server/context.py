@@ -18,8 +18,8 @@ from server.fairness.batcher import Batcher
 from server.fairness.lanes import Lanes
 from server.queries import users
 from server.queries.memberships import Membership
+from server.queries.own_news import OwnNews
 from server.queries.sending import NotStored, Outgoing, Stored
-from server.queries.users import OwnNews
 
 
 class Events(Protocol):

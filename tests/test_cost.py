@@ -33,9 +33,11 @@ from server.queries import (
     memberships,
     messages,
     moderation,
+    own_news,
     participants,
     pins,
     polls,
+    presence,
     push,
     reactions,
     receipts,
@@ -290,9 +292,9 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "heir": (participants.HEIR, (about, user, True, list(ROLES[::-1]))),
         "seen parts": (participants.SEEN, (about, user, [user])),
         "guests": (welcome.GUESTS, (user, about, [user], 100, 1_000, 5)),
-        "watchable": (users.WATCHABLE, ([user], [user])),
+        "watchable": (presence.WATCHABLE, ([user], [user])),
         "may": (users.ALL_MAY, ("write", user, [user])),
-        "news": (users.NEWS, (user, 0, 501)),
+        "news": (own_news.READ, (user, 0, 501)),
         "me": (users.ME, (user,)),
         "profile": (users.PROFILE, (user, user)),
         "invite": (participants.INVITE, (about, [user], "member", user)),
@@ -310,7 +312,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "relationship": (relationships.STATUS, (user, user, "friend")),
         "relationships": (relationships.PAGE, (user, None, None, None, None, 21)),
         "touch": (users.TOUCH, ([user],)),
-        "seen": (users.SEEN, ([user], ["true"], [1012], [0.0])),
+        "seen": (presence.SEEN, ([user], ["true"], [1012], [0.0])),
         "user clocks": (users.VERSIONS, ([user],)),
         "login": (accounts.FIND, ("nobody@example.org",)),
         "sessions by id": (sessions.FIND_BY_ID, ([user],)),
@@ -706,7 +708,7 @@ SELECT $1, m.id, m.conversation_id, m.version FROM message m
 async def test_cost_of_changes_does_not_grow_with_unchanged_rows_of_the_user(
     db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
-    await db.execute(f"PREPARE news AS {users.NEWS}")
+    await db.execute(f"PREPARE news AS {own_news.READ}")
     await explained(db, "news", (uuid4(), 0, 501))
     place = await filled(filler, "keeper", 2_000)
     for keep in (KEEP_STARS, KEEP_THREADS, KEEP_MORE):

@@ -18,8 +18,8 @@ from server.hub import watchers as watchers_module
 from server.hub.doubts import PAIRS, REST, SHARE, Doubts, Pair, Whole
 from server.hub.online_users import Sight
 from server.hub.watchers import Watchers
-from server.queries import users
-from server.queries.users import Watchable
+from server.queries import presence
+from server.queries.presence import Watchable
 from tests.twins import CHEAP, WORDS
 from tests.world import World, http_client, sent, until
 
@@ -177,13 +177,13 @@ def test_pairs_that_fail_are_asked_about_alone_in_halves_and_later_each_time() -
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """All that is asked about who may watch whom."""
     found: Asked = []
-    watchable = users.watchable
+    watchable = presence.watchable
 
     async def noted(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
         found.append(list(pairs))
         return await watchable(db, pairs)
 
-    monkeypatch.setattr(users, "watchable", noted)
+    monkeypatch.setattr(presence, "watchable", noted)
     return found
 
 
@@ -286,7 +286,7 @@ async def test_what_a_socket_is_told_follows_the_rules_after_every_act(world: Wo
         try:
             async with asyncio.timeout(3):
                 while True:
-                    found = await users.watchable(world.db, pairs)
+                    found = await presence.watchable(world.db, pairs)
                     rules = {
                         pair: Sight.NOTHING if pair not in found else Sight.ALL if found[pair].is_seen else Sight.FACE
                         for pair in pairs
@@ -358,7 +358,7 @@ async def test_failures_with_some_pairs_hold_back_nothing_else_and_end(
     monkeypatch.setattr(doubts, "RETRY_SECONDS", 0.01)
     sizes: list[int] = []
     defects: list[Pair] = []
-    watchable, decide = users.watchable, Watchers._decide  # noqa: SLF001
+    watchable, decide = presence.watchable, Watchers._decide  # noqa: SLF001
 
     async def late(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
         sizes.append(len(pairs))
@@ -379,7 +379,7 @@ async def test_failures_with_some_pairs_hold_back_nothing_else_and_end(
         for one in watching:
             await one.call(client.Watch(user_ids=[charles_.id]))
         await certain(world)
-        monkeypatch.setattr(users, "watchable", late)
+        monkeypatch.setattr(presence, "watchable", late)
         monkeypatch.setattr(Watchers, "_decide", fails)
         caplog.clear()
         seen = len(watching[0].events)
@@ -399,7 +399,7 @@ async def test_database_that_is_away_is_no_failure_of_a_cause(
 ) -> None:
     monkeypatch.setattr(watchers_module, "LOST_SECONDS", 0.02)
     sizes: list[int] = []
-    watchable = users.watchable
+    watchable = presence.watchable
 
     async def lost(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
         sizes.append(len(pairs))
@@ -412,7 +412,7 @@ async def test_database_that_is_away_is_no_failure_of_a_cause(
         for one in await world.users(*[f"W{n}" for n in range(5)]):
             await (await world.connect(one)).call(client.Watch(user_ids=[charles.id]))
         await certain(world)
-        monkeypatch.setattr(users, "watchable", lost)
+        monkeypatch.setattr(presence, "watchable", lost)
         world.workers[0].app.hub.watchers.doubt_all()
         await certain(world)
     assert sizes == [5] * 4, "each time about all five"

@@ -8,8 +8,8 @@ import asyncpg
 import pytest
 
 from server.describe import columns
-from server.queries import users
-from server.queries.users import Transition
+from server.queries import presence, users
+from server.queries.presence import Transition
 from tests.test_reads import CROWD
 from tests.world import World
 
@@ -25,7 +25,7 @@ NEEDED_BY = {
     "conversation_remains_idx": "remains.DELETED",
     "conversation_words_idx": "conversations.FIND",
     "draft_conversation_idx": "drafts.EMPTY_SOME",
-    "draft_version_idx": "users.NEWS",
+    "draft_version_idx": "own_news.READ",
     "message_conversation_created_idx": "messages.PAGE",
     "message_conversation_version_idx": "changes.SINCE",
     "message_edit_message_idx": "edits.EDITS",
@@ -49,7 +49,7 @@ NEEDED_BY = {
     "participant_invited_to_idx": "participants.END_INVITATIONS",
     "participant_left_version_idx": "changes.SINCE",
     "participant_user_idx": "bounds.MEMBERSHIPS",
-    "participant_user_version_idx": "users.NEWS",
+    "participant_user_version_idx": "own_news.READ",
     "participant_version_idx": "changes.SINCE",
     "poll_vote_user_idx": "export.VOTES",
     "poll_vote_version_idx": "changes.SINCE",
@@ -60,19 +60,19 @@ NEEDED_BY = {
     "scheduled_message_over_idx": "scheduled.FORGET",
     "scheduled_message_sender_idx": "erasure.FORGET_SCHEDULED",
     "scheduled_message_turn_idx": "scheduled.WALK",
-    "scheduled_message_version_idx": "users.NEWS",
+    "scheduled_message_version_idx": "own_news.READ",
     "scheduled_message_waiting_idx": "scheduled.SENDER",
     "session_expires_idx": "sessions.EXPIRED",
     "session_user_idx": "accounts.LEAVE",
     "thread_follow_user_idx": "threads.LIST",
     "thread_follow_version_idx": "bounds.THREADS",
-    "user_custom_status_until_idx": "users.EXPIRE",
-    "user_relationship_from_version_idx": "users.NEWS",
+    "user_custom_status_until_idx": "presence.EXPIRE",
+    "user_relationship_from_version_idx": "own_news.READ",
     "user_relationship_hiding_idx": "mentions.RESOLVE",
     "user_relationship_over_idx": "relationships.FORGET",
     "user_relationship_pending_idx": "bounds.REQUESTS",
     "user_relationship_to_idx": "conversation_views.PAGE",
-    "user_relationship_to_version_idx": "users.NEWS",
+    "user_relationship_to_version_idx": "own_news.READ",
     "user_to_erase_idx": "erasure.DUE",
     "user_words_idx": "users.SEARCH",
 }
@@ -145,10 +145,10 @@ async def test_presence_update_changes_no_index(world: World) -> None:
     ids = [one.id for one in them]
     async with world.db.transaction():
         for is_online in (True, False) * 5:
-            await users.seen(world.db, dict.fromkeys(ids, Transition(is_online)))
+            await presence.seen(world.db, dict.fromkeys(ids, Transition(is_online)))
         assert tuple(await world.db.fetchrow(UPDATED) or ()) == (20, 20)
         # An index on a column that the update changes would prevent this.
         await world.db.execute('CREATE INDEX user_last_seen_idx ON "user" (is_online)')
-        await users.seen(world.db, dict.fromkeys(ids, Transition(is_online=True)))
+        await presence.seen(world.db, dict.fromkeys(ids, Transition(is_online=True)))
         assert tuple(await world.db.fetchrow(UPDATED) or ()) == (22, 20)
         await world.db.execute("DROP INDEX user_last_seen_idx")

@@ -32,8 +32,8 @@ from server.context import Context
 from server.core.config import Settings
 from server.db.database import Db
 from server.gateway.dispatch import Rate
-from server.queries import accounts, sessions, users
-from server.queries.users import Transition
+from server.queries import accounts, presence, sessions
+from server.queries.presence import Transition
 from server.routes import ROUTES
 from tests.test_credentials import administer
 from tests.world import PUSH_POINT, World, all_sent, http_client, message
@@ -280,7 +280,7 @@ class ConflictingWrites:
 
     async def seen(self) -> None:
         there = random.sample([self.ada, self.charles], 2)
-        await self.on_database(lambda db: users.seen(db, {one: Transition(is_online=True) for one in there}))
+        await self.on_database(lambda db: presence.seen(db, {one: Transition(is_online=True) for one in there}))
 
     async def jobs(self) -> None:
         async def slid(db: Db) -> None:

@@ -19,7 +19,7 @@ from server.db.database import Db, Single
 from server.domain.erasure import erase
 from server.domain.export import written
 from server.jobs.expiry import expire_due
-from server.queries import changes, erasure, expiry, remains, users
+from server.queries import changes, erasure, expiry, own_news, remains
 from tests.world import World, refused, sent
 
 CROWD = 300
@@ -245,7 +245,7 @@ async def test_drafts_in_a_deleted_conversation_are_hidden_and_emptied_in_batche
         pieces = [piece async for piece in written(worker._database.connection, who.id)]  # noqa: SLF001
         export = msgspec.json.decode(b"".join(pieces), type=Export, dec_hook=json_object.read)
         drafts = (await charles.call(client.ListDrafts(), server.DraftList)).drafts
-        news = (await (await users.news(crowd.db, who.id, 0, limit=100)).decoded()).events
+        news = (await (await own_news.read(crowd.db, who.id, 0, limit=100)).decoded()).events
         told = [event.draft.content for event in news if isinstance(event, server.DraftChanged)]
         return len(export.drafts), len(drafts), told
 

@@ -11,7 +11,7 @@ from protocol.errors import ErrorCode
 from server.db.database import Database
 from server.domain import sync
 from server.fairness.share import Share
-from server.queries import conversation_views, latest, memberships, users
+from server.queries import conversation_views, latest, memberships, own_news
 from tests.world import Room, World, refused, sent
 
 FILL = """
@@ -102,14 +102,14 @@ async def test_own_changes_are_read_in_pages_and_none_is_lost(world: World, monk
     """More changes than a page holds may have the same user version."""
     monkeypatch.setattr(sync, "OWN_PAGE", 7)
     read: list[int] = []
-    news = users.news
+    news = own_news.read
 
     async def counted(db: Any, user_id: Any, since: int, *, limit: int) -> Any:
         found = await news(db, user_id, since, limit=limit)
         read.append(len((await found.decoded()).events))
         return found
 
-    monkeypatch.setattr(users, "news", counted)
+    monkeypatch.setattr(own_news, "read", counted)
     (ada,) = await world.users("Ada")
     await world.db.execute(FOLLOW, ada.id, 50)
     reader = await world.connect(ada, query="?resume=1")

@@ -20,9 +20,9 @@ from server.domain import sync
 from server.gateway.connection import Connection
 from server.hub import online_users as people_module
 from server.hub.online_users import OnlineUsers
-from server.queries import memberships, users
+from server.queries import memberships, own_news
 from server.queries.memberships import Membership
-from server.queries.users import OwnNews
+from server.queries.own_news import OwnNews
 from tests.world import UserSession, World, sent, until
 
 MANY = """
@@ -52,7 +52,7 @@ class QueryCounter:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> QueryCounter:
     counts = QueryCounter()
-    read_memberships, read_news = memberships.read, users.news
+    read_memberships, read_news = memberships.read, own_news.read
 
     async def read(db: Db, user_ids: Sequence[UserId]) -> list[dict[ConversationId, Membership]]:
         counts.memberships += list(user_ids).count(counts.who)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> QueryCounter:
         return await read_news(db, user_id, since, limit=limit)
 
     monkeypatch.setattr(memberships, "read", read)
-    monkeypatch.setattr(users, "news", news)
+    monkeypatch.setattr(own_news, "read", news)
     return counts
 
 
@@ -230,13 +230,13 @@ async def test_revoked_session_ends_while_own_changes_cannot_be_read(
     group = await one_worker.channel(socket)
     await settled(one_worker, ada)
     monkeypatch.setattr(people_module, "REST_MOST_SECONDS", 0.1)
-    read_news, may_read = users.news, asyncio.Event()
+    read_news, may_read = own_news.read, asyncio.Event()
 
     async def news(*given: Any, **options: Any) -> Undecoded[OwnNews]:
         await may_read.wait()  # as if other frames of the user held all turns of the user
         return await read_news(*given, **options)
 
-    monkeypatch.setattr(users, "news", news)
+    monkeypatch.setattr(own_news, "read", news)
     await socket.call(client.SetDraft(conversation_id=group, content="Dear"))
     await one_worker.db.execute("DELETE FROM session")
     await one_worker.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)

@@ -14,8 +14,8 @@ from protocol.values import PresenceStatus
 from prove.client import Client
 from server.core.config import Settings
 from server.db.database import Db
-from server.queries import users
-from server.queries.users import Transition
+from server.queries import presence
+from server.queries.presence import Transition, Watchable
 from tests.cluster import Cluster
 from tests.test_may_send import waiting
 from tests.world import UserSession, World, message, refused, until
@@ -249,16 +249,16 @@ async def test_permission_read_before_a_block_is_not_used(
     for one in (mary,) if is_new else (mary, ada):
         await one.call(watch)
     await until(lambda: not world.workers[0].app.hub.watchers.are_in_doubt)
-    was_read, may_go_on, watchable = asyncio.Event(), asyncio.Event(), users.watchable
+    was_read, may_go_on, watchable = asyncio.Event(), asyncio.Event(), presence.watchable
 
-    async def held(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], users.Watchable]:
+    async def held(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
         found = await watchable(db, pairs)
         if not was_read.is_set():
             was_read.set()
             await may_go_on.wait()
         return found
 
-    monkeypatch.setattr(users, "watchable", held)
+    monkeypatch.setattr(presence, "watchable", held)
     seen = len(ada.events)
     change = client.SetSwitches(user_id=people[0].id, can_send_messages=False)
     asked: asyncio.Task[object] = asyncio.create_task(ada.call(watch) if is_new else charles.call(change))
@@ -288,8 +288,8 @@ class HeldReads:
         self.asked: list[set[tuple[UserId, UserId]]] = []
         self._may_go_on: list[asyncio.Event] = []
         self._is_over = False
-        self._watchable = users.watchable
-        monkeypatch.setattr(users, "watchable", self._held)
+        self._watchable = presence.watchable
+        monkeypatch.setattr(presence, "watchable", self._held)
 
     async def number(self, count: int) -> None:
         """Wait until `count` queries are held."""
@@ -305,9 +305,7 @@ class HeldReads:
         self._is_over = True
         self.go_on(*range(len(self._may_go_on)))
 
-    async def _held(
-        self, db: Db, pairs: Sequence[tuple[UserId, UserId]]
-    ) -> dict[tuple[UserId, UserId], users.Watchable]:
+    async def _held(self, db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
         self.asked.append(set(pairs))
         found = await self._watchable(db, pairs)
         may_go_on = asyncio.Event()
@@ -388,18 +386,18 @@ async def test_change_of_privacy_takes_one_statement_for_all_watchers(
 ) -> None:
     asked: list[int] = []
 
-    async def counted(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], users.Watchable]:
+    async def counted(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
         asked.append(len(pairs))
         return await watchable(db, pairs)
 
-    watchable = users.watchable
+    watchable = presence.watchable
     charles = await world.user("Charles")
     one = await world.connect(charles)
     watching = [await world.connect(await world.user(f"Watcher {number}")) for number in range(10)]
     for watcher in watching:
         await watcher.call(client.Watch(user_ids=[charles.id]))
     await until(lambda: not world.workers[0].app.hub.watchers.are_in_doubt)
-    monkeypatch.setattr(users, "watchable", counted)
+    monkeypatch.setattr(presence, "watchable", counted)
     for is_shown in (False, True, False):
         await one.call(client.UpdateProfile(show_online_status=is_shown))
     for watcher in watching:
@@ -479,5 +477,5 @@ async def test_presence_of_unknown_users_is_discarded(world: World) -> None:
     (ada,) = await world.users("Ada")
     there = {one: Transition(is_online=True) for one in (ada.id, UserId(uuid7()))}
     async with asyncio.timeout(5):
-        while there := await users.seen(world.db, there):
+        while there := await presence.seen(world.db, there):
             await asyncio.sleep(0.01)

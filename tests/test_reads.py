@@ -24,7 +24,7 @@ from server.db.database import SESSION
 pytestmark = pytest.mark.new_database
 
 FRAGMENTS = {
-    "latest.LATEST", "unread.COUNT_REPLIES", "unread.COUNT_UNREAD", "users.MOVE_OWN", "users.UNSEEN",
+    "latest.LATEST", "unread.COUNT_REPLIES", "unread.COUNT_UNREAD", "users.MOVE_OWN", "presence.UNSEEN",
 }  # fmt: skip
 """Parts of other statements, which are planned there."""
 FEED = (
@@ -186,7 +186,7 @@ LIMITS = {
     "threads.LIST": 9,
     "unread.BADGE": 4,
     "users.SEARCH": 2,
-    "users.NEWS": 8,
+    "own_news.READ": 8,
 }
 """How many LIMITs there are in statements that have more than it takes: one stops a read inside another one, or names
 two rows of a unique key.

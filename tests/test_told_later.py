@@ -19,8 +19,9 @@ from server.domain import pending_presence, presence
 from server.domain.presence import USER, WORKER, WORKERS
 from server.gateway import connection
 from server.hub import hub, online_users
-from server.queries import changes, conversations, memberships, sessions, users
-from server.queries.users import Visibility
+from server.queries import changes, conversations, memberships, own_news, sessions, users
+from server.queries import presence as stored_presence
+from server.queries.presence import Visibility
 from tests.world import World, until
 
 ONLINE = 'SELECT is_online FROM "user" WHERE id = $1'
@@ -145,14 +146,14 @@ async def moves_a_clock(on: Stage) -> None:
 
 
 CASES: tuple[tuple[ModuleType, str, Callable[[Stage], Awaitable[None]]], ...] = (
-    (users, "choices", leaves),
-    (users, "choices", chooses),
-    (users, "choices", ends_a_status),
-    (users, "choices", dies_with_a_worker),
-    (users, "watchable", blocks),
-    (users, "seen", is_recorded),
+    (stored_presence, "choices", leaves),
+    (stored_presence, "choices", chooses),
+    (stored_presence, "choices", ends_a_status),
+    (stored_presence, "choices", dies_with_a_worker),
+    (stored_presence, "watchable", blocks),
+    (stored_presence, "seen", is_recorded),
     (users, "versions", writes_a_draft),
-    (users, "news", writes_a_draft),
+    (own_news, "read", writes_a_draft),
     (users, "versions", is_added),
     (memberships, "read", is_added),
     (sessions, "living", loses_the_session),
@@ -190,7 +191,7 @@ async def test_older_presence_is_not_announced_last(settings: Settings, monkeypa
     """Two announcements of one user: the first one's data is outdated when it is published."""
     read: list[dict[UserId, Visibility]] = []
     asked: list[UserId | None] = []
-    may_go_on, choices = asyncio.Event(), users.choices
+    may_go_on, choices = asyncio.Event(), stored_presence.choices
 
     async def held(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Visibility]:
         read.append(found := await choices(db, user_ids))
@@ -207,7 +208,7 @@ async def test_older_presence_is_not_announced_last(settings: Settings, monkeypa
         await on.begin()
         pending_presence, tell = on.app.presence._pending, on.app.presence._pending.tell  # noqa: SLF001
         monkeypatch.setattr(pending_presence, "tell", counted)
-        monkeypatch.setattr(users, "choices", held)
+        monkeypatch.setattr(stored_presence, "choices", held)
         laptop = await world.connect(on.charles)
         first = asyncio.create_task(on.phone.ask(client.SetPresence(status="online", custom_status="At tea")))
         await until(lambda: len(read) == 1)

@@ -9,9 +9,11 @@ from server.db.database import Database
 from server.fairness.batcher import Batcher
 from server.hub.doubts import Pair
 from server.hub.topics import Fetched
-from server.queries import changes, conversations, memberships, sessions, users
+from server.queries import changes, conversations, memberships, own_news, presence, sessions, users
 from server.queries.memberships import Membership
-from server.queries.users import OWN_PAGE, Clocks, OwnNews, Watchable
+from server.queries.own_news import OWN_PAGE, OwnNews
+from server.queries.presence import Watchable
+from server.queries.users import Clocks
 
 MEMBERSHIPS_AT_ONCE = 64
 """Max users per membership query."""
@@ -77,7 +79,7 @@ class PostgresHubStore:
     async def news(self, user_id: UserId, since: int) -> OwnNews:
         """Return the first changes of a user's own rows after a user version."""
         async with self._database.of(user_id).connection() as db:
-            found = await users.news(db, user_id, since, limit=OWN_PAGE)
+            found = await own_news.read(db, user_id, since, limit=OWN_PAGE)
         return await found.decoded()
 
     async def living(self, session_ids: Sequence[SessionId]) -> Collection[SessionId]:
@@ -89,7 +91,7 @@ class PostgresHubStore:
         """Return the pairs whose watcher may see the face. For an asking user, use the user's share of connections."""
         database = self._database if asker is None else self._database.of(asker)
         async with database.connection() as db:
-            found = await users.watchable(db, pairs)
+            found = await presence.watchable(db, pairs)
         return {Pair(*pair): one for pair, one in found.items()}
 
     async def _read(self, batch: list[Sequence[ConversationId]]) -> list[dict[ConversationId, int]]:

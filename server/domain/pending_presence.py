@@ -10,7 +10,7 @@ from typing import NamedTuple
 from protocol.ids import UserId
 from server.core.failures import Failures
 from server.fairness.batcher import Batcher
-from server.queries.users import Visibility
+from server.queries.presence import Visibility
 
 AT_ONCE = 1_000
 """Max users per announcement."""

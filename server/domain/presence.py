@@ -27,8 +27,8 @@ from server.core.periodic import end, every
 from server.db.database import Database
 from server.domain.pending_presence import PendingPresence, PresenceNews, Reason
 from server.fairness.batcher import Batcher
-from server.queries import users
-from server.queries.users import Transition, Visibility, Watchable
+from server.queries import presence
+from server.queries.presence import Transition, Visibility, Watchable
 
 FLUSH_SECONDS = 0.1
 """Interval at which arrivals and departures are written to Redis, in seconds."""
@@ -171,7 +171,7 @@ class Presence:
         """
         devices = self._devices.get(user_id, {})
         async with self._database.of(user_id).connection() as db:
-            is_new, is_visible_again = await users.choose(db, user_id, frame, is_here=bool(devices))
+            is_new, is_visible_again = await presence.choose(db, user_id, frame, is_here=bool(devices))
         if is_visible_again and not devices and self._departing.pop(user_id, None) is not None:
             # They were invisible, so their departure needs no delay in which they may reconnect.
             self._note(user_id)
@@ -194,10 +194,10 @@ class Presence:
     async def expire_statuses(self) -> bool:
         """Delete expired custom statuses, and announce it. Return whether there may be more."""
         async with self._database.connection() as db:
-            over = await users.expire_statuses(db)
+            over = await presence.expire_statuses(db)
         for user_id in over:
             self._pending.keep(user_id, PresenceNews(Reason.CHOICE))
-        return len(over) == users.AT_ONCE
+        return len(over) == presence.AT_ONCE
 
     # -------------------------------------------------------------------------------------------------- reads
 
@@ -311,7 +311,7 @@ class Presence:
 
     async def _announce_all(self, untold: Mapping[UserId, PresenceNews]) -> None:
         async with self._database.connection() as db:
-            choices = await users.choices(db, list(untold))
+            choices = await presence.choices(db, list(untold))
         try:
             fields = await self._shared_fields(list(choices))
         except REDIS_LOST:
@@ -409,7 +409,7 @@ class Presence:
         try:
             current = await self._without_returned(transitions)
             async with self._database.connection() as db:
-                left = await users.seen(db, current)
+                left = await presence.seen(db, current)
         except Exception as error:
             if not is_lost(error):
                 raise

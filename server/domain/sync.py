@@ -30,9 +30,9 @@ from protocol.values import ConversationView
 from server.context import Context, UserNews
 from server.core.errors import RETRY_AFTER_MS
 from server.db.database import Db
-from server.queries import changes, conversation_views, users
+from server.queries import changes, conversation_views, own_news
 from server.queries.memberships import Membership
-from server.queries.users import OWN_PAGE, OwnNews
+from server.queries.own_news import OWN_PAGE, OwnNews
 
 CLOSED = Refused(ErrorCode.UNAVAILABLE, "The connection is closed. Connect again.", retry_after_ms=RETRY_AFTER_MS)
 PAGE = 50
@@ -153,7 +153,7 @@ def _start_own_over(context: Context, reason: OwnStartOverReason) -> None:
 
 async def _own_news(context: Context, done: int) -> OwnNews:
     async with _reading(context, done) as db:
-        found = await users.news(db, context.user_id, context.connection.user_version, limit=OWN_PAGE)
+        found = await own_news.read(db, context.user_id, context.connection.user_version, limit=OWN_PAGE)
     return await found.decoded()
 
 

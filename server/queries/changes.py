@@ -14,8 +14,8 @@ from protocol.server import Changes, DurableEvent
 from protocol.values import Receipt
 from server.db.database import Db
 from server.db.rows import Reader, Undecoded
+from server.queries.presence import UNSEEN
 from server.queries.unread import COUNT_UNREAD
-from server.queries.users import UNSEEN
 
 MANY = 4
 """Number of events that fit into a frame at any size."""

@@ -10,8 +10,8 @@ from protocol.server import Readers
 from server.db.database import Db
 from server.db.rows import Reader
 from server.queries.messages import REACHED, VISIBLE, MessageRef
+from server.queries.presence import UNSEEN
 from server.queries.unread import COUNT_UNREAD
-from server.queries.users import UNSEEN
 
 _readers_decoder = Reader(Readers)
 
