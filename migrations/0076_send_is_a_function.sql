@@ -1,27 +1,9 @@
--- `send` is a function of plain statements, which answers each message with an outcome (docs/decisions/0073).
--- A message on its way in: the fields of `_encoded` in server/queries/sending.py, by the same names (a test compares them).
-CREATE TYPE outgoing_message AS (
-    place integer, message_id uuid, conversation_id uuid, sender_id uuid, content text, content_type text,
-    payload jsonb, formatted_content text, mentions uuid[], loud_mentions text[], hashtags text[], metadata jsonb,
-    parent_message_id uuid, also_in_conversation boolean, quoted_message_id uuid, forwarded_from_id uuid,
-    forwarded_sender_id uuid, source_conversation_id uuid, source_edited_at timestamptz, poll_counts integer[]
-);
+-- `send` is a function of plain statements, which returns the outcome of each message (docs/decisions/0073).
 
--- What becomes of it. Replies to one thread in one batch are numbered from its newest one, by `from_last`.
-CREATE TYPE send_outcome AS (
-    outcome text, wait_ms integer, is_slow boolean, root_id uuid, from_last bigint, version bigint,
-    created_at timestamptz, expires_at timestamptz
-);
-
--- Returns the message with an id, if it is in a conversation. The planner always finds it by the id: IS TRUE makes the
--- conversation a check that no index serves, and OFFSET 0 keeps conditions of the caller out (docs/decisions/0008).
-CREATE FUNCTION message_in(conversation uuid, id uuid)
-    RETURNS TABLE (sent_version bigint, is_deleted boolean, root_id uuid) LANGUAGE sql STABLE
-    BEGIN ATOMIC
-        SELECT m.sent_version, m.is_deleted, coalesce(m.thread_root_id, m.id) FROM message m
-        WHERE m.id = message_in.id AND (m.conversation_id = conversation) IS TRUE OFFSET 0;
-    END;
-
+-- Returns why a participant may not write in a conversation, whichever the frame, or null if they may.
+-- `is_here` states whether the account is active.
+-- If slow mode applies to the participant, the reason is 'slow', and slow_mode_wait() returns how long they have to
+-- wait.
 CREATE FUNCTION obstacle_of(c conversation, p conversation_participant, is_here boolean) RETURNS text LANGUAGE sql STABLE
     RETURN CASE
         WHEN NOT is_here THEN 'inactive'
@@ -30,16 +12,46 @@ CREATE FUNCTION obstacle_of(c conversation, p conversation_participant, is_here 
         WHEN c.type = 'direct' AND NOT may('write', p.user_id,
             CASE WHEN c.direct_low = p.user_id THEN c.direct_high ELSE c.direct_low END) THEN 'unwanted'
         WHEN NOT may_send(c, p.role, false) THEN 'slow' END;
+
+-- Returns the same, but looks up the account. Statements that have read the account call obstacle_of(), which PostgreSQL
+-- inlines because it has no subquery.
 CREATE OR REPLACE FUNCTION obstacle(c conversation, p conversation_participant) RETURNS text LANGUAGE sql STABLE
     RETURN obstacle_of(c, p, EXISTS (SELECT FROM "user" u WHERE u.id = p.user_id AND u.is_active AND NOT u.is_deleted));
 
--- Returns what send_messages() asks about a sender, if they take part in a conversation. OFFSET 0 has the planner go from
--- the participant's row to the two others.
+-- A message to store. The fields have the names of those in `_encoded` in server/queries/sending.py (a test compares
+-- them).
+CREATE TYPE outgoing_message AS (
+    place integer, message_id uuid, conversation_id uuid, sender_id uuid, content text, content_type text,
+    payload jsonb, formatted_content text, mentions uuid[], loud_mentions text[], hashtags text[], metadata jsonb,
+    parent_message_id uuid, also_in_conversation boolean, quoted_message_id uuid, forwarded_from_id uuid,
+    forwarded_sender_id uuid, source_conversation_id uuid, source_edited_at timestamptz, poll_counts integer[]
+);
+
+-- The outcome for a message. `from_last` numbers the replies to one thread in a batch, from the newest one.
+CREATE TYPE send_outcome AS (
+    outcome text, wait_ms integer, is_slow boolean, root_id uuid, from_last bigint, version bigint,
+    created_at timestamptz, expires_at timestamptz
+);
+
+-- Returns the message with an id, if it is in a conversation. The planner always finds it by the id. IS TRUE keeps it
+-- from using an index on the conversation, and OFFSET 0 from adding conditions of the caller (docs/decisions/0008).
+CREATE FUNCTION message_in(conversation uuid, id uuid)
+    RETURNS TABLE (sent_version bigint, is_deleted boolean, root_id uuid) LANGUAGE sql STABLE
+    BEGIN ATOMIC
+        SELECT m.sent_version, m.is_deleted, coalesce(m.thread_root_id, m.id) FROM message m
+        WHERE m.id = message_in.id AND (m.conversation_id = conversation) IS TRUE OFFSET 0;
+    END;
+
+-- Returns what send_messages() needs to know about a sender who takes part in a conversation. `obstacle` is the result
+-- of obstacle_of(). `is_candidate` is the part of it that costs little: it leaves out blocks in direct conversations.
+-- The planner computes only the columns that a statement uses. OFFSET 0 makes it start from the participant's row.
 CREATE FUNCTION sender_part(conversation uuid, sender uuid) RETURNS TABLE (
-    clock bigint, obstacle text, wait_ms integer, may_be_loud boolean, visible_after bigint, expires_after interval
+    clock bigint, is_candidate boolean, obstacle text, wait_ms integer, may_be_loud boolean, visible_after bigint,
+    expires_after interval
 ) LANGUAGE sql STABLE
     BEGIN ATOMIC
         SELECT c.version,
+            u.is_active AND NOT u.is_deleted AND may_send(c, p.role, slow_mode_wait(c, p) = 0),
             obstacle_of(c, p, u.is_active AND NOT u.is_deleted),
             slow_mode_wait(c, p),
             c.type <> 'direct' AND can(p.role, 'moderator', false),
@@ -52,12 +64,12 @@ CREATE FUNCTION sender_part(conversation uuid, sender uuid) RETURNS TABLE (
         OFFSET 0;
     END;
 
--- Stores messages of many users in many conversations, and returns what became of each (server/queries/sending.py has
--- the list of outcomes). Each statement sees what was committed before it began, so the order of the steps is a contract:
--- every step says what it needs, and what would break elsewhere.
+-- Stores messages of many users in many conversations, and returns the outcome of each message.
+-- server/queries/sending.py lists the outcomes. Each statement sees everything that was committed before it began, so
+-- the order of the steps matters. The comment of a step states what it needs, and what would fail elsewhere.
 --
--- `passes_held`: messages to a conversation that another transaction holds have the outcome `held`, instead of waiting.
--- `patience`: the max time to wait for any row after the conversations, as a `lock_timeout`.
+-- `passes_held`: messages to a conversation that another transaction holds get the outcome `held`, instead of waiting.
+-- `patience`: max time to wait for any row after the conversations, as a `lock_timeout`.
 CREATE FUNCTION send_messages(input json, passes_held boolean, patience text) RETURNS TABLE (
     place integer, outcome text, wait_ms integer, version bigint, created_at timestamptz, expires_at timestamptz,
     root_id uuid, reply_count integer, thread_order integer
@@ -76,11 +88,10 @@ DECLARE
     reply_counts integer[];
     thread_orders integer[];
 BEGIN
-    -- 1. Words. They take up to 6 ms, so under the lock everyone in the conversation would wait for them. Only users
-    -- who
-    --    may send get them, and only their conversations are locked, so others do not queue for the lock (0065).
+    -- 1. Words. They take up to 6 ms, so under the lock everyone in the conversation would wait for them. Messages of
+    --    users who may not send get none. Their conversations are not locked, so they delay nobody (0065).
     SELECT array_agg(i), array_agg(
-            CASE WHEN p.clock IS NOT NULL AND (p.obstacle IS NULL OR (p.obstacle = 'slow' AND p.wait_ms = 0))
+            CASE WHEN p.is_candidate
                 THEN search_words(i.conversation_id, i.content, i.payload, i.mentions, i.loud_mentions, i.hashtags) END
         ), array_agg(i.message_id)
     INTO items, words, taken
@@ -89,8 +100,7 @@ BEGIN
     asked := ARRAY(SELECT i.conversation_id FROM unnest(words, items) i (words) WHERE i.words IS NOT NULL);
 
     -- 2. Locks, in the order of the ids, because two batches in different orders would deadlock. Changes of roles,
-    -- settings
-    --    and blocks take the same lock. So the results of the next step stay true until the commit.
+    --    settings and blocks take the same lock. So the results of the next step stay true until the commit.
     IF passes_held THEN
         locked := ARRAY(
             SELECT c.id FROM conversation c WHERE c.id = ANY(asked) ORDER BY c.id FOR NO KEY UPDATE SKIP LOCKED
@@ -156,8 +166,7 @@ BEGIN
     END IF;
 
     -- 5. Threads, before the messages, because the root determines the place of a reply in its thread. The author of
-    -- the
-    --    root and those who replied follow the thread.
+    --    the root and those who replied follow the thread.
     IF has_replies THEN
         WITH roots AS (
             UPDATE message m SET reply_count = m.reply_count + f.replies, thread_order = m.thread_order + f.replies,
@@ -209,5 +218,4 @@ BEGIN
 END
 $$;
 REVOKE EXECUTE ON FUNCTION obstacle_of(conversation, conversation_participant, boolean), message_in(uuid, uuid),
-    sender_part(uuid, uuid), send_messages(json, boolean, text)
-    FROM PUBLIC;
+    sender_part(uuid, uuid), send_messages(json, boolean, text) FROM PUBLIC;
