@@ -25,14 +25,14 @@ TRANSIENT = {ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED}
 EXPECTED = {ErrorCode.NOT_FOUND, ErrorCode.FORBIDDEN, ErrorCode.CONFLICT}
 """Errors that random actions cause: another user was faster, or has a higher role."""
 CONNECT_SECONDS = 5.0
-AGAIN_SECONDS = 0.05
-LOOK_SECONDS = 0.2
+RETRY_SECONDS = 0.05
+POLL_SECONDS = 0.2
 ANSWER_SECONDS = 5.0
 """Max wait for an answer, in seconds. After that, the client drops the connection and repeats the frame."""
 SILENT_HEARTBEATS = 2.5
 """Max heartbeat periods without any frame. After that, the connection counts as half-open and is dropped."""
 UNAUTHORIZED = 401
-DROPS, JOINS, AT_LARGE, STARTS_TYPING, REPLIES, LONG_ONES = 0.01, 0.5, 0.05, 0.7, 0.3, 0.2
+DROPS, JOINS, GLOBAL, STARTS_TYPING, REPLIES, LONG_ONES = 0.01, 0.5, 0.05, 0.7, 0.3, 0.2
 """Probabilities, per opportunity, that a connection drops and that one of these actions is chosen."""
 INVITES = 0.7
 POLLS, ANONYMOUS, MARKDOWN, IN_BOTH, QUOTES = 0.1, 0.3, 0.1, 0.3, 0.1
@@ -43,7 +43,7 @@ LONG = 8_000
 """Characters of a long message."""
 
 
-class Who(Protocol):
+class Identity(Protocol):
     """An account."""
 
     @property
@@ -80,7 +80,7 @@ class Actor:
 
     def __init__(
         self,
-        who: Who,
+        account: Identity,
         urls: Callable[[], Sequence[str]],
         channels: Sequence[ConversationId],
         seed: int,
@@ -88,8 +88,8 @@ class Actor:
         log_in: Callable[[], Awaitable[str]] | None = None,
     ) -> None:
         """`log_in` returns a new token. It is called when a session has ended."""
-        self.who = who
-        self.token = who.token
+        self.account = account
+        self.token = account.token
         self._urls = urls
         self._channels = channels
         self._log_in = log_in
@@ -102,7 +102,7 @@ class Actor:
         self.asked_at = 0.0
         """When the frame was sent that waits for an answer, or 0."""
         self._status: PresenceStatus = "online"
-        self._heard_at = 0.0
+        self._received_at = 0.0
         self._back_at = 0.0
         self._ticket: str | None = None
         self._is_behind = False
@@ -117,14 +117,14 @@ class Actor:
             await asyncio.sleep(max(0.0, self._back_at - time.monotonic()))
             token, self._ticket = self._ticket or self.token, None
             fresh = Client(self._random.choice(self._urls()), token, query="?resume=1", open_timeout=CONNECT_SECONDS)
-            fresh.on_event = self._hear
+            fresh.on_event = self._receive
             # Before the connection is open, because the server may send events on it before `resume`.
             self.mirror.begin_resume()
             try:
                 async with asyncio.timeout(2 * CONNECT_SECONDS):
                     await fresh.open()
                     fresh.ready = ready = await fresh.event(server.Ready)
-                    self._heard_at = time.monotonic()
+                    self._received_at = time.monotonic()
                     self.client = fresh
                     frame = client.Resume(
                         epoch=self.mirror.epoch,
@@ -141,13 +141,13 @@ class Actor:
                 is_over = error.response.status_code == UNAUTHORIZED and token == self.token
                 if is_over and self._log_in is not None:
                     self.token = await self._log_in()
-                await asyncio.sleep(AGAIN_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
                 continue
             except (OSError, ConnectionClosed, InvalidHandshake, InvalidMessage, TimeoutError, Refused) as error:
                 self.client = None
                 self.tally.ends[f"{type(error).__name__} while connecting"] += 1
                 await fresh.drop()
-                await asyncio.sleep(AGAIN_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
                 continue
             self.tally.reconnects += 1
             return
@@ -170,7 +170,7 @@ class Actor:
                 return
             due += 1 / rate if rate else 0.0
             count = None if count is None else count - 1
-            if self._now_and_then(DROPS) and self.client is not None:
+            if self._chance(DROPS) and self.client is not None:
                 await self.client.drop()
             await self._do(self._frame())
             await self._load()
@@ -218,7 +218,7 @@ class Actor:
         """Wait, and reconnect if the connection ends or is silent, as clients do. Return whether to continue."""
         while (left := until - time.monotonic()) > 0 and not is_over():
             await self.connected()
-            await asyncio.sleep(min(left, LOOK_SECONDS))
+            await asyncio.sleep(min(left, POLL_SECONDS))
         return not is_over()
 
     async def _do(self, frame: Frame) -> None:
@@ -246,15 +246,15 @@ class Actor:
         self.tally.acknowledged += 1
         self.tally.longest_wait = max(self.tally.longest_wait, time.monotonic() - began)
 
-    def _hear(self, frame: server.ServerFrame) -> None:
-        self._heard_at = time.monotonic()
+    def _receive(self, frame: server.ServerFrame) -> None:
+        self._received_at = time.monotonic()
         if isinstance(frame, server.Heartbeat) and self.mirror.is_behind(frame):
             self.noticed_losses += 1
             self._is_behind = True
         elif isinstance(frame, server.GoingAway):
             self._ticket = frame.ticket
-            self._back_at = self._heard_at + frame.reconnect_after_ms / 1000
-        self.mirror.hear(frame)
+            self._back_at = self._received_at + frame.reconnect_after_ms / 1000
+        self.mirror.receive(frame)
 
     def _end_of(self, connection: Client) -> str:
         if connection.is_over:
@@ -264,7 +264,7 @@ class Actor:
 
     def _is_silent(self, connection: Client) -> bool:
         period = connection.ready.heartbeat_ms / 1000
-        return time.monotonic() - self._heard_at > SILENT_HEARTBEATS * period
+        return time.monotonic() - self._received_at > SILENT_HEARTBEATS * period
 
     async def _give_up(self, connection: Client) -> None:
         await connection.drop()
@@ -307,7 +307,7 @@ class Actor:
     async def _wait_out(self, connection: Client, one: ConversationId) -> None:
         deadline = time.monotonic() + ANSWER_SECONDS
         while one in self.mirror.unloaded and time.monotonic() < deadline and not connection.is_over:  # noqa: ASYNC110
-            await asyncio.sleep(AGAIN_SECONDS)
+            await asyncio.sleep(RETRY_SECONDS)
         if one in self.mirror.unloaded:
             await self._give_up(connection)
 
@@ -336,10 +336,10 @@ class Actor:
         """Return a random frame. Frames that people send often have higher weights."""
         mine = list(self.mirror.copies)
         channel = self._random.choice(self._channels)
-        if channel not in mine and self._now_and_then(JOINS):
+        if channel not in mine and self._chance(JOINS):
             return client.Join(conversation_id=channel)
-        if not mine or self._now_and_then(AT_LARGE):
-            return self._at_large()
+        if not mine or self._chance(GLOBAL):
+            return self._global_frame()
         about = self._random.choice(mine)
         messages = list(self.mirror.copies[about].messages)[-30:]
         choices = self._in_conversation(about, messages)
@@ -355,13 +355,13 @@ class Actor:
             (50, lambda: self._send(about, messages)),
             (2, lambda: client.Leave(conversation_id=about)),
             (2, lambda: client.UpdateConversation(conversation_id=about, title=f"Title {self._random.random()}")),
-            (5, lambda: client.Typing(conversation_id=about, active=self._now_and_then(STARTS_TYPING))),
+            (5, lambda: client.Typing(conversation_id=about, active=self._chance(STARTS_TYPING))),
             (2, lambda: client.GetConversation(conversation_id=about)),
             (2, lambda: client.History(conversation_id=about, limit=self._random.randint(1, 100))),
             (1, lambda: client.ListParticipants(conversation_id=about)),
             (1, lambda: client.ListReports(conversation_id=about)),
             (1, lambda: client.ListAudit(conversation_id=about)),
-            (1, lambda: client.SetInviteCode(conversation_id=about, is_open=self._now_and_then(INVITES))),
+            (1, lambda: client.SetInviteCode(conversation_id=about, is_open=self._chance(INVITES))),
             (2, lambda: client.SetPreferences(conversation_id=about, pin_order=self._random.randint(0, 9))),
             (2, lambda: client.SetDraft(conversation_id=about, content=self._random.choice(("", "I thi", "I think")))),
             (2, lambda: self._schedule(about)),
@@ -414,7 +414,7 @@ class Actor:
             (2, lambda: client.ReportMessage(**place, reason="Rude")),
         ]
 
-    def _at_large(self) -> Frame:
+    def _global_frame(self) -> Frame:
         others = self.others or [UserId(UUID(int=0))]
         other = self._random.choice(others)
         made = ConversationId(uuid7())
@@ -444,7 +444,7 @@ class Actor:
             lambda: client.SearchUsers(text="person"),
             lambda: client.FindConversations(text="channel"),
             lambda: client.RequestFriend(user_id=other),
-            lambda: client.AnswerFriend(user_id=other, accept=self._now_and_then(INVITES)),
+            lambda: client.AnswerFriend(user_id=other, accept=self._chance(INVITES)),
             lambda: client.Unfriend(user_id=other),
             lambda: self._random.choice((client.Block, client.Unblock, client.Unblock))(user_id=other),
             lambda: self._random.choice((client.Follow, client.Unfollow))(user_id=other),
@@ -458,28 +458,26 @@ class Actor:
             ]
         return self._random.choice(makes)()
 
-    def _now_and_then(self, share: float) -> bool:
+    def _chance(self, share: float) -> bool:
         return self._random.random() < share
 
     def _send(self, channel: ConversationId, messages: list[MessageId]) -> client.Send:
-        parent = self._random.choice(messages) if messages and self._now_and_then(REPLIES) else None
+        parent = self._random.choice(messages) if messages and self._chance(REPLIES) else None
         content = f"Message {self._random.random()} #tag @everyone"
         if self.others:
             content += f" <@{self._random.choice(self.others)}>"
-        if self._now_and_then(LONG_ONES):
+        if self._chance(LONG_ONES):
             content = content.ljust(LONG, ".")
-        is_poll = self._now_and_then(POLLS)
+        is_poll = self._chance(POLLS)
         return client.Send(
             conversation_id=channel,
             message_id=MessageId(uuid7()),
             content=content,
-            payload=Poll(options=["Yes", "No", "Later"], is_anonymous=self._now_and_then(ANONYMOUS))
-            if is_poll
-            else None,
-            is_markdown=self._now_and_then(MARKDOWN),
+            payload=Poll(options=["Yes", "No", "Later"], is_anonymous=self._chance(ANONYMOUS)) if is_poll else None,
+            is_markdown=self._chance(MARKDOWN),
             parent_message_id=parent,
-            also_in_conversation=parent is not None and self._now_and_then(IN_BOTH),
-            quoted_message_id=self._random.choice(messages) if messages and self._now_and_then(QUOTES) else None,
+            also_in_conversation=parent is not None and self._chance(IN_BOTH),
+            quoted_message_id=self._random.choice(messages) if messages and self._chance(QUOTES) else None,
         )
 
     def _schedule(self, about: ConversationId) -> client.Schedule:

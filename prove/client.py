@@ -15,7 +15,7 @@ from protocol.errors import Refused
 from protocol.limits import MAX_SENT_BYTES
 from protocol.server import Conversations, Error, Ready, Reply, Result, ServerFrame
 
-PATIENCE = 10.0
+TIMEOUT_SECONDS = 10.0
 """Max wait for an expected frame or close, in seconds."""
 
 Kind = TypeVar("Kind", bound=ServerFrame)
@@ -94,7 +94,7 @@ class Client:
             await self.socket.send(encode(frame).decode())
         except ConnectionClosed as error:
             raise ConnectionError from error
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT_SECONDS):
             return await future
 
     async def call(self, frame: Frame, kind: type[Answer] | None = None) -> Answer:
@@ -113,7 +113,7 @@ class Client:
 
     async def event(self, kind: type[Kind], where: Callable[[Kind], bool] = lambda _: True, *, start: int = 0) -> Kind:
         """Return the first event of a kind. Wait for it if it has not arrived."""
-        async with asyncio.timeout(PATIENCE), self._changed:
+        async with asyncio.timeout(TIMEOUT_SECONDS), self._changed:
             while True:
                 for event in self.events[start:]:
                     if isinstance(event, kind) and where(event):
@@ -124,7 +124,7 @@ class Client:
 
     async def closed(self) -> int | None:
         """Wait until the server closes the connection, and return the close code."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT_SECONDS):
             await self.socket.wait_closed()
         return self.socket.close_code
 

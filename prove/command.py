@@ -151,9 +151,9 @@ async def _prove(options: Options, console: Console) -> int:
 
 async def _run(faults: Sequence[Fault], proof: Proof, options: Options, console: Console) -> None:
     with Screen(console, proof) as screen:
-        screen.tell("starting a cluster …" if options.url is None else f"connecting to {options.url} …")
+        screen.step("starting a cluster …" if options.url is None else f"connecting to {options.url} …")
         async with _cluster(options) as cluster, Proxy(*cluster.address) as proxy:
-            run = Run(cluster, proxy, proof, tell=screen.tell, tick=screen.show)
+            run = Run(cluster, proxy, proof, step=screen.step, tick=screen.show)
             await run.prepare()
             end = time.monotonic() + options.minutes * 60
             for number, fault in enumerate(_schedule(faults, options.seed)):
@@ -164,7 +164,7 @@ async def _run(faults: Sequence[Fault], proof: Proof, options: Options, console:
             await run.leave()
             await run.stop()
             await run.check()
-            screen.tell("stopping the cluster …")
+            screen.step("stopping the cluster …")
 
 
 def _chosen(options: Options) -> list[Fault]:
@@ -196,8 +196,10 @@ def _schedule(faults: Sequence[Fault], seed: int) -> Iterator[Fault]:
 
 def _conclude(proof: Proof, options: Options, console: Console) -> int:
     for outcome in proof.outcomes:
-        for words in outcome.words:
-            console.print(visible(f"{outcome.name}: ", "red").append_text(visible(words, "default")), soft_wrap=True)
+        for violation in outcome.violations:
+            console.print(
+                visible(f"{outcome.name}: ", "red").append_text(visible(violation, "default")), soft_wrap=True
+            )
     if options.report:
         stem = options.report / f"prove-{time.strftime('%Y%m%d-%H%M%S')}"
         with aside(stem.with_suffix(".json")) as write:
@@ -237,7 +239,7 @@ class Screen:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def tell(self, what: str) -> None:
+    def step(self, what: str) -> None:
         """Show the current step."""
         self._now = what
         if self._console.is_terminal:

@@ -14,14 +14,14 @@ from prove.proxy import Pipe, Proxy
 
 FREEZE_SECONDS = 8.0
 CUT_EVERY_SECONDS = 0.5
-BAD_SECONDS = 8.0
+FAULT_SECONDS = 8.0
 SLOW_BYTES_PER_SECOND = 2_000.0
 DELAY_SECONDS = 0.3
 ROLL_SECONDS = 60.0
-LOOK_SECONDS = 0.1
+POLL_SECONDS = 0.1
 
 
-class Stage(NamedTuple):
+class FaultContext(NamedTuple):
     """The objects on which a fault can act."""
 
     cluster: Cluster
@@ -46,16 +46,16 @@ class Fault(NamedTuple):
 
     name: str
     about: str
-    happen: Callable[[Stage], Awaitable[None]]
+    inject: Callable[[FaultContext], Awaitable[None]]
     needs_processes: bool = False
 
 
-async def _nothing(stage: Stage) -> None:
-    del stage
+async def _nothing(context: FaultContext) -> None:
+    del context
 
 
-async def _kill_worker(stage: Stage) -> None:
-    os.kill(stage.random.choice(stage.own.workers()), signal.SIGKILL)
+async def _kill_worker(context: FaultContext) -> None:
+    os.kill(context.random.choice(context.own.workers()), signal.SIGKILL)
 
 
 async def _freeze(pid: int) -> None:
@@ -66,99 +66,99 @@ async def _freeze(pid: int) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-async def _freeze_worker(stage: Stage) -> None:
-    await _freeze(stage.random.choice(stage.own.workers()))
+async def _freeze_worker(context: FaultContext) -> None:
+    await _freeze(context.random.choice(context.own.workers()))
 
 
-async def _restart_postgres(stage: Stage) -> None:
-    os.kill(stage.own.postgres(), signal.SIGINT)
+async def _restart_postgres(context: FaultContext) -> None:
+    os.kill(context.own.postgres(), signal.SIGINT)
 
 
-async def _kill_postgres(stage: Stage) -> None:
-    os.kill(stage.own.postgres(), signal.SIGKILL)
+async def _kill_postgres(context: FaultContext) -> None:
+    os.kill(context.own.postgres(), signal.SIGKILL)
 
 
-async def _end_database_sessions(stage: Stage) -> None:
-    await stage.cluster.end_database_sessions()
+async def _end_database_sessions(context: FaultContext) -> None:
+    await context.cluster.end_database_sessions()
 
 
-async def _kill_valkey(stage: Stage) -> None:
-    os.kill(stage.own.valkey(), signal.SIGKILL)
+async def _kill_valkey(context: FaultContext) -> None:
+    os.kill(context.own.valkey(), signal.SIGKILL)
 
 
-async def _freeze_valkey(stage: Stage) -> None:
-    await _freeze(stage.own.valkey())
+async def _freeze_valkey(context: FaultContext) -> None:
+    await _freeze(context.own.valkey())
 
 
-async def _flush_redis(stage: Stage) -> None:
-    await stage.cluster.flush_redis()
+async def _flush_redis(context: FaultContext) -> None:
+    await context.cluster.flush_redis()
 
 
-async def _cut_sockets(stage: Stage) -> None:
-    end = time.monotonic() + BAD_SECONDS
+async def _cut_sockets(context: FaultContext) -> None:
+    end = time.monotonic() + FAULT_SECONDS
     while time.monotonic() < end:
-        for pipe in stage.some():
+        for pipe in context.some():
             pipe.is_cut_short = True
         await asyncio.sleep(CUT_EVERY_SECONDS)
 
 
-async def _slow_clients(stage: Stage) -> None:
-    for pipe in stage.some():
+async def _slow_clients(context: FaultContext) -> None:
+    for pipe in context.some():
         pipe.bytes_per_second = SLOW_BYTES_PER_SECOND
-    await asyncio.sleep(BAD_SECONDS)
+    await asyncio.sleep(FAULT_SECONDS)
 
 
-async def _half_open(stage: Stage) -> None:
-    for pipe in stage.some():
+async def _half_open(context: FaultContext) -> None:
+    for pipe in context.some():
         pipe.is_black_hole = True
-    await asyncio.sleep(BAD_SECONDS)
+    await asyncio.sleep(FAULT_SECONDS)
 
 
-async def _slow_network(stage: Stage) -> None:
-    stage.proxy.delay = DELAY_SECONDS
-    pipes = list(stage.proxy.pipes)
+async def _slow_network(context: FaultContext) -> None:
+    context.proxy.delay = DELAY_SECONDS
+    pipes = list(context.proxy.pipes)
     for pipe in pipes:
         pipe.delay = DELAY_SECONDS
-    await asyncio.sleep(BAD_SECONDS)
-    stage.proxy.delay = 0.0
+    await asyncio.sleep(FAULT_SECONDS)
+    context.proxy.delay = 0.0
     # Existing connections keep their delay, because data without delay would overtake earlier data. They are cut.
-    for pipe in stage.proxy.pipes:
+    for pipe in context.proxy.pipes:
         pipe.is_cut_short = True
 
 
-async def _expire_sessions(stage: Stage) -> None:
+async def _expire_sessions(context: FaultContext) -> None:
     """Expire the sessions of some users, as a clock that steps by a month would. The new user versions make the workers
     check them.
     """
-    db = await stage.cluster.database()
+    db = await context.cluster.database()
     try:
-        some = [actor.who.id for actor in stage.actors][::4]
+        some = [actor.account.id for actor in context.actors][::4]
         await db.execute("UPDATE session SET expires_at = now() - interval '1 second' WHERE user_id = ANY($1)", some)
         await db.execute('UPDATE "user" SET version = version + 1 WHERE id = ANY($1)', some)
     finally:
         await db.close()
 
 
-async def _roll(stage: Stage) -> None:
-    before = set(stage.own.workers())
-    stage.own.roll()
-    await _replaced(stage, before)
+async def _roll(context: FaultContext) -> None:
+    before = set(context.own.workers())
+    context.own.roll()
+    await _replaced(context, before)
 
 
-async def _new_epoch(stage: Stage) -> None:
-    before = set(stage.own.workers())
-    db = await stage.cluster.database()
+async def _new_epoch(context: FaultContext) -> None:
+    before = set(context.own.workers())
+    db = await context.cluster.database()
     try:
         await db.execute("UPDATE database_epoch SET epoch = gen_random_uuid()")
     finally:
         await db.close()
-    await _replaced(stage, before)
+    await _replaced(context, before)
 
 
-async def _replaced(stage: Stage, before: set[int]) -> None:
+async def _replaced(context: FaultContext, before: set[int]) -> None:
     async with asyncio.timeout(ROLL_SECONDS):
-        while before & set(stage.own.workers()):  # noqa: ASYNC110 - other processes
-            await asyncio.sleep(LOOK_SECONDS)
+        while before & set(context.own.workers()):  # noqa: ASYNC110 - other processes
+            await asyncio.sleep(POLL_SECONDS)
 
 
 FAULTS = (

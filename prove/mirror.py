@@ -75,19 +75,19 @@ class Mirror:
         """The versions for `resume`, of complete conversations only."""
         return {one: copy.version for one, copy in self.copies.items() if one not in self.unloaded}
 
-    def hear(self, frame: ServerFrame) -> None:
+    def receive(self, frame: ServerFrame) -> None:
         """Apply a frame."""
         if isinstance(frame, server.OwnStartOver):
             self._start_own_over(frame)
         elif isinstance(frame, OwnEvent):
-            self._hear_own(frame)
+            self._receive_own(frame)
         elif isinstance(frame, DurableEvent):
             if (copy := self._copy(frame.conversation_id)) is not None:
-                self._hear_event(copy, frame)
+                self._receive_event(copy, frame)
         else:
-            self._hear_news(frame)
+            self._receive_view(frame)
 
-    def _hear_news(self, frame: ServerFrame) -> None:
+    def _receive_view(self, frame: ServerFrame) -> None:
         """Apply a frame that begins, ends or continues the copy of a conversation."""
         match frame:
             case server.Ready():
@@ -102,11 +102,11 @@ class Mirror:
                 self.forget(frame.conversation_id)
             case server.Changes():
                 if (copy := self._copy(frame.conversation_id)) is not None:
-                    self._hear_changes(copy, frame)
+                    self._receive_changes(copy, frame)
             case _:
                 pass
 
-    def _hear_own(self, event: OwnEvent) -> None:
+    def _receive_own(self, event: OwnEvent) -> None:
         """Apply an event about data of this user only. It contains the current state."""
         self.user_version = max(self.user_version, event.user_version)
         match event:
@@ -177,7 +177,7 @@ class Mirror:
             self.wrong["unknown"] += 1
         return copy
 
-    def _hear_changes(self, copy: Copy, frame: server.Changes) -> None:
+    def _receive_changes(self, copy: Copy, frame: server.Changes) -> None:
         copy.missing.update(range(copy.version + 1, frame.since + 1))
         if frame.version < copy.version:
             self.wrong["duplicated"] += 1
@@ -186,7 +186,7 @@ class Mirror:
             self._apply(copy, event)
         copy.version = frame.version
 
-    def _hear_event(self, copy: Copy, event: DurableEvent) -> None:
+    def _receive_event(self, copy: Copy, event: DurableEvent) -> None:
         if event.version > copy.version:
             copy.missing.update(range(copy.version + 1, event.version))
             copy.version = event.version

@@ -26,7 +26,7 @@ class Pipe:
         """Whether the next data is truncated to half, and the connection aborted after it."""
         self._is_ending = False
 
-    def take(self, side: "Side", data: bytes) -> None:
+    def forward(self, side: "Side", data: bytes) -> None:
         """Forward data from one side to the other."""
         other = self.sides[1 - self.sides.index(side)]
         loop = asyncio.get_running_loop()
@@ -70,7 +70,7 @@ class Side(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Forward the data."""
-        self._pipe.take(self, data)
+        self._pipe.forward(self, data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Close the other side too, after delayed data, unless the pipe is a black hole."""

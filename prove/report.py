@@ -40,7 +40,9 @@ def page(proof: Proof) -> str:
         + "".join(f"<td>{cell}" for cell in cells(one))
         for one in proof.outcomes
     )
-    words = "".join(f"<li>{escape(one.name)}: {escape(word)}" for one in proof.outcomes for word in one.words)
+    violations = "".join(
+        f"<li>{escape(one.name)}: {escape(violation)}" for one in proof.outcomes for violation in one.violations
+    )
     return "".join(
         [
             "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
@@ -49,7 +51,7 @@ def page(proof: Proof) -> str:
             f"<p class='verdict {'good' if proof.is_good else 'bad'}'>{escape(verdict(proof))}</p>",
             _timeline(proof),
             "<h2>Faults</h2><table><tr>" + "".join(f"<th>{head}" for head in HEADS) + rows + "</table>",
-            f"<h2>Violations</h2><ul>{words}</ul>" if words else "",
+            f"<h2>Violations</h2><ul>{violations}</ul>" if violations else "",
         ]
     )
 

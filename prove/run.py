@@ -23,21 +23,21 @@ from protocol.ids import ConversationId, UserId, uuid7
 from prove import truth
 from prove.actor import Actor, Tally
 from prove.cluster import Cluster
-from prove.faults import Fault, Stage
+from prove.faults import Fault, FaultContext
 from prove.mirror import Copy
 from prove.proxy import Proxy
 
 CHANNELS = 6
 HTTP_SECONDS = 30.0
-BEFORE_SECONDS = 2.0
+WARM_UP_SECONDS = 2.0
 """Time before a fault, in seconds."""
-PATIENCE_SECONDS = 60.0
+MAX_WAIT_SECONDS = 60.0
 """Max wait for an answer after a phase, in seconds. After that, it counts as lost."""
 PRESENCE_SECONDS = 20.0
 """Max time until presence is correct after a fault, in seconds. docs/operations.md promises 15."""
 SAMPLE = 10
 """Number of people whose unread counts are recounted after each phase."""
-MAX_WORDS, MAX_CHARACTERS = 20, 500
+MAX_VIOLATIONS, MAX_CHARACTERS = 20, 500
 """Max violations reported per phase, and max characters of each."""
 
 
@@ -59,7 +59,7 @@ class Outcome(msgspec.Struct, kw_only=True):
     waits: list[float] = []
     ends: dict[str, int] = {}
     """Why connections ended."""
-    words: list[str] = []
+    violations: list[str] = []
     """Descriptions of the violations."""
 
     @property
@@ -77,12 +77,12 @@ class Outcome(msgspec.Struct, kw_only=True):
         """The longest wait."""
         return max(self.waits, default=0.0)
 
-    def blame(self, kind: str, count: int, words: str) -> None:
+    def record(self, kind: str, count: int, text: str) -> None:
         """Count violations of a kind, and describe them."""
         if count:
             setattr(self, kind, getattr(self, kind) + count)
-            if len(self.words) < MAX_WORDS:
-                self.words.append(f"{kind.replace('_', ' ')}: {words[:MAX_CHARACTERS]}")
+            if len(self.violations) < MAX_VIOLATIONS:
+                self.violations.append(f"{kind.replace('_', ' ')}: {text[:MAX_CHARACTERS]}")
 
 
 class Moment(msgspec.Struct):
@@ -125,13 +125,13 @@ class Run:
     """The actors of a run, and its results."""
 
     def __init__(
-        self, cluster: Cluster, proxy: Proxy, proof: Proof, *, tell: Callable[[str], None], tick: Callable[[], None]
+        self, cluster: Cluster, proxy: Proxy, proof: Proof, *, step: Callable[[str], None], tick: Callable[[], None]
     ) -> None:
-        """`tell` shows the current step, and `tick` is called every second."""
+        """`step` shows the current step, and `tick` is called every second."""
         self._cluster = cluster
         self._proxy = proxy
         self.proof = proof
-        self._tell = tell
+        self._step = step
         self._tick = tick
         self._random = random.Random(proof.seed)
         self._actors: list[Actor] = []
@@ -141,7 +141,7 @@ class Run:
 
     async def prepare(self) -> None:
         """Create accounts and channels, and connect all actors. Raises Unusable if the server refuses."""
-        self._tell("creating accounts …")
+        self._step("creating accounts …")
         accounts = await some_at_once(self._register(number) for number in range(self.proof.people))
         for number, account in enumerate(accounts):
             actor = Actor(
@@ -169,25 +169,25 @@ class Run:
         self.proof.outcomes.append(outcome)
         for actor in self._actors:
             actor.tally = Tally()
-        self._tell(f"{fault.name}: {fault.about}")
+        self._step(f"{fault.name}: {fault.about}")
         is_over = asyncio.Event()
         acting = [asyncio.create_task(self._act(actor, is_over)) for actor in self._actors]
         end = time.monotonic() + seconds
-        await asyncio.sleep(BEFORE_SECONDS)
+        await asyncio.sleep(WARM_UP_SECONDS)
         outcome.begin = time.monotonic() - self._began
-        await fault.happen(Stage(self._cluster, self._proxy, self._actors, self._random))
+        await fault.inject(FaultContext(self._cluster, self._proxy, self._actors, self._random))
         outcome.end = time.monotonic() - self._began
-        await asyncio.sleep(max(BEFORE_SECONDS, end - time.monotonic()))
+        await asyncio.sleep(max(WARM_UP_SECONDS, end - time.monotonic()))
         is_over.set()
-        self._tell(f"{fault.name}: waiting for answers …")
-        _, stuck = await asyncio.wait(acting, timeout=PATIENCE_SECONDS)
+        self._step(f"{fault.name}: waiting for answers …")
+        _, stuck = await asyncio.wait(acting, timeout=MAX_WAIT_SECONDS)
         for task in stuck:
             task.cancel()
-        outcome.blame("lost", len(stuck), f"{len(stuck)} people had no answer after {PATIENCE_SECONDS:.0f} s more")
+        outcome.record("lost", len(stuck), f"{len(stuck)} people had no answer after {MAX_WAIT_SECONDS:.0f} s more")
         for task in acting:
             if task not in stuck:
                 task.result()
-        self._tell(f"{fault.name}: comparing …")
+        self._step(f"{fault.name}: comparing …")
         await self._compare(outcome)
         return outcome
 
@@ -195,7 +195,7 @@ class Run:
         """Disconnect half of the people, and check that the others see them offline."""
         outcome = Outcome(name="people leave", about="half of them disconnect, and others see them offline")
         self.proof.outcomes.append(outcome)
-        self._tell(outcome.about)
+        self._step(outcome.about)
         gone, left = self._actors[::2], self._actors[1::2]
         await asyncio.gather(*(actor.leave() for actor in gone))
         await self._check_presence(outcome, left, gone)
@@ -204,9 +204,9 @@ class Run:
         """Run `openchat check`."""
         outcome = Outcome(name="check", about="openchat check recounts everything from the rows")
         self.proof.outcomes.append(outcome)
-        self._tell(outcome.about)
+        self._step(outcome.about)
         for line in await self._cluster.check():
-            outcome.blame("wrong", not line.is_good, f"{line.check}: {', '.join(line.some or ())}")
+            outcome.record("wrong", not line.is_good, f"{line.check}: {', '.join(line.some or ())}")
 
     async def stop(self) -> None:
         """Disconnect everyone."""
@@ -225,8 +225,8 @@ class Run:
             outcome.waits.append(tally.longest_wait)
             for end, count in tally.ends.items():
                 outcome.ends[end] = outcome.ends.get(end, 0) + count
-            for words, count in tally.unexpected.items():
-                outcome.blame("wrong", count, f"refused {words}")
+            for text, count in tally.unexpected.items():
+                outcome.record("wrong", count, f"refused {text}")
         await self._cluster.ready()
         db = await self._cluster.database()
         try:
@@ -234,12 +234,12 @@ class Run:
             clocks = {row[0]: row[1] for row in await db.fetch("SELECT id, version FROM conversation")}
             settled = await asyncio.gather(*(actor.settle(clocks.__getitem__) for actor in self._actors))
             for actor, is_settled in zip(self._actors, settled, strict=True):
-                outcome.blame("lost", not is_settled, f"{actor.who.name} does not receive the current versions")
+                outcome.record("lost", not is_settled, f"{actor.account.name} does not receive the current versions")
             truths = {one: await truth.read_conversation(db, one) for one in self._everywhere()}
             for actor in self._actors:
                 await self._compare_one(db, outcome, actor, truths)
-            for words in await truth.recount(db):
-                outcome.blame("wrong", 1, f"a recount differs: {words}")
+            for difference in await truth.recount(db):
+                outcome.record("wrong", 1, f"a recount differs: {difference}")
             for actor in self._random.sample(self._actors, min(SAMPLE, len(self._actors))):
                 await self._recount_unread(db, outcome, actor)
         finally:
@@ -248,10 +248,10 @@ class Run:
 
     async def _wait_for_scheduled(self, db: "asyncpg.Connection[asyncpg.Record]", outcome: Outcome) -> None:
         """Wait until due scheduled messages are sent. After a worker died, another one sends its messages later."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + MAX_WAIT_SECONDS
         while (left := await truth.waiting(db)) and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's
             await asyncio.sleep(0.25)
-        outcome.blame("lost", left, f"{left} scheduled messages are not sent")
+        outcome.record("lost", left, f"{left} scheduled messages are not sent")
 
     def _everywhere(self) -> set[ConversationId]:
         return set().union(*(actor.mirror.copies for actor in self._actors))
@@ -263,29 +263,29 @@ class Run:
         actor: Actor,
         truths: dict[ConversationId, Copy],
     ) -> None:
-        name, mirror = actor.who.name, actor.mirror
+        name, mirror = actor.account.name, actor.mirror
         absent = await truth.absent(db, "message", actor.tally.messages)
-        outcome.blame("lost", absent, f"{absent} acknowledged messages of {name} are not stored")
+        outcome.record("lost", absent, f"{absent} acknowledged messages of {name} are not stored")
         absent = await truth.absent(db, "message_edit", actor.tally.edits)
-        outcome.blame("lost", absent, f"{absent} acknowledged edits of {name} are not stored")
-        for words in await truth.unsent(db, actor.tally.scheduled):
-            outcome.blame("lost", 1, f"a scheduled message of {name}: {words}")
+        outcome.record("lost", absent, f"{absent} acknowledged edits of {name} are not stored")
+        for difference in await truth.unsent(db, actor.tally.scheduled):
+            outcome.record("lost", 1, f"a scheduled message of {name}: {difference}")
         absent = await truth.absent(db, "message", mirror.shown)
-        outcome.blame("phantom", absent, f"{absent} messages that {name} saw are not stored")
-        outcome.blame("lost", actor.noticed_losses, f"a heartbeat revealed events that {name} did not receive")
+        outcome.record("phantom", absent, f"{absent} messages that {name} saw are not stored")
+        outcome.record("lost", actor.noticed_losses, f"a heartbeat revealed events that {name} did not receive")
         for kind, count in mirror.wrong.items():
-            outcome.blame({"out of order": "out_of_order", "duplicated": "duplicated"}.get(kind, "wrong"), count,
+            outcome.record({"out of order": "out_of_order", "duplicated": "duplicated"}.get(kind, "wrong"), count,
                           f"{count} {kind} events for {name}")  # fmt: skip
-        there = await truth.memberships(db, actor.who.id)
-        outcome.blame(
+        there = await truth.memberships(db, actor.account.id)
+        outcome.record(
             "wrong", len(there ^ mirror.copies.keys()), f"{name} participates in other conversations than received"
         )
         for one, copy in list(mirror.copies.items()):
-            outcome.blame(
+            outcome.record(
                 "lost", len(copy.missing), f"{name} did not receive the versions {sorted(copy.missing)} of {one}"
             )
             found = truth.differences(copy, truths[one])
-            outcome.blame("wrong", len(found), f"{name}: {'; '.join(found[:2])}")
+            outcome.record("wrong", len(found), f"{name}: {'; '.join(found[:2])}")
             if copy.missing or found:
                 # The server sends the conversation again, so the next phase does not report this violation again.
                 mirror.forget(one)
@@ -297,15 +297,15 @@ class Run:
             return
         one = self._random.choice(list(actor.mirror.copies))
         reply = await actor.ask(client.GetConversation(conversation_id=one), server.OneConversation)
-        counted = await truth.unread(db, actor.who.id, one)
-        outcome.blame(
+        counted = await truth.unread(db, actor.account.id, one)
+        outcome.record(
             "wrong", reply.view.unread_count != counted,
-            f"{reply.view.unread_count} unread for {actor.who.name} in {one}, and {counted} counted",
+            f"{reply.view.unread_count} unread for {actor.account.name} in {one}, and {counted} counted",
         )  # fmt: skip
 
     async def _check_presence(self, outcome: Outcome, there: Sequence[Actor], gone: Sequence[Actor]) -> None:
         """Check that everyone's presence is shown correctly within `PRESENCE_SECONDS`."""
-        expected = {actor.who.id: actor.is_visible for actor in there} | {actor.who.id: False for actor in gone}
+        expected = {actor.account.id: actor.is_visible for actor in there} | {actor.account.id: False for actor in gone}
         await asyncio.gather(*(actor.connected() for actor in there))
         deadline = time.monotonic() + PRESENCE_SECONDS
         watcher = there[0]
@@ -323,8 +323,8 @@ class Run:
             if not unlike or time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.25)
-        names = {actor.who.id: actor.who.name for actor in self._actors}
-        outcome.blame("wrong", len(unlike), f"presence of {', '.join(names[one] for one in unlike[:5])}")
+        names = {actor.account.id: actor.account.name for actor in self._actors}
+        outcome.record("wrong", len(unlike), f"presence of {', '.join(names[one] for one in unlike[:5])}")
 
     # ---------------------------------------------------------------------------------------------------- people
 

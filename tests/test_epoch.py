@@ -115,10 +115,10 @@ class Talker(Actor):
         self.codes.append(connection.socket.close_code)
         await super()._give_up(connection)
 
-    def _hear(self, frame: server.ServerFrame) -> None:
+    def _receive(self, frame: server.ServerFrame) -> None:
         if isinstance(frame, (server.StartOver, server.OwnStartOver)):
             self.reasons.append(frame.reason)
-        super()._hear(frame)
+        super()._receive(frame)
 
     async def talk(self, is_over: asyncio.Event) -> None:
         while not is_over.is_set():

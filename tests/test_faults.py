@@ -26,7 +26,7 @@ from protocol.ids import ConversationId, MessageId
 from protocol.limits import MAX_FRAME_BYTES
 from protocol.server import Error
 from protocol.values import ConversationSettings
-from prove.client import PATIENCE, Client
+from prove.client import TIMEOUT_SECONDS, Client
 from prove.mirror import Mirror
 from prove.truth import assert_same, read_conversation
 from server.core.config import Settings
@@ -87,8 +87,8 @@ class Talk:
         for number, (who, mirror) in enumerate(zip(self.people, self.mirrors, strict=True)):
             one = await self.world.connect(who, number)
             for event in one.events:
-                mirror.hear(event)
-            one.on_event = mirror.hear
+                mirror.receive(event)
+            one.on_event = mirror.receive
             self.clients.append(one)
         quiet = ConversationSettings(system_messages=False)
         self.channel = await self.world.channel(self.clients[0], is_public=True, settings=quiet)
@@ -279,7 +279,7 @@ async def test_postgres_hangs_while_many_send(own: tuple[Settings, Servers], mon
         assert [getattr(answer, "code", None) for answer in answers] == [ErrorCode.UNAVAILABLE] * SENDERS
         assert (sum(runs), len(runs) <= MAX_RUNS) == (SENDERS, True), runs
         # What was in flight may have been stored; each is there once, and was told once, when all have tried again.
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT_SECONDS):
             for sender, frame in zip(senders, frames, strict=True):
                 while isinstance(answer := await sender.ask(frame), Error):
                     assert answer.code is ErrorCode.UNAVAILABLE

@@ -31,7 +31,7 @@ class Device:
 
     async def begin(self) -> None:
         phone = await self.world.connect(self.room.users[1], 1)
-        self.mirror.hear(phone.ready)
+        self.mirror.receive(phone.ready)
         self.mirror.user_version = phone.ready.user_version
         await self.read(phone)
         await phone.close()
@@ -53,7 +53,7 @@ class Device:
         frame = client.Resume(epoch=epoch or self.mirror.epoch, versions={}, user_version=self.mirror.user_version)
         resumed = await phone.call(frame, server.Resumed)
         for event in phone.events:
-            self.mirror.hear(event)
+            self.mirror.receive(event)
         self.mirror.user_version = max(self.mirror.user_version, resumed.user_version)
         self.mirror.epoch = phone.ready.epoch
         why = [event.reason for event in phone.events if isinstance(event, server.OwnStartOver)]

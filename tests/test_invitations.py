@@ -84,7 +84,7 @@ async def test_invitation_events_add_up_to_the_list_of_invitations(world: World)
     def told(*events: server.ServerFrame) -> set[str]:
         mirror = Mirror()
         for event in events:
-            mirror.hear(event)
+            mirror.receive(event)
         return {names[about] for about in mirror.invitations}
 
     for name, end in reversed(ends.items()):

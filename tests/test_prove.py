@@ -108,7 +108,7 @@ async def proven(settings: Settings, down: Callable[[], Spoil], up: Answer = han
         proof = Proof(seed=1, people=8, rate=120, where="here")
         cluster = Cluster(world.url, settings.database_url, settings.redis_url)
         async with Relay(port, down, up).serve() as spoiled, Proxy("127.0.0.1", spoiled) as proxy:
-            run = Run(cluster, proxy, proof, tell=lambda _: None, tick=lambda: None)
+            run = Run(cluster, proxy, proof, step=lambda _: None, tick=lambda: None)
             await run.prepare()
             outcome = await run.phase(FAULTS[0], 3.0)
             await run.stop()
@@ -119,7 +119,7 @@ async def proven(settings: Settings, down: Callable[[], Spoil], up: Answer = han
 
 async def test_a_server_that_keeps_its_word_is_believed(settings: Settings) -> None:
     outcome = await proven(settings, lambda: honest)
-    assert outcome.is_good, outcome.words
+    assert outcome.is_good, outcome.violations
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ async def test_a_server_that_breaks_its_word_is_caught(
 ) -> None:
     outcome = await proven(settings, defect, up)
     assert getattr(outcome, kind) > 0, outcome
-    assert outcome.words
+    assert outcome.violations
 
 
 async def test_what_is_wrong_in_the_end_is_found(world: World) -> None:
@@ -165,13 +165,13 @@ async def test_what_is_wrong_in_the_end_is_found(world: World) -> None:
         cluster,
         Proxy(*cluster.address),
         Proof(seed=1, people=1, rate=1, where="here"),
-        tell=lambda _: None,
+        step=lambda _: None,
         tick=lambda: None,
     )
     await run.check()
     (outcome,) = run.proof.outcomes
-    assert (outcome.wrong, outcome.is_good, len(outcome.words)) == (1, False, 1)
-    assert outcome.words[0].startswith("wrong: message counts match the rows")
+    assert (outcome.wrong, outcome.is_good, len(outcome.violations)) == (1, False, 1)
+    assert outcome.violations[0].startswith("wrong: message counts match the rows")
 
 
 async def test_the_bad_network_loses_what_comes_last_and_never_turns_it_around() -> None:

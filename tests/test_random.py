@@ -31,7 +31,7 @@ async def test_everyone_ends_with_the_truth(settings: Settings, cluster: Cluster
     channels += [await world.channel(founder, title=f"Channel {number}", is_public=True) for number in range(CHANNELS)]
 
     for actor in actors:
-        actor.others = [one.id for one in people if one is not actor.who]
+        actor.others = [one.id for one in people if one is not actor.account]
     acting = asyncio.gather(*(actor.act(ACTIONS) for actor in actors))
     await db.fetchval("SELECT 1")
     while not acting.done() and await db.fetchval("SELECT count(*) FROM message") < 200:
@@ -50,7 +50,7 @@ async def test_everyone_ends_with_the_truth(settings: Settings, cluster: Cluster
     truths = {one: await read_conversation(db, one) for one in clocks}
     for actor in actors:
         assert (actor.mirror.wrong, actor.tally.unexpected, actor.noticed_losses) == ({}, {}, 0)
-        assert actor.mirror.copies.keys() == await memberships(db, actor.who.id)
+        assert actor.mirror.copies.keys() == await memberships(db, actor.account.id)
         for one, copy in actor.mirror.copies.items():
             assert_same(copy, truths[one])
         await wait_for_own_state(db, actor, ended)
@@ -69,6 +69,6 @@ async def wait_for_own_state(
     db: "asyncpg.Connection[asyncpg.Record]", actor: Actor, ended: set[ConversationId]
 ) -> None:
     """Wait until an actor knows what is theirs alone; nobody takes back an invitation to what has ended."""
-    truth = await own(db, actor.who.id)
+    truth = await own(db, actor.account.id)
     over = {("invitation", str(one), "") for one in ended}
     await until(lambda: own_of(actor.mirror) - over == truth)

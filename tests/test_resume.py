@@ -474,7 +474,7 @@ async def listening(
     world: World, who: UserSession, mirror: Mirror, versions: dict[ConversationId, int] | None
 ) -> Client:
     phone = Client(world.workers[1].url, who.token, query="" if versions is None else "?resume=1")
-    phone.on_event = mirror.hear
+    phone.on_event = mirror.receive
     await phone.open()
     if versions is None:
         await phone.settled()

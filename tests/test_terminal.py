@@ -151,7 +151,7 @@ def test_load_and_prove_escape_answers_of_the_server() -> None:
         load_screen.see("load", moment, Tally(errors={hostile: 1}))
     plain_console = Console(file=drawn, width=200)
     load.Screen(plain_console).tell(hostile)
-    prove.Screen(plain_console, Proof(seed=1, people=1, rate=1, where="")).tell(hostile)
+    prove.Screen(plain_console, Proof(seed=1, people=1, rate=1, where="")).step(hostile)
     shown = drawn.getvalue()
     assert shown.count(r"\u202eevil") >= 3
     assert "\x1b[5m" not in shown, "markup in a cell has no effect"
