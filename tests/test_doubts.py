@@ -1,4 +1,4 @@
-"""Doubts about who may watch whom: what puts pairs in doubt, in whose turn the database is asked, and what fails."""
+"""Doubts about who may watch whom: their causes, the order of database queries, and failures."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -27,12 +27,12 @@ Asked = list[list[tuple[UserId, UserId]]]
 
 
 def some_pairs(count: int) -> list[Pair]:
-    """Return pairs of one watcher."""
+    """Return pairs with the same watcher."""
     watcher = UserId(uuid7())
     return [Pair(watcher, UserId(uuid7())) for _ in range(count)]
 
 
-# ---------------------------------------------------------------------------------------------------- whose turn it is
+# ----------------------------------------------------------------------------------------------------- order of queries
 
 
 def test_each_cause_has_a_share_of_each_statement() -> None:
@@ -47,24 +47,24 @@ def test_each_cause_has_a_share_of_each_statement() -> None:
     assert {len(pairs) for pairs in batch.turns.values()} == {SHARE, 1}
 
 
-def test_all_pairs_of_a_user_are_looked_up_when_it_is_their_turn() -> None:
-    looks: list[Whole] = []
+def test_all_pairs_of_a_user_are_looked_up_in_their_turn() -> None:
+    lookups: list[Whole] = []
     mine = some_pairs(SHARE)
 
     def look(whole: Whole) -> list[Pair]:
-        looks.append(whole)
+        lookups.append(whole)
         return mine
 
     there = Doubts(look)
     whole = Whole(mine[0].watcher, is_watcher=True)
     for _ in range(1_000):
         there.add_all(whole, cause=whole)
-    assert looks == []
+    assert lookups == []
     assert (found := there.of(mine[0].watched)) is not None
-    assert found.has(mine[0].watcher), "held back from the first moment"
+    assert found.has(mine[0].watcher), "held back immediately"
     there.hold(mine[0], b"newest", is_face=False)
     batch = there.take(0.0)
-    assert (looks, set(batch.pairs)) == ([whole], set(mine))
+    assert (lookups, set(batch.pairs)) == ([whole], set(mine))
     assert there.held(mine[0]) == {False: b"newest"}
     for pair in batch.pairs:
         assert there.is_current(pair, batch.since)
@@ -91,7 +91,7 @@ def test_only_pairs_in_doubt_are_held_back() -> None:
         )
 
 
-def test_pair_stays_in_doubt_until_the_last_of_those_who_ask_has_ended() -> None:
+def test_pair_stays_in_doubt_until_the_last_query_has_ended() -> None:
     (pair,) = some_pairs(1)
     there = Doubts(lambda _: ())
     there.begin([pair])
@@ -108,7 +108,7 @@ def test_pair_stays_in_doubt_until_the_last_of_those_who_ask_has_ended() -> None
     assert not there
 
 
-def test_cause_rests_between_rounds_and_others_do_not_wait() -> None:
+def test_cause_pauses_between_rounds_and_others_do_not_wait() -> None:
     mine, (other,) = some_pairs(3 * SHARE), some_pairs(1)
     there, whole = Doubts(lambda _: mine), Whole(mine[0].watcher, is_watcher=True)
     now, rounds, asked_at = 0.0, 0.0, 0.0
@@ -130,7 +130,7 @@ def test_cause_rests_between_rounds_and_others_do_not_wait() -> None:
 
 
 @pytest.mark.parametrize("is_whole", [False, True])
-def test_answer_from_before_a_doubt_is_not_current(*, is_whole: bool) -> None:
+def test_result_from_before_a_doubt_is_not_current(*, is_whole: bool) -> None:
     (pair,) = some_pairs(1)
     there, whole = Doubts(lambda _: [pair]), Whole(pair.watched, is_watcher=False)
     there.add(pair, cause="cause")
@@ -144,7 +144,7 @@ def test_answer_from_before_a_doubt_is_not_current(*, is_whole: bool) -> None:
     assert there.is_current(pair, there.take(0.0).since)
 
 
-def test_pairs_that_fail_are_asked_about_alone_in_halves_and_later_each_time() -> None:
+def test_failed_pairs_are_retried_apart_in_halves_with_growing_pauses() -> None:
     bad, good = some_pairs(SHARE), some_pairs(SHARE)
     there = Doubts(lambda _: ())
     for pair in bad:
@@ -170,12 +170,12 @@ def test_pairs_that_fail_are_asked_about_alone_in_halves_and_later_each_time() -
     assert pauses[0] < pauses[-1] == doubts.RETRY_MOST_SECONDS
 
 
-# -------------------------------------------------------------------------------------------- what puts pairs in doubt
+# --------------------------------------------------------------------------------------------- causes of doubt
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """All that is asked about who may watch whom."""
+    """The pairs of each query about who may watch whom."""
     found: Asked = []
     watchable = presence.watchable
 
@@ -188,11 +188,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
 
 async def certain(world: World) -> None:
-    """Return when nothing is held back at the first worker."""
+    """Wait until the first worker has no pairs in doubt."""
     await until(lambda: not world.workers[0].app.hub.watchers.are_in_doubt)
 
 
-async def test_only_what_decides_who_may_watch_whom_is_asked_about(settings: Settings, asked: Asked) -> None:
+async def test_only_relevant_changes_cause_queries(settings: Settings, asked: Asked) -> None:
     async with World(settings, workers=1) as world:
         people = await world.users("Ada", "Charles", "Mary")
         ada, again, charles = [await world.connect(one) for one in (people[0], *people[:2])]
@@ -202,7 +202,7 @@ async def test_only_what_decides_who_may_watch_whom_is_asked_about(settings: Set
         for one in (ada, again):
             await one.call(client.Watch(user_ids=[people[1].id, people[2].id]))
         mine = {(people[0].id, one.id) for one in people[1:]}
-        assert [set(pairs) for pairs in asked] == [mine, mine], "a watch asks once"
+        assert [set(pairs) for pairs in asked] == [mine, mine], "one query per watch"
         await certain(world)
         asked.clear()
         at: dict[str, Any] = {"conversation_id": group, "message_id": message}
@@ -226,16 +226,16 @@ async def test_only_what_decides_who_may_watch_whom_is_asked_about(settings: Set
         await certain(world)
         await world.group(ada, people[2])
         await certain(world)
-        assert [set(pairs) for pairs in asked] == [mine, mine], "whom Ada watches, once for both sockets"
+        assert [set(pairs) for pairs in asked] == [mine, mine], "all users whom Ada watches, once for both sockets"
         asked.clear()
-        # One pair each way, and once for both sockets.
+        # One pair, once for both sockets.
         await ada.call(client.Block(user_id=people[1].id))
         await again.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
         await certain(world)
         assert asked == [[(people[0].id, people[1].id)]]
 
 
-async def test_what_a_socket_is_told_follows_the_rules_after_every_act(world: World) -> None:  # noqa: C901, PLR0915
+async def test_sockets_follow_the_rules_after_every_change(world: World) -> None:  # noqa: C901, PLR0915
     people = await world.users("Ada", "Charles", "Mary")
     ada, charles, mary = [await world.connect(one, number % 2) for number, one in enumerate(people)]
     await world.db.execute("UPDATE account SET password = $1", CHEAP.hash(WORDS))
@@ -279,7 +279,7 @@ async def test_what_a_socket_is_told_follows_the_rules_after_every_act(world: Wo
         assert answer.is_success, answer.text
 
     async def agrees(what: str) -> list[Sight]:
-        """Return what Ada and Charles may see of each other, once what their sockets are told is that."""
+        """Wait until the sockets of Ada and Charles agree with the rules, and return what each may see."""
         pairs = [(one, other) for one in them for other in them - {one}]
         rules: dict[tuple[UserId, UserId], Sight] = {}
         sights: dict[tuple[UserId, UserId], Sight] = {}
@@ -301,7 +301,7 @@ async def test_what_a_socket_is_told_follows_the_rules_after_every_act(world: Wo
                         return [rules[people[0].id, people[1].id], rules[people[1].id, people[0].id]]
                     await asyncio.sleep(0.01)
         except TimeoutError:
-            pytest.fail(f"{what}: the rules are {rules}, and sockets are told {sights}")
+            pytest.fail(f"{what}: the rules are {rules}, but the sockets show {sights}")
 
     async def are_friends() -> None:
         await ada.call(client.RequestFriend(user_id=people[1].id))
@@ -349,10 +349,10 @@ async def test_what_a_socket_is_told_follows_the_rules_after_every_act(world: Wo
         assert await agrees(what) == expected, what
 
 
-# ------------------------------------------------------------------------------------------------------- what fails
+# -------------------------------------------------------------------------------------------------------- failures
 
 
-async def test_failures_with_some_pairs_hold_back_nothing_else_and_end(
+async def test_failures_of_some_pairs_delay_no_others_and_are_resolved(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(doubts, "RETRY_SECONDS", 0.01)
@@ -387,14 +387,14 @@ async def test_failures_with_some_pairs_hold_back_nothing_else_and_end(
         for one in reversed(watching):
             await one.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
         await certain(world)
-    assert sizes[:3] == [7, 3, 3], "half as many after a timeout"
+    assert sizes[:3] == [7, 3, 3], "half as many pairs after a timeout"
     assert len(defects) == 3
     told = [record.getMessage().split(" failed")[0] for record in caplog.records if "may watch" in record.getMessage()]
     assert told == ["checking who may watch whom", "deciding who may watch whom"]
     assert not [event for event in watching[0].events[seen:] if isinstance(event, server.UserUpdated)]
 
 
-async def test_database_that_is_away_is_no_failure_of_a_cause(
+async def test_unreachable_database_does_not_count_as_a_failure_of_a_cause(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watchers_module, "LOST_SECONDS", 0.02)
@@ -415,12 +415,10 @@ async def test_database_that_is_away_is_no_failure_of_a_cause(
         monkeypatch.setattr(presence, "watchable", lost)
         world.workers[0].app.hub.watchers.doubt_all()
         await certain(world)
-    assert sizes == [5] * 4, "each time about all five"
+    assert sizes == [5] * 4, "each query has all five pairs"
 
 
-async def test_news_that_was_missed_while_the_bus_was_away_is_asked_about(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_change_missed_while_the_bus_was_down_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     people = await world.users("Ada", "Charles")
     ada, charles = [await world.connect(one, number) for number, one in enumerate(people)]
     await ada.call(client.Watch(user_ids=[people[1].id]))
@@ -433,10 +431,10 @@ async def test_news_that_was_missed_while_the_bus_was_away_is_asked_about(
     assert (news.presence.user_id, news.presence.status) == (people[1].id, "offline")
 
 
-# ------------------------------------------------------------------------------------------------------ seen again
+# ------------------------------------------------------------------------------------------------------ visible again
 
 
-async def test_whoever_is_seen_again_is_told_of_at_once_and_alike(world: World) -> None:
+async def test_user_who_becomes_visible_again_is_published_immediately_and_alike(world: World) -> None:
     ada_ = await world.user("Ada")
     ada = await world.connect(ada_)
 
@@ -480,7 +478,7 @@ async def test_whoever_is_seen_again_is_told_of_at_once_and_alike(world: World) 
         await undo(one)
         await ada.event(server.PresenceChanged, lambda event: event.presence.status == "busy", start=seen)
         await ada.synced()
-        # An arrival may be announced once more.
+        # An event may be repeated.
         told[name] = list(
             dict.fromkeys(
                 (event.presence.status, event.presence.custom_status)
@@ -491,8 +489,8 @@ async def test_whoever_is_seen_again_is_told_of_at_once_and_alike(world: World) 
     assert all(events == [("offline", None), ("busy", "Here")] for events in told.values()), told
 
 
-async def test_connection_that_never_resumes_is_told_no_more_than_others(world: World) -> None:
-    """It follows no conversation, and so would not notice that one ends for everyone."""
+async def test_connection_that_never_resumes_sees_no_more_than_others(world: World) -> None:
+    """It follows no conversation, so no event tells it that a conversation was deleted."""
     people = await world.users("Ada", "Charles", "Mary")
     for one in people[:2]:
         await world.befriend(people[2], one)

@@ -1,4 +1,4 @@
-"""Bytes that nobody will read: parsing them is bounded in number, not only in bytes, at every stage of a connection."""
+"""Frames that will be dropped: the number that is parsed is bounded at every stage of a connection."""
 
 import asyncio
 import contextlib
@@ -27,9 +27,9 @@ from tests.test_unfinished import next_answer
 from tests.world import World, until
 
 BURST = 800
-"""Frames that a connection of the test may send at once: four seconds' worth of its `frame_rate`."""
+"""Frames that a connection of the test may send in a burst: four seconds of its `frame_rate`."""
 READ_BYTES = 256 * 1024
-"""Max bytes that the loop reads at once."""
+"""Max bytes of one read of the event loop."""
 TINY = {
     "texts": frame(b""),
     "binaries": frame(b"", Opcode.BINARY),
@@ -46,7 +46,7 @@ async def alone(settings: Settings) -> AsyncIterator[World]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts what is parsed, by the method that takes it in."""
+    """Counts the parsed frames, headers and chunks, by the method that receives them."""
     found: Counter[str] = Counter()
 
     def count(kind: type, name: str) -> None:
@@ -84,7 +84,7 @@ STAGES = {"a refused login": (refused, CloseCode.UNAUTHENTICATED), "a close": (c
 
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("stage", STAGES)
-async def test_a_bounded_number_of_frames_is_parsed_after_the_close_frame(  # noqa: PLR0917 - fixtures
+async def test_number_of_frames_parsed_after_the_close_frame_is_bounded(  # noqa: PLR0917 - fixtures
     alone: World,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -104,7 +104,7 @@ async def test_a_bounded_number_of_frames_is_parsed_after_the_close_frame(  # no
     wire.writer.close()
     await until(lambda: len(alone.workers[0].app.sockets) == 0)
     assert 0 < calls["_frame"] <= 2 * BURST
-    # A client that had sent much before it read why it was closed did nothing wrong.
+    # A client that had sent many frames before it read the close frame is not blamed.
     assert not any("4003" in record.message for record in caplog.records)
 
 
@@ -116,9 +116,9 @@ async def test_a_bounded_number_of_frames_is_parsed_after_the_close_frame(  # no
         (b"", b"GET /readyz HTTP/1.1\r\nHost: here\r\nX-Forwarded-For: 10.0.0.1\r\n\r\n", b"HTTP/1.1 429"),
         (CHUNKED, b"1\r\n \r\n", b"HTTP/1.1 503"),
     ],
-    ids=["pipelined", "no host", "too many of an address", "too long a body"],
+    ids=["pipelined", "no host", "too many from an address", "too long body"],
 )
-async def test_what_comes_after_a_refused_request_is_not_parsed(  # noqa: PLR0917 - fixtures
+async def test_data_after_a_refused_request_is_not_parsed(  # noqa: PLR0917 - fixtures
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
     calls: Counter[str],
@@ -141,8 +141,8 @@ async def test_what_comes_after_a_refused_request_is_not_parsed(  # noqa: PLR091
         await until(lambda: len(sockets) == 0)
 
 
-async def test_bytes_of_a_request_that_waited_for_an_answer_count_until_its_own(settings: Settings) -> None:
-    """The answer to the request before it gives back what that one held, and makes no idle connection of it."""
+async def test_bytes_of_a_pipelined_request_count_until_its_response(settings: Settings) -> None:
+    """The response to the previous request releases only the bytes of that one. The connection does not become idle."""
     async with World(msgspec.structs.replace(settings, trusted_proxies="1"), workers=1) as world:
         sockets, size = world.workers[0].app.sockets, 20_000
         head = b"POST /v1/call HTTP/1.1\r\nHost: here\r\nX-Forwarded-For: 10.0.0.%d\r\nContent-Length: %d\r\n\r\n"
@@ -162,8 +162,8 @@ async def test_bytes_of_a_request_that_waited_for_an_answer_count_until_its_own(
         assert_nothing_is_kept(sockets)
 
 
-async def test_an_honest_client_ends_the_connection_after_the_close_frame(alone: World) -> None:
-    """Its frames on the way are dropped, and its answer is understood."""
+async def test_client_may_finish_the_close_handshake(alone: World) -> None:
+    """Its frames in flight are dropped, and its close frame is read."""
     wire = await closed(alone)
     wire.writer.write(frame(b'{"type":"ping"}') * 100 + frame(b"\x0f\xa9", Opcode.CLOSE))
     assert await wire.closed() == CloseCode.SILENT
@@ -172,7 +172,7 @@ async def test_an_honest_client_ends_the_connection_after_the_close_frame(alone:
 
 
 async def busy(alone: World, wire: Wire, request: int) -> "asyncpg.Connection[asyncpg.Record]":
-    """Send a frame that waits for a table, and return the connection that holds it."""
+    """Send a frame that waits for a locked table, and return the connection that holds the lock."""
     holding = await asyncpg.connect(alone.settings.database_url)
     await holding.execute("BEGIN; LOCK TABLE draft IN ACCESS EXCLUSIVE MODE")
     wire.writer.write(frame(b'{"type":"list_drafts","id":%d}' % request))
@@ -181,10 +181,10 @@ async def busy(alone: World, wire: Wire, request: int) -> "asyncpg.Connection[as
     return holding
 
 
-async def test_frames_of_one_read_are_parsed_when_there_is_a_place_for_them(
+async def test_frames_of_one_read_are_parsed_when_the_inbox_has_room(
     alone: World, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rest counts as unread, and is answered later, in order: also its last frame, of which half has arrived."""
+    """The rest counts as unread and is answered later in order, including a last frame that has arrived by half."""
     monkeypatch.setattr(websocket, "FREE_BYTES", 0)
     ada, count = await alone.user("Ada"), BURST // 2
     app = alone.workers[0].app
@@ -213,7 +213,7 @@ async def test_frames_of_one_read_are_parsed_when_there_is_a_place_for_them(
     assert_nothing_is_kept(app.sockets)
 
 
-async def test_while_a_connection_finishes_its_socket_is_not_read(alone: World, calls: Counter[str]) -> None:
+async def test_socket_is_not_read_while_its_connection_finishes(alone: World, calls: Counter[str]) -> None:
     ada = await alone.user("Ada")
     app = alone.workers[0].app
     wire = await shake(alone.url, ada)
@@ -239,10 +239,10 @@ async def test_while_a_connection_finishes_its_socket_is_not_read(alone: World, 
     ],
     ids=["headers", "chunks", "trailers"],
 )
-async def test_a_request_comes_in_a_bounded_number_of_pieces(  # noqa: PLR0917 - fixtures
+async def test_request_has_a_bounded_number_of_parts(  # noqa: PLR0917 - fixtures
     alone: World, calls: Counter[str], begin: bytes, piece: bytes, most: int, told: bytes
 ) -> None:
-    """Each costs as much as hundreds of bytes, and one request of many took the loop 0.2 seconds."""
+    """Each part costs as much as hundreds of bytes. One request of many parts took 0.2 seconds."""
     begin = await with_token(alone, begin)
     end = b"0\r\n\r\n" if b"1\r" in piece else b"\r\n"
     for count in (most, most + 1, 12_000):

@@ -1,4 +1,4 @@
-"""Messages whose notifications are due: whose wait for what, and what a page that fails takes with it."""
+"""Messages with due notifications: order, pauses, bounds and failed pages."""
 
 import asyncio
 import random
@@ -19,14 +19,14 @@ from tests.world import World
 
 
 class Desk:
-    """Messages that are due at once, and a clock that a test moves."""
+    """A `DueMessages` whose messages are due immediately, with a clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 100.0
         self.drops = Drops()
         self.due = DueMessages(self.drops, clock=lambda: self.now)
 
-    def say(self, here: ConversationId, sender: UserId, count: int = 1) -> list[MessageId]:
+    def add(self, here: ConversationId, sender: UserId, count: int = 1) -> list[MessageId]:
         ids = [MessageId(uuid7()) for _ in range(count)]
         for one in ids:
             self.due.add(here, sender, one, seconds=0.0)
@@ -49,13 +49,15 @@ def user() -> UserId:
     return UserId(uuid7())
 
 
-def test_large_conversation_holds_up_no_other_and_rests(desk: Desk) -> None:
+def test_large_conversation_delays_no_other_and_pauses(desk: Desk) -> None:
     crowd, pair, more = place(), place(), user()
-    desk.say(crowd, user())
+    desk.add(crowd, user())
     (first,) = desk.begin()
     desk.due.done(first, more, limit=PAGE, seconds=0.1)
-    said = desk.say(pair, user())
-    assert desk.begin() == [PushPage(pair, FIRST, tuple(said))], "it waits for no further page of the other one"
+    said = desk.add(pair, user())
+    assert desk.begin() == [PushPage(pair, FIRST, tuple(said))], (
+        "it does not wait for further pages of the large conversation"
+    )
     second = desk.due.further()
     assert second == first._replace(after=more)
     desk.due.done(second, more, limit=NEXT_PAGE, seconds=0.1)
@@ -65,34 +67,32 @@ def test_large_conversation_holds_up_no_other_and_rests(desk: Desk) -> None:
     third = desk.due.further()
     assert third is not None
     desk.due.done(third, None, limit=NEXT_PAGE, seconds=0.1)
-    desk.say(crowd, user())
-    assert desk.begin() == [], "after a pass a large conversation rests"
+    desk.add(crowd, user())
+    assert desk.begin() == [], "a large conversation pauses after a pass"
     desk.now += push_due.REST_OF_PARTICIPANT * (PAGE + NEXT_PAGE) + 0.001
     assert [one.conversation_id for one in desk.begin()] == [crowd]
 
 
-def test_sender_displaces_their_own_messages_and_a_full_table_those_of_who_has_most(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_table_drops_messages_of_the_sender_with_the_most(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(push_due, "MAX_WAITING", 12)
     monkeypatch.setattr(push_due, "MAX_OF_SENDER", 10)
     monkeypatch.setattr(push_due, "MAX_TOGETHER", 5)
     here, greedy, ada = place(), user(), user()
-    hers = desk.say(here, ada)
+    hers = desk.add(here, ada)
     desk.due.add(here, ada, hers[0], seconds=0.0)
-    theirs = desk.say(here, greedy, 11)
+    theirs = desk.add(here, greedy, 11)
     assert (len(desk.due), desk.drops.counts) == (11, {"messages_full": 1})
-    elsewhere = [desk.say(place(), user()) for _ in range(4)]
+    elsewhere = [desk.add(place(), user()) for _ in range(4)]
     assert (len(desk.due), desk.drops.counts) == (12, {"messages_full": 4})
     pages = desk.begin()
-    assert pages[0] == PushPage(here, FIRST, (*hers, *theirs[-5:])), "of one sender the newest, of others all"
+    assert pages[0] == PushPage(here, FIRST, (*hers, *theirs[-5:])), "the newest of the greedy sender, all of others"
     assert [one.message_ids for one in pages[1:]] == [tuple(one) for one in elsewhere]
     assert desk.drops.counts == {"messages_full": 4, "replaced": 2}
 
 
-def test_page_that_fails_is_asked_for_again_alone_and_dropped_in_the_end(desk: Desk) -> None:
+def test_failed_page_is_retried_alone_and_finally_dropped(desk: Desk) -> None:
     for _ in range(3):
-        desk.say(place(), user(), 2)
+        desk.add(place(), user(), 2)
     pages = desk.begin()
     assert len(pages) == 3
     for one in pages:
@@ -106,13 +106,13 @@ def test_page_that_fails_is_asked_for_again_alone_and_dropped_in_the_end(desk: D
             desk.due.done(page, None, limit=NEXT_PAGE, seconds=0.0)
             continue
         desk.due.failed(page)
-    assert (len(desk.due), desk.drops.counts) == (4, {}), "one has succeeded"
+    assert (len(desk.due), desk.drops.counts) == (4, {}), "one page succeeded"
     desk.now += push_due.MAX_REST
     while (page := desk.due.further()) is not None:
         desk.due.failed(page)
         desk.now += push_due.RETRY_SECONDS
     assert (len(desk.due), desk.drops.counts) == (0, {"database": 4})
-    desk.say(place(), user())
+    desk.add(place(), user())
     desk.due.forget(desk.now)
     assert (len(desk.due), desk.begin()) == (0, [])
 
@@ -120,10 +120,10 @@ def test_page_that_fails_is_asked_for_again_alone_and_dropped_in_the_end(desk: D
 def act(
     desk: Desk, rng: random.Random, pages: list[PushPage], places: list[ConversationId], people: list[UserId]
 ) -> None:
-    """Do one of the things that workers do. `pages` are the pages that were not answered yet."""
+    """Do a random step of a worker. `pages` are the pages that are in flight."""
     choice = rng.random()
     if choice < 0.6:
-        desk.say(rng.choice(places), rng.choice(people))
+        desk.add(rng.choice(places), rng.choice(people))
     elif choice < 0.7:
         pages += desk.begin()
     elif choice < 0.75 and not pages:
@@ -136,8 +136,8 @@ def act(
         pages.append(further)
 
 
-def test_what_waits_adds_up_after_anything() -> None:
-    """What is counted is what is there, every pass ends, and nothing is left in the end."""
+def test_count_of_waiting_messages_is_right_after_any_steps() -> None:
+    """The count equals the messages, every pass ends, and nothing is left at the end."""
     rng = random.Random(14)
     desk = Desk()
     places, people = [place() for _ in range(5)], [user() for _ in range(5)]
@@ -156,7 +156,7 @@ def test_what_waits_adds_up_after_anything() -> None:
     assert (len(desk.due), desk.due._conversations, desk.due._senders) == (0, {}, {})  # noqa: SLF001
 
 
-def test_tally_knows_who_has_most() -> None:
+def test_tally_finds_the_key_with_the_highest_count() -> None:
     rng = random.Random(14)
     tally: Tally[int] = Tally()
     counts = dict.fromkeys(range(10), 0)
@@ -170,13 +170,13 @@ def test_tally_knows_who_has_most() -> None:
             assert counts[tally.most()] == max(counts.values())
 
 
-async def test_further_pages_have_their_turn_while_first_pages_are_always_due(
+async def test_further_pages_are_read_while_first_pages_are_always_due(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with a slow database: when the first pages of some conversations were asked for, others are due."""
+    """With a slow database, first pages of other conversations are due whenever some were read."""
     notices, desk = world.workers[0].app.web_push, Desk()
     crowd, asked = place(), list[PushPage]()
-    first = desk.say(crowd, user())
+    first = desk.add(crowd, user())
 
     async def read(pages: list[PushPage], limit: int) -> None:
         asked.extend(pages)
@@ -185,20 +185,20 @@ async def test_further_pages_have_their_turn_while_first_pages_are_always_due(
             is_last = one.conversation_id != crowd or len(asked) >= 10
             desk.due.done(one, None if is_last else UserId(uuid7()), limit=limit, seconds=0.1)
         if len(asked) < 100:
-            desk.say(place(), user())
+            desk.add(place(), user())
         await asyncio.sleep(0)
 
-    async def is_somebody_there(_: Db) -> bool:
+    async def has_endpoints(_: Db) -> bool:
         return True
 
-    monkeypatch.setattr(push, "is_anybody_there", is_somebody_there)
+    monkeypatch.setattr(push, "is_anybody_there", has_endpoints)
     monkeypatch.setattr(desk.due, "begin", partial(_begin, desk, desk.due.begin))
     monkeypatch.setattr(notices, "_due", desk.due)
     monkeypatch.setattr(notices, "_read_pages", read)
     async with asyncio.timeout(5):
         await notices.push_due()
     pages = [number for number, one in enumerate(asked) if one.message_ids == tuple(first)]
-    assert pages[:2] == [0, 1], "no further page has a rest"
+    assert pages[:2] == [0, 1], "the first page and its next page come without a pause"
     assert len(asked) >= 100
     assert pages[-1] <= 10
     assert len(pages) >= 4

@@ -1,4 +1,4 @@
-"""The edge of the commands: what an auditor finds of each, and what each does if nobody takes what it writes."""
+"""Commands: their audit entries, and errors of output, files and the database."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ from tests.world import sent
 
 __all__ = ("shell",)
 ROOT = Path(__file__).parent.parent
-NOTED = {
+AUDITED = {
     "user create": "create_user", "user show": "show_user", "user disable": "disable_user",
     "user enable": "enable_user", "user promote": "promote_user", "user demote": "demote_user",
     "user reset-password": "reset_password", "user list": "list_users", "conversation list": "list_conversations",
@@ -41,19 +41,19 @@ NOTED = {
     "conversation delete": "delete_conversation", "erase": "show_user", "why": "why", "export": "export",
     "export --user": "export_user", "import": "import",
 }  # fmt: skip
-"""What the audit log calls each command."""
-UNNOTED = {
-    "conversation audit": "the log itself, which names people by id alone",
-    "check": "counts and ids",
-    "reindex": "it counts messages",
+"""The action in the audit log of each command."""
+UNAUDITED = {
+    "conversation audit": "reads the log itself, which names users only by id",
+    "check": "prints counts and ids",
+    "reindex": "prints counts",
 }
-"""Commands that tell nothing of what people are or wrote."""
+"""Commands that show no data of users, and why."""
 ELSEWHERE = {"run", "migrate", "new-epoch", "settings", "completion", "load", "prove"}
-"""Commands that show and change nothing of the rows."""
+"""Commands that neither show nor change rows."""
 
 
 def commands(command: click.Command | None = None, *words: str) -> Iterator[str]:
-    """Yield the words of every command."""
+    """Yield the full name of every command."""
     command = command or main.openchat
     if isinstance(command, click.Group):
         for name in command.list_commands(click.Context(command)):
@@ -63,7 +63,7 @@ def commands(command: click.Command | None = None, *words: str) -> Iterator[str]
 
 
 class Place(NamedTuple):
-    """What commands are about."""
+    """Ids that commands take as operands."""
 
     ada: str
     charles: str
@@ -72,7 +72,7 @@ class Place(NamedTuple):
     samples: Path
 
     def arguments(self, command: str) -> list[str]:
-        """Return a command with what it takes."""
+        """Return a command with its operands."""
         rest = {
             "user create": ["Mary", "mary@example.org"],
             "user list": ["Ada"],
@@ -103,29 +103,29 @@ async def log(shell: Shell) -> list[dict[str, Any]]:
     return [dict(row) for row in rows]
 
 
-async def test_every_command_that_reads_or_changes_what_is_somebodys_is_noted(shell: Shell, place: Place) -> None:
-    assert {*commands(), "export --user"} == NOTED.keys() | UNNOTED.keys() | ELSEWHERE
-    # What deletes comes last.
-    for command in sorted(NOTED, key=lambda one: ("delete" in one, one == "erase")):
+async def test_every_command_that_reads_or_changes_user_data_is_audited(shell: Shell, place: Place) -> None:
+    assert {*commands(), "export --user"} == AUDITED.keys() | UNAUDITED.keys() | ELSEWHERE
+    # Commands that delete come last.
+    for command in sorted(AUDITED, key=lambda one: ("delete" in one, one == "erase")):
         before = len(await log(shell))
         arguments = place.arguments(command)
         if command == "export":
             arguments.append(str(shell.world.folder / "all.jsonl"))
         await shell.run(*arguments, status=int(command == "erase"))
         new = (await log(shell))[before:]
-        assert [entry["action"] for entry in new] == [NOTED[command]], command
+        assert [entry["action"] for entry in new] == [AUDITED[command]], command
         about = str([new[0]["user_id"], new[0]["message_id"], new[0]["details"]])
         named = [one for one in place[:4] if one in arguments]
         assert all(one in about for one in named), (command, about)
-        assert "example.org" not in about, "people are named by id alone"
-    for command in UNNOTED:
+        assert "example.org" not in about, "users are named only by id"
+    for command in UNAUDITED:
         before = len(await log(shell))
         await shell.run(*place.arguments(command))
         assert len(await log(shell)) == before
     assert (await shell.json("conversation", "audit", str(UUID(int=0)), "--verify"))["tampered_with"] is False
 
 
-async def test_a_refused_import_and_an_export_of_nobody_are_not_noted(shell: Shell, tmp_path: Path) -> None:
+async def test_refused_import_and_empty_export_are_not_audited(shell: Shell, tmp_path: Path) -> None:
     await shell.run("import", "mattermost", str(tmp_path / "missing"), status=1)
     await shell.run("export", str(tmp_path / "nobody.jsonl"))
     assert await log(shell) == []
@@ -154,10 +154,10 @@ LONG = pytest.mark.long
     "target",
     [full, pytest.param(unread, marks=LONG), pytest.param(closed, marks=LONG), pytest.param(None, marks=LONG)],
 )
-async def test_every_command_whose_output_nobody_takes_ends_with_one_sentence(
+async def test_command_that_cannot_write_its_output_ends_with_one_line(
     place: Place, target: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for command in sorted(NOTED | UNNOTED, key=lambda one: ("delete" in one, one == "erase")):
+    for command in sorted(AUDITED | UNAUDITED, key=lambda one: ("delete" in one, one == "erase")):
         arguments = place.arguments(command)
         capsys.readouterr()
         out = target and target()
@@ -175,7 +175,7 @@ async def test_every_command_whose_output_nobody_takes_ends_with_one_sentence(
 
 
 @pytest.mark.parametrize("user", [False, True])
-async def test_an_export_is_whole_or_not_there(
+async def test_export_is_complete_or_leaves_no_file(
     shell: Shell, place: Place, tmp_path: Path, *, user: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await shell.world.db.execute("UPDATE message SET content = repeat('x', 9000)")
@@ -199,7 +199,7 @@ async def test_an_export_is_whole_or_not_there(
         assert said.startswith(f"openchat: {path} ")
         assert said.count("\n") == 1
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # a disk that becomes full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # like a full disk
     try:
         said = await shell.run(*export, str(folder / "large"), status=1)
     finally:
@@ -225,16 +225,16 @@ def refuses(error: int) -> Any:
 
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
-def test_a_file_is_written_where_there_are_no_hard_links(
+def test_file_is_written_atomically_without_hard_links(
     error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "link", refuses(error))  # as exFAT and some network file systems do
+    monkeypatch.setattr(os, "link", refuses(error))  # like exFAT and some network file systems
     with atomic_file.aside(tmp_path / "good") as write:
         write(b"all of it")
     assert (tmp_path / "good").read_bytes() == b"all of it"
     with pytest.raises(Fatal, match="already exists"), atomic_file.aside(tmp_path / "late") as write:
-        (tmp_path / "late").write_text("somebody's")
-    assert (tmp_path / "late").read_text() == "somebody's"
+        (tmp_path / "late").write_text("another")
+    assert (tmp_path / "late").read_text() == "another"
     monkeypatch.setattr(Path, "replace", refuses(errno.EIO))
     said = r"cannot be written: Input/output error\. No partial file remains\."
     with pytest.raises(Fatal, match=said), atomic_file.aside(tmp_path / "bad") as write:
@@ -245,7 +245,7 @@ def test_a_file_is_written_where_there_are_no_hard_links(
 @pytest.mark.parametrize(
     "error", [ConnectionResetError(errno.ECONNRESET, "Reset"), TimeoutError(), FileExistsError("x"), ValueError("x")]
 )
-def test_an_error_of_something_else_is_no_fault_of_the_file(
+def test_other_errors_are_not_reported_as_errors_of_the_file(
     error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(type(error)) as caught, atomic_file.aside(tmp_path / "x"):
@@ -268,7 +268,7 @@ def fail(error: Exception) -> int:
     raise error
 
 
-def test_a_file_that_is_replaced_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+def test_replaced_file_has_either_the_old_or_the_new_content(tmp_path: Path) -> None:
     path = tmp_path / "kept"
     for text in (b"old", b"new"):
         with atomic_file.aside(path, replaces=True) as write:
@@ -281,7 +281,7 @@ def test_a_file_that_is_replaced_is_the_old_or_the_new_one(tmp_path: Path) -> No
     assert [one.name for one in tmp_path.iterdir()] == ["kept"]
 
 
-async def test_a_killed_export_is_named_by_the_next_one(shell: Shell, tmp_path: Path) -> None:
+async def test_partial_file_of_a_killed_export_is_reported_by_the_next_one(shell: Shell, tmp_path: Path) -> None:
     program = "import os, pathlib, sys; from server.core.atomic_file import aside\n"
     program += "with aside(pathlib.Path(sys.argv[1])) as write:\n write(b'secret')\n os.kill(os.getpid(), 9)"
     path = tmp_path / "all [1].jsonl"
@@ -292,14 +292,14 @@ async def test_a_killed_export_is_named_by_the_next_one(shell: Shell, tmp_path: 
         rf"openchat: {re.escape(str(tmp_path / left))} is from a command that .* delete it\.\n",
         told,
     )
-    assert names(tmp_path) == [left, path.name], "nobody's file is deleted unasked"
+    assert names(tmp_path) == [left, path.name], "no file is deleted"
 
 
 def names(folder: Path) -> list[str]:
     return sorted(one.name for one in folder.iterdir())
 
 
-def test_every_file_that_is_for_somebody_is_written_aside() -> None:
+def test_every_output_file_is_written_by_atomic_file() -> None:
     writes = re.compile(r"write_text\(|write_bytes\(|O_TRUNC|open\([^)]*[\"'][wax]b?[\"']")
     found = {
         f"{path.relative_to(ROOT)}: {line.strip()}"
@@ -308,27 +308,27 @@ def test_every_file_that_is_for_somebody_is_written_aside() -> None:
         for line in path.read_text().splitlines()
         if writes.search(line)
     }
-    assert {one.split(":")[0] for one in found} == OTHERWISE.keys(), found
+    assert {one.split(":")[0] for one in found} == OTHER_WRITERS.keys(), found
 
 
-OTHERWISE = {
-    "server/describe/__main__.py": "our own documents",
-    "server/processes/embedded/logfile.py": "it goes by descriptors",
+OTHER_WRITERS = {
+    "server/describe/__main__.py": "generated documents",
+    "server/processes/embedded/logfile.py": "uses file descriptors",
     "prove/cluster.py": "a log",
-    "server/core/metrics.py": "it replaces a file that only this program reads",
+    "server/core/metrics.py": "replaces a file that only this program reads",
 }
-"""Files that write files without server/core/atomic_file.py."""
+"""Source files that write files without server/core/atomic_file.py, and why."""
 
 
-async def test_a_lost_database_is_not_a_fault_of_a_file(
+async def test_lost_database_is_not_reported_as_an_error_of_the_file(
     shell: Shell, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await shell.world.db.execute("UPDATE message SET content = repeat('x', 9000)")
     url = urlsplit(shell.world.settings.database_url)
     path = f"{parse_qs(url.query)['host'][0]}/.s.PGSQL.5432"
     outside = {"check": b"schema_migration", "import": b"email_verified FROM", "export --user file": b"reaction"}
-    for command in (*NOTED, "check", "export file", "export --user file"):
-        # Most is reset in the transaction that notes what is done, and some outside of any.
+    for command in (*AUDITED, "check", "export file", "export --user file"):
+        # Most commands lose the connection while they write the audit entry, others outside of a transaction.
         async with resets(path, outside.get(command, b"audit_entry")) as port:
             monkeypatch.setenv("DATABASE_URL", f"postgresql://openchat@127.0.0.1:{port}{url.path}")
             arguments = place.arguments(command.removesuffix(" file"))
@@ -345,7 +345,7 @@ async def test_a_lost_database_is_not_a_fault_of_a_file(
 
 @contextlib.asynccontextmanager
 async def resets(path: str, word: bytes) -> AsyncIterator[int]:
-    """Pass connections on to PostgreSQL, and reset each when a client says a word."""
+    """Relay connections to PostgreSQL, and reset each when a client sends `word`."""
 
     async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, is_up: bool) -> None:
         while data := await source.read(65536):
@@ -371,14 +371,14 @@ async def resets(path: str, word: bytes) -> AsyncIterator[int]:
 
 
 async def interrupted() -> AsyncIterator[Any]:
-    """Yield nothing: a Ctrl-C comes."""
+    """Raise KeyboardInterrupt, as Ctrl-C does."""
     if sys.flags:
         raise KeyboardInterrupt
     yield
 
 
 @pytest.mark.parametrize("arguments", [["user", "--help"], ["migrate", "--plan"]])
-def test_a_process_whose_output_nobody_takes_says_so_and_no_more(arguments: list[str], database_url: str) -> None:
+def test_process_that_cannot_write_its_output_prints_one_line(arguments: list[str], database_url: str) -> None:
     environment = os.environ | {"DATABASE_URL": database_url}
     command = [sys.executable, "-P", "-m", "server.cli.main", *arguments]
     with full() as out:

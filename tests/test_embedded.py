@@ -1,4 +1,4 @@
-"""The embedded servers: what their logs hold, how large they grow, and who reaches them."""
+"""The embedded servers: content and size of their logs, access, and data folders."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ ADDRESS = "only-in-this-test@example.org"
 
 
 async def provoke(url: str) -> None:
-    """Break a constraint in several ways, each with an address in its parameters, its detail or its statement."""
+    """Violate constraints, with an address in the parameters, the detail or the statement."""
     connection = await asyncpg.connect(url)
     try:
         insert = "INSERT INTO \"user\" (id, name, email) VALUES (gen_random_uuid(), 'Ada', $1)"
@@ -49,9 +49,7 @@ async def provoke(url: str) -> None:
         await connection.close()
 
 
-async def test_an_error_is_logged_without_the_statement_its_parameters_and_the_row(
-    servers: Servers, database_url: str
-) -> None:
+async def test_error_is_logged_without_statement_parameters_and_row(servers: Servers, database_url: str) -> None:
     await provoke(database_url)
     text = servers.postgres.log.path.read_text()
     assert "duplicate key value violates unique constraint" in text
@@ -59,15 +57,13 @@ async def test_an_error_is_logged_without_the_statement_its_parameters_and_the_r
     assert not [line for line in text.splitlines() if "STATEMENT:" in line or "DETAIL:" in line or "CONTEXT:" in line]
 
 
-def test_only_their_owner_reads_the_logs_and_enters_the_data_folder(servers: Servers) -> None:
+def test_logs_and_data_folder_are_accessible_only_to_their_owner(servers: Servers) -> None:
     for log in (servers.postgres.log, servers.valkey.log):
         assert stat.S_IMODE(log.path.stat().st_mode) == 0o600
         assert stat.S_IMODE(log.path.parent.stat().st_mode) == 0o700
 
 
-async def test_a_log_that_is_too_large_is_rotated_under_a_server_that_goes_on_writing(
-    servers: Servers, database_url: str
-) -> None:
+async def test_large_log_is_rotated_while_its_server_writes(servers: Servers, database_url: str) -> None:
     log = LogFile(servers.postgres.log.path, uid=servers.postgres.log.uid, max_bytes=500)
     for _ in range(3):
         while log.path.stat().st_size <= log.max_bytes:
@@ -77,10 +73,10 @@ async def test_a_log_that_is_too_large_is_rotated_under_a_server_that_goes_on_wr
         assert 0 < log.older.stat().st_size <= log.max_bytes
         assert stat.S_IMODE(log.older.stat().st_mode) == 0o600
         await provoke(database_url)
-        assert b"\0" not in log.path.read_bytes(), "the server goes on where the file ends"
+        assert b"\0" not in log.path.read_bytes(), "the server appends at the end of the file"
 
 
-async def test_the_supervisor_rotates_the_logs_of_its_servers(program: Program) -> None:
+async def test_supervisor_rotates_the_logs_of_its_servers(program: Program) -> None:
     for name in ("postgres.log", "valkey.log"):
         path = program.folder / name
         with path.open("r+b") as file:
@@ -88,7 +84,7 @@ async def test_the_supervisor_rotates_the_logs_of_its_servers(program: Program) 
         await until(lambda path=path: path.stat().st_size <= logfile.MAX_BYTES)  # type: ignore[misc]
 
 
-def test_log_that_is_emptied_goes_on_from_its_beginning(tmp_path: Path) -> None:
+def test_truncated_log_continues_at_its_start(tmp_path: Path) -> None:
     log = LogFile(tmp_path / "postgres.log")
     for what in ("new", "there already"):
         with log.open() as file:
@@ -99,7 +95,7 @@ def test_log_that_is_emptied_goes_on_from_its_beginning(tmp_path: Path) -> None:
         assert log.path.read_bytes() == b"after", what
 
 
-def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
+def test_symlink_in_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "theirs").write_text("kept")
     (tmp_path / "postgres.log").symlink_to(tmp_path / "theirs")
     log = LogFile(tmp_path / "postgres.log")
@@ -110,7 +106,7 @@ def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
 
 
 def answer(run: Path) -> bytes:
-    """Return how PostgreSQL answers whoever says that they are `openchat`: R lets them in, E does not."""
+    """Return the first byte of PostgreSQL's response to a login as `openchat`: R for accepted, E for refused."""
     words = struct.pack("!I", 196608) + b"user\0openchat\0database\0postgres\0\0"
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(run / ".s.PGSQL.5432"))
@@ -118,14 +114,14 @@ def answer(run: Path) -> bytes:
         return client.recv(1)
 
 
-async def test_only_who_runs_the_servers_and_the_program_is_let_in_even_if_the_folder_is_open(
+async def test_only_users_who_run_the_server_or_the_program_can_connect_to_postgres(
     servers: Servers, database_url: str
 ) -> None:
     run = servers.valkey.log.path.parent / "run"
     connection = await asyncpg.connect(database_url)
     rules = await connection.fetch("SELECT type, auth_method, options, error FROM pg_hba_file_rules")
     users = await connection.fetch("SELECT sys_name, pg_username, error FROM pg_ident_file_mappings")
-    # Nor a role that reads, as docs/administration.md says.
+    # Roles with read access are not admitted either (docs/administration.md).
     await connection.execute("CREATE ROLE another LOGIN; SELECT grant_reader('another')")
     with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError):
         await asyncpg.connect(database_url, user="another")
@@ -158,7 +154,7 @@ def tuple_of(record: asyncpg.Record) -> tuple[object, ...]:
 
 @pytest.fixture
 def closed() -> Iterator[Path]:
-    """A folder that only its owner enters, made under the umask of careful people."""
+    """A folder that only its owner can enter, with umask 077."""
     before = os.umask(0o077)
     path = Path(tempfile.mkdtemp(prefix="openchat-tests-", dir=scratch()))
     try:
@@ -168,7 +164,7 @@ def closed() -> Iterator[Path]:
         shutil.rmtree(path)
 
 
-def test_binaries_under_a_closed_folder_start_with_the_libraries_beside_them(
+def test_binaries_in_an_inaccessible_folder_start_with_their_libraries(
     closed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder.chmod(0o755)
@@ -189,7 +185,7 @@ def test_binaries_under_a_closed_folder_start_with_the_libraries_beside_them(
 
 
 def start_and_stop(path: Path) -> int:
-    """Start and stop a PostgreSQL; return the uid of who runs it."""
+    """Start and stop a PostgreSQL, and return the uid of its process."""
     held = DataFolder(path)
     postgres = Postgres(held, max_connections=10, options={"fsync": "off"})
     postgres.start()
@@ -198,8 +194,8 @@ def start_and_stop(path: Path) -> int:
     return held.owner.uid if held.owner else os.geteuid()
 
 
-def test_a_copy_of_a_folder_in_use_starts_and_the_first_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Signals go to processes that run in the folder, not to those whose numbers lie in it."""
+def test_copy_of_a_data_folder_in_use_starts_beside_the_original(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals go to processes whose working directory is the folder, not to the process ids in its files."""
     folder.chmod(0o755)
     first = DataFolder(folder / "first")
     postgres, valkey = Postgres(first, max_connections=10), Valkey(first)
@@ -224,7 +220,7 @@ def test_a_copy_of_a_folder_in_use_starts_and_the_first_goes_on(folder: Path, mo
         with pytest.raises(Fatal, match="may or may not use this folder"):
             postgres._clear_stale()  # noqa: SLF001
     assert postgres.is_running()
-    # It is found again where it runs, and nobody else's: that is what a start after a kill does.
+    # A start after a kill finds the servers of its own folder.
     postgres._clear_stale()  # noqa: SLF001
     valkey._stop_orphan()  # noqa: SLF001
     assert (postgres._process.wait(10), valkey._process.wait(10)) == (0, 0)  # type: ignore[union-attr] # noqa: SLF001
@@ -232,8 +228,8 @@ def test_a_copy_of_a_folder_in_use_starts_and_the_first_goes_on(folder: Path, mo
         held.release()
 
 
-def test_a_new_folder_where_a_folder_in_use_was_leaves_its_servers_alone(folder: Path) -> None:
-    """The sockets of a long path lie elsewhere, under a name that is made of the path."""
+def test_new_folder_at_the_path_of_a_moved_one_does_not_stop_its_servers(folder: Path) -> None:
+    """The sockets of a long path are in another folder, whose name is derived from the path."""
     folder.chmod(0o755)
     long = folder / ("long" * 20)
     first = DataFolder(long)
@@ -254,7 +250,7 @@ def test_a_new_folder_where_a_folder_in_use_was_leaves_its_servers_alone(folder:
 
 
 @pytest.mark.parametrize("proc", ["/proc/self/cwd", "/nowhere"])
-def test_where_a_process_runs_is_told_by_its_working_directory_or_not_at_all(
+def test_process_belongs_to_a_folder_by_its_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proc: str
 ) -> None:
     monkeypatch.setattr(workdir, "PROC", Path(proc))
@@ -272,7 +268,7 @@ def test_where_a_process_runs_is_told_by_its_working_directory_or_not_at_all(
     assert workdir.is_in(process.pid, tmp_path / "moved", None) is None
 
 
-def test_a_folder_of_another_user_and_another_access_file_is_given_over_at_the_next_start(
+def test_owner_and_access_rules_of_the_data_folder_are_restored_at_the_next_start(
     folder: Path,
 ) -> None:
     folder.chmod(0o755)
@@ -288,7 +284,7 @@ def test_a_folder_of_another_user_and_another_access_file_is_given_over_at_the_n
     assert "trust" not in (data / "pg_hba.conf").read_text()
 
 
-def test_without_a_user_of_its_own_and_a_way_to_make_one_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_an_unprivileged_user_explains_how_to_create_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.processes.embedded.folder.USER", "no-such-user")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(Fatal, match="useradd --system") as raised:
@@ -296,8 +292,8 @@ def test_without_a_user_of_its_own_and_a_way_to_make_one_it_says_what_to_do(monk
     assert "\n" not in str(raised.value)
 
 
-def test_data_folder_that_cannot_be_had_is_refused_with_what_the_server_takes(folder: Path) -> None:
-    """`--data-dir` beside a DATABASE_URL would be refused."""
+def test_unusable_data_folder_is_refused_with_advice(folder: Path) -> None:
+    """The advice does not suggest `--data-dir` with a DATABASE_URL, which would be refused."""
     folder.chmod(0o755)
     path, file = folder / "data", folder / "file"
     file.touch()

@@ -1,4 +1,4 @@
-"""The database is restored or replaced under running workers: each ends, and clients start over at others."""
+"""A database is restored or replaced under running workers: the workers end, and clients start over at new ones."""
 
 import asyncio
 import contextlib
@@ -48,16 +48,16 @@ async def run(*arguments: str | Path) -> None:
 
 
 class Backup(Protocol):
-    """A backup of a database, which takes the place of that database."""
+    """A backup of a database, and its restore in place of the database."""
 
     async def take(self) -> None: ...
 
     async def restore(self, away: Callable[[], Awaitable[None]]) -> None:
-        """`away` returns when servers have noticed that nothing is there."""
+        """Restore the backup. `away` waits until the servers have noticed that the database is missing."""
 
 
 class Dump:
-    """By pg_dump and pg_restore, into a new database of the same name."""
+    """A backup by pg_dump, restored into a new database of the same name."""
 
     def __init__(self, servers: Servers, url: str, folder: Path) -> None:
         self._administration = servers.postgres.url("postgres")
@@ -78,7 +78,7 @@ class Dump:
 
 
 class Files:
-    """A base backup, whose files take the place of the PostgreSQL's. It is promoted as a standby is."""
+    """A base backup that replaces the files of PostgreSQL and is promoted like a standby."""
 
     def __init__(self, servers: Servers) -> None:
         self._postgres = servers.postgres
@@ -101,7 +101,7 @@ class Files:
 
 
 class Talker(Actor):
-    """Somebody who sends without a pause, whatever happens, and never gives up on a message."""
+    """A user who sends without pause, and retries each message until it is acknowledged."""
 
     def __init__(self, world: World, who: UserSession, url: str, channel: ConversationId) -> None:
         super().__init__(who, lambda: [url], [channel], 0)
@@ -128,7 +128,7 @@ class Talker(Actor):
             await self._load()
 
     async def further(self, count: int) -> None:
-        """Wait until so many more messages are acknowledged."""
+        """Wait until `count` more messages are acknowledged."""
         wanted = len(self.acknowledged) + count
         await until(lambda: len(self.acknowledged) >= wanted, seconds=30)
 
@@ -146,8 +146,8 @@ async def kept_without_end(redis_url: str, epoch: str) -> list[str]:
         return [key async for key in redis.scan_iter(f"*{epoch}*") if await redis.ttl(key) < 0]
 
 
-async def outlives(settings: Settings, backup: Backup, people: int = 4) -> None:
-    """Restore a backup while people talk at two workers, and check that all are where the database is again."""
+async def restore_while_users_send(settings: Settings, backup: Backup, people: int = 4) -> None:
+    """Restore a backup while users send to two workers, and check that all clients equal the database afterwards."""
     program = Program(
         "--port", "0", "--workers", "2", OPENCHAT_DATABASE_CONNECTIONS="4",
         OPENCHAT_WRITE_RATE="1000000", OPENCHAT_READ_RATE="1000000", OPENCHAT_FRAME_RATE="1000000",
@@ -168,7 +168,7 @@ async def outlives(settings: Settings, backup: Backup, people: int = 4) -> None:
             talking = [asyncio.create_task(talker.talk(is_over)) for talker in talkers]
             await asyncio.gather(*(talker.further(10) for talker in talkers))
             await backup.take()
-            # What comes after the backup is not in it: the clients' versions are ahead of what is restored.
+            # These messages are not in the backup, so the clients' versions will be ahead of the restored ones.
             await asyncio.gather(*(talker.further(50) for talker in talkers))
             old, workers = await epoch_id(world.db), workers_of(program)
             assert {talker.mirror.epoch for talker in talkers} == {old}
@@ -208,14 +208,18 @@ async def outlives(settings: Settings, backup: Backup, people: int = 4) -> None:
 
 
 @pytest.mark.long
-async def test_a_dump_is_restored_under_running_workers(servers: Servers, settings: Settings, tmp_path: Path) -> None:
-    await outlives(settings, Dump(servers, settings.database_url, tmp_path))
+async def test_dump_restored_under_running_workers_makes_clients_start_over(
+    servers: Servers, settings: Settings, tmp_path: Path
+) -> None:
+    await restore_while_users_send(settings, Dump(servers, settings.database_url, tmp_path))
 
 
 @pytest.mark.long
-async def test_files_are_restored_under_running_workers(own: tuple[Settings, Servers]) -> None:
+async def test_base_backup_restored_under_running_workers_makes_clients_start_over(
+    own: tuple[Settings, Servers],
+) -> None:
     settings, servers = own
-    await outlives(settings, Files(servers))
+    await restore_while_users_send(settings, Files(servers))
 
 
 async def test_a_new_epoch_ends_workers_and_clients_start_over(
@@ -234,7 +238,7 @@ async def test_a_new_epoch_ends_workers_and_clients_start_over(
         assert await kept_without_end(settings.redis_url, old) != []
         await begin_epoch(world.db)
         for one in (ada, charles):
-            # A ticket would be kept under the name of the epoch that is over.
+            # A ticket would be stored under the ended epoch.
             assert (await one.event(server.GoingAway)).ticket is None
             assert await one.closed() == CloseCode.START_OVER
         for worker in world.workers:
@@ -248,8 +252,8 @@ async def test_a_new_epoch_ends_workers_and_clients_start_over(
             assert {type(event) for event in back.events} - {server.Ready} == kinds
 
 
-async def test_a_worker_whose_epoch_is_over_closes_and_refuses_immediately(settings: Settings) -> None:
-    """Also while frames wait for rows, as beside a restore, and for whoever was just let in."""
+async def test_worker_of_an_ended_epoch_closes_and_refuses_immediately(settings: Settings) -> None:
+    """So it does while frames wait for rows, as during a restore, and for new connections."""
     async with World(settings, workers=1) as world:
         ada, charles = await world.users("Ada", "Charles")
         one = await world.connect(ada)
@@ -293,7 +297,7 @@ async def test_no_statement_is_sent_to_a_database_of_another_epoch(settings: Set
     answers = []
     async with asyncio.timeout(10):
         while not database.epoch.over.is_set():
-            with contextlib.suppress(*REFUSED):  # the lost connection, too
+            with contextlib.suppress(*REFUSED):  # includes the lost connection
                 async with database.connection() as other:
                     answers.append(await other.fetchval("SELECT true"))
     assert answers == []
@@ -304,8 +308,8 @@ async def test_no_statement_is_sent_to_a_database_of_another_epoch(settings: Set
     await db.close()
 
 
-async def test_a_database_without_an_epoch_is_waited_for(settings: Settings) -> None:
-    """As while a dump is restored: nothing tells yet which database it will be."""
+async def test_worker_waits_for_a_database_without_an_epoch(settings: Settings) -> None:
+    """During the restore of a dump, the epoch is not known yet."""
     db = await asyncpg.connect(settings.database_url)
     epoch, before = Epoch(), await db.fetchval("SELECT epoch FROM database_epoch")
     await epoch.check(db)
@@ -334,7 +338,7 @@ async def test_a_database_without_an_epoch_is_waited_for(settings: Settings) -> 
         "UPDATE database_epoch SET epoch = gen_random_uuid()",
     ],
 )
-async def test_every_way_to_another_epoch_has_another_id(settings: Settings, change: str) -> None:
+async def test_every_new_epoch_has_a_new_id(settings: Settings, change: str) -> None:
     db = await asyncpg.connect(settings.database_url)
     before = await epoch_id(db)
     await db.execute("VACUUM FULL database_epoch")
@@ -345,9 +349,7 @@ async def test_every_way_to_another_epoch_has_another_id(settings: Settings, cha
     await db.close()
 
 
-async def test_a_worker_starts_beside_a_newer_program_and_not_before_its_own_steps(
-    settings: Settings, tmp_path: Path
-) -> None:
+async def test_worker_starts_with_newer_migrations_but_not_without_its_own(settings: Settings, tmp_path: Path) -> None:
     db = await asyncpg.connect(settings.database_url)
     cluster = Cluster(settings, tmp_path, 2)
     try:
@@ -361,7 +363,7 @@ async def test_a_worker_starts_beside_a_newer_program_and_not_before_its_own_ste
         await db.close()
 
 
-async def test_an_update_of_the_package_does_not_make_a_running_worker_unready(
+async def test_package_update_keeps_a_running_worker_ready_until_the_migration(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(migrate.ROOT / "migrations", tmp_path / "migrations")
@@ -369,7 +371,7 @@ async def test_an_update_of_the_package_does_not_make_a_running_worker_unready(
     async with World(settings, workers=1) as world:
         (tmp_path / "migrations" / "9999_of_a_newer_program.sql").touch()
         async with asyncio.timeout(5):
-            while not await is_ready(world.url):  # its first look may take too long on a busy machine
+            while not await is_ready(world.url):  # its first check may time out on a busy machine
                 await asyncio.sleep(0.05)
         await world.db.execute("INSERT INTO schema_migration (number, name) VALUES (9999, 'of a newer program')")
         async with asyncio.timeout(5):

@@ -1,4 +1,4 @@
-"""Erasing somebody who is online and busy: afterwards nothing is left, and `openchat check` would say if it were."""
+"""Erasure of a user who is online and active leaves no data, which `openchat check` verifies."""
 
 import asyncio
 import contextlib
@@ -33,12 +33,12 @@ from tests.world import UserSession, World, are_stored, http_client, message, se
 ERASED = next(check for check in CHECKS if check.name == "erased users have no data left")
 
 
-def nobody(_: ParticipantChange) -> None:
-    """Tell nobody what changed."""
+def publish_nothing(_: ParticipantChange) -> None:
+    """Publish nothing."""
 
 
-async def is_well(world: World) -> list[str]:
-    """Return which questions of `openchat check` find something wrong."""
+async def failed_checks(world: World) -> list[str]:
+    """Return the failed checks of `openchat check`."""
     lines = [line async for line in run_checks(world.db, begins=lambda _: None)]
     return [f"{line.name}: {line.found}" for line in lines if not line.is_good]
 
@@ -53,7 +53,7 @@ async def left(world: World, user_id: UserId) -> int:
 
 
 async def busy(one: Client, frames: Any) -> int:
-    """Send frames as fast as they are answered, until the connection ends; return how many were accepted."""
+    """Send frames as fast as they are answered until the connection ends. Return how many were accepted."""
     count = 0
     with contextlib.suppress(ConnectionError, TimeoutError):
         while True:
@@ -65,7 +65,7 @@ async def busy(one: Client, frames: Any) -> int:
     return count
 
 
-async def test_nothing_is_left_of_who_is_erased_while_creating_groups(world: World) -> None:
+async def test_user_erased_while_creating_groups_leaves_no_data(world: World) -> None:
     who, charles = await world.users("Ada", "Charles")
     other = await world.connect(charles)
     await other.call(client.Follow(user_id=who.id))
@@ -96,13 +96,13 @@ async def test_nothing_is_left_of_who_is_erased_while_creating_groups(world: Wor
         await asyncio.sleep(0)
     await administer(world, "erase", str(who.id), "--yes")
     assert await left(world, who.id) == 0
-    # The command line has no bus: until the workers compare clocks, the connections live, and all goes on.
+    # This call does not use the bus, so connections stay open until the workers compare versions.
     for worker in world.workers:
         worker.app.hub.compare_soon()
     assert sum(await asyncio.gather(*working)) > 10
     adding.cancel()
     assert await left(world, who.id) == 0
-    assert await is_well(world) == []
+    assert await failed_checks(world) == []
     mine = await world.db.fetchval(
         "SELECT count(*) FROM conversation_participant WHERE user_id = $1 AND role = 'owner' AND status = 'active'",
         who.id,
@@ -110,11 +110,11 @@ async def test_nothing_is_left_of_who_is_erased_while_creating_groups(world: Wor
     assert mine == 0
 
 
-async def test_second_erase_takes_away_what_came_since(world: World) -> None:
+async def test_second_erasure_deletes_later_data(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     other = await world.connect(charles)
     group = await world.group(other, ada)
-    await erase(Single(world.db), ada.id, nobody)
+    await erase(Single(world.db), ada.id, publish_nothing)
     await world.db.execute(
         "UPDATE conversation_participant SET status = 'active' WHERE conversation_id = $1 AND user_id = $2",
         group,
@@ -123,27 +123,27 @@ async def test_second_erase_takes_away_what_came_since(world: World) -> None:
     await world.db.execute("UPDATE conversation SET participant_count = 2 WHERE id = $1", group)
     await world.db.execute('UPDATE "user" SET bio = $2 WHERE id = $1', ada.id, "Something")
     assert (await ask(world.db, ERASED)).number == 2
-    await erase(Single(world.db), ada.id, nobody)
-    assert await is_well(world) == []
+    await erase(Single(world.db), ada.id, publish_nothing)
+    assert await failed_checks(world) == []
 
 
-async def test_who_is_in_a_deleted_conversation_is_erased(world: World) -> None:
+async def test_participant_of_a_deleted_conversation_is_erased(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     one = await world.connect(ada)
     group = await world.group(one, charles)
     await one.call(client.DeleteConversation(conversation_id=group))
-    await erase(Single(world.db), ada.id, nobody)
-    assert await is_well(world) == []
+    await erase(Single(world.db), ada.id, publish_nothing)
+    assert await failed_checks(world) == []
 
 
-async def test_reply_to_somebody_who_was_erased_leaves_nothing_of_theirs(world: World) -> None:
+async def test_reply_to_an_erased_user_contains_none_of_their_data(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     one, other = await world.connect(ada), await world.connect(charles)
     group = await world.group(other, ada)
     said = await sent(one, group, "Hello")
-    await erase(Single(world.db), ada.id, nobody)
+    await erase(Single(world.db), ada.id, publish_nothing)
     await sent(other, group, "Farewell", parent_message_id=said)
-    assert await is_well(world) == []
+    assert await failed_checks(world) == []
 
 
 LAST = """
@@ -156,8 +156,10 @@ HELD = "SELECT FROM conversation FOR UPDATE"
 
 
 @pytest.mark.parametrize("order", ["the reply, then the erasure", "the erasure's end, then the reply", "both meet"])
-async def test_reply_during_an_erasure_leaves_nothing_of_theirs(settings: Settings, world: World, order: str) -> None:
-    """Also one whose statement began before the erasure, and goes on after it."""
+async def test_reply_during_an_erasure_contains_none_of_their_data(
+    settings: Settings, world: World, order: str
+) -> None:
+    """This includes a reply whose statement began before the erasure and ends after it."""
     ada, charles = await world.users("Ada", "Charles")
     one, other = await world.connect(ada), await world.connect(charles)
     group = await world.group(other, ada)
@@ -167,7 +169,7 @@ async def test_reply_during_an_erasure_leaves_nothing_of_theirs(settings: Settin
     await world.db.execute(LAST)
     eraser, holder = [await asyncpg.connect(settings.database_url) for _ in range(2)]
     await speak(holder, settings.search_language)
-    erase_ada = partial(erase, Single(eraser), ada.id, nobody)
+    erase_ada = partial(erase, Single(eraser), ada.id, publish_nothing)
     hold = holder.transaction()
     await hold.start()
     async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
@@ -190,11 +192,11 @@ async def test_reply_during_an_erasure_leaves_nothing_of_theirs(settings: Settin
     for connection in (eraser, holder):
         await connection.close()
     assert await world.db.fetchval("SELECT count(*) FROM message WHERE content = 'Farewell'") == 1
-    assert await is_well(world) == []
+    assert await failed_checks(world) == []
 
 
-async def test_what_others_do_during_an_erasure_and_after_it_leaves_nothing(world: World) -> None:
-    """Every frame that writes, beside each step of the erasure and after it."""
+async def test_frames_of_others_during_and_after_an_erasure_leave_no_data(world: World) -> None:
+    """Every frame that writes is sent during each step of the erasure, and after it."""
     async with http_client(world.url) as http:
         conflicting = ConflictingWrites(world, http)
         await conflicting.begin()
@@ -211,14 +213,14 @@ async def test_what_others_do_during_an_erasure_and_after_it_leaves_nothing(worl
                 result, _ = await asyncio.gather(super().atomically(what, work), do_all())
                 return result
 
-        await erase(Meanwhile(world.db), conflicting.charles, nobody)
+        await erase(Meanwhile(world.db), conflicting.charles, publish_nothing)
         await do_all()
-    assert await is_well(world) == []
+    assert await failed_checks(world) == []
 
 
-async def test_who_came_back_within_their_time_of_grace_is_not_erased(world: World) -> None:
+async def test_user_who_logs_in_during_the_grace_period_is_not_erased(world: World) -> None:
     ada = await world.user("Ada")
-    await erase(Single(world.db), ada.id, nobody, grace=world.workers[0].app.background._grace)  # noqa: SLF001
+    await erase(Single(world.db), ada.id, publish_nothing, grace=world.workers[0].app.background._grace)  # noqa: SLF001
     assert await world.db.fetchval('SELECT is_active AND erased_at IS NULL FROM "user"')
 
 
@@ -240,13 +242,13 @@ PLANTED = {
 }
 
 
-async def test_check_finds_whatever_is_left_of_who_was_erased(world: World) -> None:
+async def test_check_finds_any_remaining_data_of_an_erased_user(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     other = await world.connect(charles)
     group = await world.group(other, ada)
     said = await sent(other, group)
-    await erase(Single(world.db), ada.id, nobody)
-    assert await is_well(world) == []
+    await erase(Single(world.db), ada.id, publish_nothing)
+    assert await failed_checks(world) == []
     for name, statement in PLANTED.items():
         transaction = world.db.transaction()
         await transaction.start()
@@ -259,7 +261,7 @@ async def test_check_finds_whatever_is_left_of_who_was_erased(world: World) -> N
 async def plant(
     world: World, statement: str, ada: UserSession, charles: UserSession, *, group: ConversationId, said: MessageId
 ) -> None:
-    """Run a statement that names some of those."""
+    """Run a statement with those parameters that it uses."""
     values = [ada.id, charles.id, group, said]
     uses = [number for number in range(1, 5) if f"${number}" in statement]
     for place, number in enumerate(uses, 1):
@@ -269,11 +271,11 @@ async def plant(
 
 @pytest.mark.parametrize("table", ["conversation_participant", "session", "account", "user_relationship", "draft",
                                    "scheduled_message", "message_star", "push_endpoint", "thread_follow"])  # fmt: skip
-def test_check_asks_about_every_table_that_erasure_empties(table: str) -> None:
+def test_check_covers_every_table_that_erasure_empties(table: str) -> None:
     assert table in ERASED.FINDS
 
 
-async def test_nobody_registers_an_address_that_the_server_gives(world: World) -> None:
+async def test_address_of_an_erased_account_cannot_be_registered(world: World) -> None:
     fields = {"name": "Mallory", "password": "correct horse"}
     async with http_client(world.url) as http:
         for address in (f"erased-{uuid7()}@invalid", "x@INVALID", "x@mail.invalid", "x@invalid."):
@@ -286,24 +288,24 @@ async def test_nobody_registers_an_address_that_the_server_gives(world: World) -
         assert taken.status_code == 201
 
 
-async def test_no_address_that_somebody_has_stops_an_erasure(world: World) -> None:
+async def test_no_taken_address_prevents_an_erasure(world: World) -> None:
     ada, mallory = await world.users("Ada", "Mallory")
     squat = f"erased-{ada.id}@invalid"
     await world.db.execute('UPDATE "user" SET email = $2 WHERE id = $1', mallory.id, squat)
     await administer(world, "erase", str(ada.id), "--yes", "--verify")
     assert await world.db.fetchval('SELECT name FROM "user" WHERE id = $1', ada.id) == "Deleted user"
-    assert await is_well(world) == []
-    # Erased, they get no password any more.
+    assert await failed_checks(world) == []
+    # An erased account gets no password.
     with pytest.raises(Fatal, match="it is erased"):
         await administer(world, "user", "reset-password", str(ada.id))
-    assert await is_well(world) == []
+    assert await failed_checks(world) == []
 
 
-RANDOM, CLIENT, PARTS = "the server, at random", "its client", "ids of other rows"
+RANDOM, CLIENT, PARTS = "random, chosen by the server", "chosen by the client", "ids of other rows"
 UNIQUE = {
-    "user_pkey": RANDOM, "user_email_key": "the server, at random, if it is no client's: see the tests above",
+    "user_pkey": RANDOM, "user_email_key": "chosen by the client, or random: see the tests above",
     "session_pkey": RANDOM, "session_token_key": RANDOM,
-    "account_pkey": RANDOM, "account_provider_key": "the user's address, which is unique, too",
+    "account_pkey": RANDOM, "account_provider_key": "the user's address, which is also unique",
     "verification_pkey": RANDOM,
     "conversation_pkey": CLIENT, "conversation_id_hash_key": CLIENT,
     "conversation_invite_code_key": RANDOM, "conversation_direct_pair_key": PARTS,
@@ -311,19 +313,19 @@ UNIQUE = {
     "message_pkey": CLIENT, "message_conversation_created_idx": PARTS, "message_search_pkey": PARTS,
     "message_reaction_pkey": PARTS, "message_edit_pkey": CLIENT, "message_star_pkey": PARTS,
     "poll_vote_pkey": PARTS, "thread_follow_pkey": PARTS, "draft_pkey": PARTS,
-    # It is the id of the message, too: whoever sends one with it first has made both.
+    # This id is also that of the message. Its first sender owns both.
     "scheduled_message_pkey": CLIENT,
     "push_endpoint_pkey": RANDOM, "push_endpoint_key": CLIENT,
     "attachment_pkey": RANDOM, "user_relationship_pkey": RANDOM, "user_relationship_key": PARTS,
     "approach_pkey": PARTS, "report_pkey": RANDOM, "report_key": PARTS, "audit_entry_pkey": PARTS,
     "database_epoch_pkey": "a constant", "server_key_pkey": "a constant", "schema_migration_pkey": "a constant",
 }  # fmt: skip
-"""Who chooses the values that are unique, by index. Of what the server derives nothing may be foreseen: a client could
-take it first. What an import makes has ids that follow from a secret (tests/test_import.py).
+"""The source of the values of each unique index. Values that the server derives must not be predictable, or a client
+could take them first. Imported rows have ids derived from a secret (tests/test_import.py).
 """
 
 
-async def test_each_unique_value_is_judged(world: World) -> None:
+async def test_every_unique_index_is_listed_with_its_source(world: World) -> None:
     found = await world.db.fetch("""
         SELECT i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
         WHERE i.indisunique AND c.relnamespace = 'public'::regnamespace
@@ -340,10 +342,10 @@ WHEN (new.is_deleted AND old.content LIKE 'Slow%') EXECUTE FUNCTION slow()
 
 
 @pytest.mark.parametrize("by", ["the server", "the client"])
-async def test_who_cannot_be_erased_in_time_is_logged_and_holds_up_nobody(
+async def test_erasure_that_times_out_is_logged_and_delays_no_others(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, by: str
 ) -> None:
-    """Whoever ends the statement. The same holds for messages that expire."""
+    """This holds whether the server or the client ends the statement, and also for messages that expire."""
     for name in ("CLEAR_SECONDS", "DUE_SECONDS"):
         monkeypatch.setattr(background, name, 36_000.0)
     if by == "the server":
