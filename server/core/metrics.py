@@ -33,20 +33,20 @@ LOGINS = {"200": "ok", "401": "wrong", "429": "limited"}
 GAUGES = {
     "connections": "Authenticated WebSocket connections.",
     "sockets": "TCP connections, from when they are accepted.",
-    "conversations": "Conversations that are followed.",
-    "bus_up": "Whether the bus between workers can be reached.",
+    "conversations": "Conversations that the worker follows.",
+    "bus_up": "Whether the bus between workers is connected, 1 or 0.",
     "database_connections": "Connections to PostgreSQL.",
-    "shedding": "How many kinds of frames are refused because the worker is behind: typing, presence, receipts.",
+    "shedding": "Number of kinds of frames that are refused because the worker is behind: typing, presence, receipts.",
 }
 COUNTERS = {
     "deliveries": "Events written to sockets.",
-    "fetches": "Times that missing events were read from PostgreSQL.",
-    "deadlocks": "Transactions that PostgreSQL ended to break a deadlock, and that were tried once more.",
-    "bus_published": "Messages said on the bus.",
-    "bus_received": "Messages heard on the bus.",
-    "bus_dropped": "Messages that could not be said on the bus; their events are found in PostgreSQL.",
+    "fetches": "Reads of missing events from PostgreSQL.",
+    "deadlocks": "Transactions that PostgreSQL ended to break a deadlock, and that were retried.",
+    "bus_published": "Messages published on the bus.",
+    "bus_received": "Messages received from the bus.",
+    "bus_dropped": "Messages that were not published on the bus. Workers read their events from PostgreSQL.",
     "shed": "Frames refused because the worker was behind.",
-    "turned_away": "Connections that were told to come later because too many were connecting.",
+    "turned_away": "Connections that were told to retry later because too many clients were connecting.",
     "sockets_shed": "Connections closed or refused because descriptors ran out.",
     "sockets_timed_out": "Connections closed because a request did not arrive in time.",
 }
@@ -184,7 +184,9 @@ class _Collected(Collector):
                 for key, count in counted(snapshot).items():
                     labelled.add_metric([worker, *key.split()], count)
             yield labelled
-        latency = HistogramMetricFamily("openchat_frame_seconds", "From a frame to its answer.", labels=["worker"])
+        latency = HistogramMetricFamily(
+            "openchat_frame_seconds", "Time from a frame to its answer, in seconds.", labels=["worker"]
+        )
         for worker, snapshot in self._snapshots.items():
             total, buckets = 0, []
             for bound, count in zip((*BUCKETS, "+Inf"), snapshot.latency, strict=True):

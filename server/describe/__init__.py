@@ -1,11 +1,11 @@
-"""Generates the documents about the protocol, the settings and the database. `python -m server.describe docs` writes
-them.
+"""Generates the documents about the protocol, the settings, the metrics and the database. `python -m server.describe
+docs` writes them.
 """
 
 import json
 from collections.abc import Callable
 
-from server.describe import columns, handbook, rules, settings
+from server.describe import columns, handbook, metrics, rules, settings
 from server.http import asyncapi, openapi
 
 DOCUMENTS: dict[str, Callable[[], str]] = {
@@ -15,6 +15,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "roles.md": rules.roles,
     "privacy.md": rules.people,
     "settings.md": settings.document,
+    "metrics.md": metrics.document,
     "columns.md": columns.document,
 }
 """The documents in docs/, by file name."""
