@@ -303,7 +303,7 @@ async def test_lookup_fails_if_no_thread_can_be_started(unrestricted: SafeHttp) 
     queue.start()
     await until(lambda: drops.counts.total() == 1)
     assert drops.counts == {"host_failed": 1}
-    (pause,) = queue._pauses.values()  # noqa: SLF001
+    (pause,) = queue._pauses._pauses.values()  # noqa: SLF001
     assert pause.until > time.monotonic(), "the lookup is not repeated immediately"
     assert not unrestricted._resolver._running  # noqa: SLF001
     await queue.close()

@@ -16,7 +16,7 @@ from protocol.ids import UserId, uuid7
 from server.core.config import Settings
 from server.core.stopwatch import Stopwatch
 from server.fairness.loop_time import LoopTime
-from server.jobs import push, push_hosts, push_posts
+from server.jobs import push, push_hosts, push_pauses, push_posts
 from server.jobs.push_drops import Drops
 from server.jobs.push_posts import Failed, Posts, Push, Rejected
 from server.queries.push import PushPost
@@ -101,7 +101,7 @@ FORMS = ["%a, %d %b %Y %H:%M:%S GMT", "%d %b %Y %H:%M:%S -0000", "%A, %d-%b-%y %
 @example("Mon, 01 Jan 99999999999999999999 00:00:00 GMT")
 @example("9" * 10_000)
 def test_retry_after_is_a_bounded_number_of_seconds(value: str) -> None:
-    assert 0.0 <= push.seconds_of(value) <= push_posts.MAX_RETRY_AFTER
+    assert 0.0 <= push.seconds_of(value) <= push_pauses.MAX_RETRY_AFTER
     assert push.seconds_of("120") == 120.0
     assert 0.0 < push.seconds_of(format_datetime(datetime.now(UTC) + timedelta(seconds=120))) <= 120.0
 
@@ -183,7 +183,7 @@ async def test_user_with_slow_posts_is_paused_at_every_new_host(
         clock += wait
     clock += push_hosts.MAX_BACKOFF
     assert len(await service.post(post_to("https://new.example/", greedy))) == 1
-    assert service.queue._pauses[greedy].until == clock + 1.0, "the earlier pauses are forgotten"  # noqa: SLF001
+    assert service.queue._pauses._pauses[greedy].until == clock + 1.0, "the earlier pauses are forgotten"  # noqa: SLF001
 
 
 async def test_host_that_becomes_slow_for_its_only_user_is_no_longer_fast(
@@ -238,8 +238,9 @@ async def test_users_with_slow_posts_leave_slots_and_hosts_to_others(
     queue = service.queue
     slow = [post_to(f"https://{number}.example/") for number in range(5)]
     for one in slow:
-        queue._pause(one.user_id, 0.0)  # noqa: SLF001
-        queue._pauses[one.user_id] = queue._pauses[one.user_id]._replace(until=time.monotonic())  # noqa: SLF001
+        queue._pauses.begin(one.user_id, 0.0)  # noqa: SLF001
+        pauses = queue._pauses._pauses  # noqa: SLF001
+        pauses[one.user_id] = pauses[one.user_id]._replace(until=time.monotonic())
     service.silent = {one.endpoint for one in slow}
     for one in slow:
         queue.add(one)
@@ -379,7 +380,7 @@ class TestInTheServer:
             to_charles = await sent(sender, await world.group(sender, charles), "To Charles")
             assert (await browser.next())[1].message_id == to_charles
             await until(lambda: not queue._tasks)  # noqa: SLF001
-            assert queue._pauses.keys() == {bad.endpoint}  # noqa: SLF001
+            assert queue._pauses._pauses.keys() == {bad.endpoint}  # noqa: SLF001
         finally:
             await browser.stop()
 

@@ -31,7 +31,8 @@ from server.domain.push_keys import from_base64url
 from server.fairness.batcher import Batcher
 from server.jobs.push_drops import Drops
 from server.jobs.push_due import NEXT_PAGE, PAGE, DueMessages
-from server.jobs.push_posts import MAX_RETRY_AFTER, Failed, Posts, Push, Rejected, host_of
+from server.jobs.push_pauses import MAX_RETRY_AFTER
+from server.jobs.push_posts import Failed, Posts, Push, Rejected, host_of
 from server.jobs.safe_http import SafeHttp, Unreachable
 from server.queries import push, unread
 from server.queries.push import FIRST, Notice, PushPage, PushPost

@@ -20,7 +20,7 @@ import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Container
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from protocol.ids import UserId
@@ -29,7 +29,8 @@ from server.core.stopwatch import Stopwatch
 from server.core.tally import Tally
 from server.fairness.loop_time import LoopTime
 from server.jobs.push_drops import Drops
-from server.jobs.push_hosts import MAX_BACKOFF, PER_USER, SLOW_SECONDS, Host, Pause
+from server.jobs.push_hosts import PER_USER, SLOW_SECONDS, Host
+from server.jobs.push_pauses import Pauses
 from server.limits.token_bucket import TokenBuckets
 from server.queries.push import PushPost
 
@@ -61,10 +62,6 @@ same place.
 """
 SHARE, BURST_SECONDS = 0.1, 0.1
 """Max share of the loop's time that posts take, and the burst of it in seconds."""
-MAX_PAUSES = 10_000
-"""Max remembered pauses of endpoints, of users at hosts, and of users, per worker."""
-MAX_RETRY_AFTER = 3_600.0
-"""Max pause that a host can request for one endpoint or user, in seconds."""
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +86,6 @@ class Failed(Exception):  # noqa: N818 - an answer, not a fault
 
 class Rejected(Failed):
     """The host refused the notification for this endpoint."""
-
-
-_Paused: TypeAlias = str | UserId | tuple[UserId, str]
-"""An endpoint, a user, or a user at a host."""
 
 
 class _User:
@@ -121,7 +114,7 @@ class Posts:
         self._send = send
         self._drops = drops
         self._hosts: OrderedDict[str, Host] = OrderedDict()
-        self._pauses: OrderedDict[_Paused, Pause] = OrderedDict()
+        self._pauses = Pauses()
         self._users: TokenBuckets[UserId] = TokenBuckets("notifications", USER_RATE, burst=USER_BURST)
         self._time = LoopTime(SHARE, BURST_SECONDS)
         self._next: asyncio.Handle | None = None
@@ -165,7 +158,7 @@ class Posts:
         self._crowds += is_crowd
         self._queued_of.add(post.user_id, 1)
         self._of_user.setdefault(post.user_id, _User()).hosts[name] += 1
-        if self._pause_of(host, post) is not None:
+        if self._pauses.of(host, post) is not None:
             self._trim_paused(host, post.user_id)
         return None
 
@@ -245,10 +238,10 @@ class Posts:
                 return False
             if host.is_fast:
                 return True
-            return user.slow < PER_USER and (self._of_slow_users < SLOW_USER_SLOTS or not self._is_slow(user_id))
+            return user.slow < PER_USER and (self._of_slow_users < SLOW_USER_SLOTS or not self._pauses.is_slow(user_id))
 
         return host.take(
-            may_begin, lambda one: self._pause_of(host, one) is not None, lambda user_id: not self._users.take(user_id)
+            may_begin, lambda one: self._pauses.of(host, one) is not None, lambda user_id: not self._users.take(user_id)
         )
 
     def _remove(self, host: Host, post: PushPost) -> None:
@@ -270,7 +263,7 @@ class Posts:
     def _begin(self, host: Host, post: PushPost) -> None:
         host.in_flight[post.user_id] += 1
         slow = int(not host.is_fast)
-        of_slow_user = slow and int(self._is_slow(post.user_id))
+        of_slow_user = slow and int(self._pauses.is_slow(post.user_id))
         self._slow += slow
         self._of_slow_users += of_slow_user
         user = self._of_user.setdefault(post.user_id, _User())
@@ -314,7 +307,7 @@ class Posts:
             await self._send(push, stopwatch)
         except Rejected as rejected:
             self._drops.add("refused")
-            self._pause(post.endpoint, rejected.retry_after)
+            self._pauses.begin(post.endpoint, rejected.retry_after)
             self._trim_paused(host, post.user_id)
             self._note_duration(host, post.user_id, stopwatch.seconds)
         except Exception as error:  # noqa: BLE001 - other posts continue
@@ -326,18 +319,18 @@ class Posts:
             else:
                 self._failed_by_defect(error)
                 retry_after = 0.0
-            self._pause((post.user_id, host.name), retry_after)
+            self._pauses.begin((post.user_id, host.name), retry_after)
             self._trim_paused(host, post.user_id)
             host.note_failed(post.user_id, retry_after)
             self._trim(host)
             self._note_duration(host, post.user_id, stopwatch.seconds)
         else:
             if stopwatch.seconds < SLOW_SECONDS:
-                self._pauses.pop(post.endpoint, None)
-                self._pauses.pop((post.user_id, host.name), None)
+                self._pauses.end(post.endpoint)
+                self._pauses.end((post.user_id, host.name))
                 host.note_fast(post.user_id)
             else:
-                self._pause((post.user_id, host.name), 0.0)
+                self._pauses.begin((post.user_id, host.name), 0.0)
                 self._trim_paused(host, post.user_id)
                 host.note_slow(post.user_id)
                 self._trim(host)
@@ -354,33 +347,19 @@ class Posts:
         host.note_long()
         if host.is_fast:
             return
-        if not self._is_slow(user_id):
-            self._pauses.pop(user_id, None)
-        self._pause(user_id, 0.0)
-
-    def _pause_of(self, host: Host, post: PushPost) -> _Paused | None:
-        """Return the key whose pause applies to a post, or None."""
-        now = time.monotonic()
-        keys: list[_Paused] = [(post.user_id, host.name), post.endpoint]
-        if not host.is_fast:
-            keys.append(post.user_id)
-        return next((key for key in keys if key in self._pauses and self._pauses[key].until > now), None)
+        if not self._pauses.is_slow(user_id):
+            self._pauses.end(user_id)
+        self._pauses.begin(user_id, 0.0)
 
     def _trim_paused(self, host: Host, user_id: UserId) -> None:
         """Keep the newest post of a user for each pause. Its badge includes the others."""
         kept = set()
         for post in reversed(host.posts_of(user_id)):
-            pause = self._pause_of(host, post)
+            pause = self._pauses.of(host, post)
             if pause is not None and pause in kept:
                 self._remove(host, post)
                 self._drops.add("paused")
             kept.add(pause)
-
-    def _pause(self, key: _Paused, retry_after: float) -> None:
-        """Pause an endpoint, a user at a host, or a user. Each further pause is longer."""
-        self._pauses[key] = self._pauses.pop(key, Pause()).after_failure(retry_after, MAX_RETRY_AFTER)
-        if len(self._pauses) > MAX_PAUSES:
-            self._pauses.popitem(last=False)
 
     def _trim(self, host: Host) -> None:
         """Drop posts beyond the limit of a slow host."""
@@ -411,7 +390,7 @@ class Posts:
         visits all hosts.
         """
         now = time.monotonic()
-        kind = (self._is_slow(user_id), len(self._hosts_of(user_id)))
+        kind = (self._pauses.is_slow(user_id), len(self._hosts_of(user_id)))
         if now - self._no_room.get(kind, -ROOM_SECONDS) < ROOM_SECONDS:
             return False
         if self._forget_one() or self._evict_for(*kind):
@@ -429,7 +408,7 @@ class Posts:
             if host.is_fast or host.in_flight or host.has_many_users:
                 return False, 0
             users = host.users()
-            return all(map(self._is_slow, users)), min(len(self._hosts_of(user_id)) for user_id in users)
+            return all(map(self._pauses.is_slow, users)), min(len(self._hosts_of(user_id)) for user_id in users)
 
         host = max(self._hosts.values(), key=worth)
         of_slow, at_hosts = worth(host)
@@ -441,11 +420,6 @@ class Posts:
                 self._drops.add("too_many_hosts")
         del self._hosts[host.name]
         return True
-
-    def _is_slow(self, user_id: UserId) -> bool:
-        """Whether a post of a user has recently taken long at a host that is not known to be fast."""
-        pause = self._pauses.get(user_id)
-        return pause is not None and time.monotonic() - pause.until <= MAX_BACKOFF
 
     def _make_room(self, user_id: UserId) -> bool:
         """Drop a post of the user with the most queued posts. Return False if that is this user."""
