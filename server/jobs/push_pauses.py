@@ -1,4 +1,4 @@
-"""Pauses of posts: to an endpoint, of a user at a host, and of a user at all hosts that are not known to be fast."""
+"""Pauses of posts: to an endpoint, of a user at a host, and of a user at all hosts except fast ones."""
 
 import time
 from collections import OrderedDict
