@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import growth
-from benchmarks.contestants import Contestant, Ground, Obvious, OpenChat, Picows, SocketIo, Uws
 from benchmarks.growth import Long, Short
+from benchmarks.servers import Environment, Obvious, OpenChat, Picows, Server, SocketIo, Uws
 from loadtest.command import best, find_limit
 from loadtest.histogram import Histogram
-from loadtest.run import Phase, Run, Watch
+from loadtest.run import Phase, Progress, Run
 from loadtest.scenario import Size
 from loadtest.target import Unusable
 from protocol.ids import uuid7
@@ -38,29 +38,29 @@ BOUND_SECONDS = 0.25
 BARE_SECONDS = 0.02
 """Pause between two bare commits, in seconds. It is short enough for percentiles, and too long to cause load."""
 PROCESSES = 2
-STORED: list[type[Contestant]] = [OpenChat, SocketIo, Obvious]
-EVERYONE: list[type[Contestant]] = [OpenChat, Uws, Picows, SocketIo, Obvious]
+STORED: list[type[Server]] = [OpenChat, SocketIo, Obvious]
+EVERYONE: list[type[Server]] = [OpenChat, Uws, Picows, SocketIo, Obvious]
 
 Measured = dict[str, float]
 """Figures by name."""
 
 
-class Work(NamedTuple):
-    """One line of the comparison: the servers, the measurement, and the numbers of workers and rounds."""
+class Workload(NamedTuple):
+    """A workload of the comparison: the servers, the measurement, and the numbers of workers and rounds."""
 
     about: str
-    contestants: list[type[Contestant]]
-    measure: Callable[[Contestant, float], Awaitable[Measured]]
+    servers: list[type[Server]]
+    measure: Callable[[Server, float], Awaitable[Measured]]
     workers: tuple[int, ...] = (1,)
     rounds: int | None = None
 
 
-def drive(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitable[Measured]]:
+def drive(scenario: str, size: Size) -> Callable[[Server, float], Awaitable[Measured]]:
     """Return a function that measures a scenario. The rate of `size` is per worker."""
 
-    async def measure(contestant: Contestant, seconds: float) -> Measured:
-        load = msgspec.structs.replace(size, rate=size.rate * contestant.workers)
-        async with Run(contestant, scenario, load, processes=PROCESSES, watch=Watch()) as run:
+    async def measure(server: Server, seconds: float) -> Measured:
+        load = msgspec.structs.replace(size, rate=size.rate * server.workers)
+        async with Run(server, scenario, load, processes=PROCESSES, progress=Progress()) as run:
             await run.connect()
             phase = await run.drive(seconds, load.rate)
         return of_phase(phase)
@@ -68,14 +68,14 @@ def drive(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitable[
     return measure
 
 
-def acknowledge(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitable[Measured]]:
+def acknowledge(scenario: str, size: Size) -> Callable[[Server, float], Awaitable[Measured]]:
     """Return a function that measures answers, and concurrently commits of one bare row in the same database."""
 
-    async def measure(contestant: Contestant, seconds: float) -> Measured:
+    async def measure(server: Server, seconds: float) -> Measured:
         bare = Histogram()
-        async with Run(contestant, scenario, size, processes=PROCESSES, watch=Watch()) as run:
+        async with Run(server, scenario, size, processes=PROCESSES, progress=Progress()) as run:
             await run.connect()
-            committing = asyncio.create_task(commit_rows(contestant.database(), bare))
+            committing = asyncio.create_task(commit_rows(server.database(), bare))
             phase = await run.drive(seconds, size.rate)
             committing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -122,13 +122,13 @@ def of_phase(phase: Phase) -> Measured:
     return measured
 
 
-def ceiling(scenario: str, size: Size, *, start: float) -> Callable[[Contestant, float], Awaitable[Measured]]:
+def ceiling(scenario: str, size: Size, *, start: float) -> Callable[[Server, float], Awaitable[Measured]]:
     """Return a function that finds the highest rate with p99 within the bound. It begins at the rate `start`.
     The number of senders follows from the rate of `size`.
     """
 
-    async def measure(contestant: Contestant, seconds: float) -> Measured:
-        async with Run(contestant, scenario, size, processes=PROCESSES, watch=Watch()) as run:
+    async def measure(server: Server, seconds: float) -> Measured:
+        async with Run(server, scenario, size, processes=PROCESSES, progress=Progress()) as run:
             await run.connect()
             await find_limit(run, start, BOUND_SECONDS, seconds=seconds / 2)
             carried = best(run.result, BOUND_SECONDS)
@@ -142,11 +142,11 @@ def ceiling(scenario: str, size: Size, *, start: float) -> Callable[[Contestant,
     return measure
 
 
-def connect(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitable[Measured]]:
+def connect(scenario: str, size: Size) -> Callable[[Server, float], Awaitable[Measured]]:
     """Return a function that measures opening connections, and idle ones."""
 
-    async def measure(contestant: Contestant, seconds: float) -> Measured:
-        async with Run(contestant, scenario, size, processes=PROCESSES, watch=Watch()) as run:
+    async def measure(server: Server, seconds: float) -> Measured:
+        async with Run(server, scenario, size, processes=PROCESSES, progress=Progress()) as run:
             connected = await run.connect()
             quiet = await run.drive(seconds, 0.0)
             base = run.result.base_memory
@@ -168,60 +168,64 @@ def size_of(people: int, rate: float, *, group: int) -> Size:
 ROOM = size_of(1_000, 20, group=1_000)
 TEAMS = size_of(2_000, 200, group=10)
 
-WORKS: dict[str, Work] = {
-    "room": Work("1,000 connected, 20 messages per second", EVERYONE, drive("room", ROOM)),
-    "room-ceiling": Work(
+WORKLOADS: dict[str, Workload] = {
+    "room": Workload("1,000 connected, 20 messages per second", EVERYONE, drive("room", ROOM)),
+    "room-ceiling": Workload(
         "1,000 connected, the highest rate with p99 within 250 ms",
         EVERYONE,
         ceiling("room", msgspec.structs.replace(ROOM, rate=1_000), start=40),
         rounds=1,
     ),
-    "teams": Work("200 conversations of 10, 200 messages per second", STORED, drive("teams", TEAMS)),
-    "teams-ceiling": Work(
+    "teams": Workload("200 conversations of 10, 200 messages per second", STORED, drive("teams", TEAMS)),
+    "teams-ceiling": Workload(
         "200 conversations of 10, the highest rate with p99 within 250 ms",
         STORED,
         ceiling("teams", TEAMS, start=600),
         workers=(1, 2),
         rounds=1,
     ),
-    "teams-workers": Work(
+    "teams-workers": Workload(
         "200 conversations of 10, 500 messages per second and worker",
         [OpenChat],
         drive("teams", msgspec.structs.replace(TEAMS, rate=500)),
         workers=(1, 2),
     ),
-    "ack": Work(
+    "ack": Workload(
         "500 pairs, 200 messages per second, and commits of one bare row",
         [OpenChat],
         acknowledge("direct", size_of(1_000, 200, group=2)),
     ),
-    "growth": Work("the same frames with little and with much history", [Short, Long], growth.measure),
-    "idle": Work("5,000 authenticated connections", EVERYONE, connect("idle", size_of(5_000, 0, group=10))),
-    "idle-many": Work("15,000 authenticated connections", [OpenChat], connect("idle", size_of(15_000, 0, group=10))),
-    "storm": Work("2,000 connect as fast as possible", STORED, connect("storm", size_of(2_000, 0, group=10))),
+    "growth": Workload("the same frames with little and with much history", [Short, Long], growth.measure),
+    "idle": Workload("5,000 authenticated connections", EVERYONE, connect("idle", size_of(5_000, 0, group=10))),
+    "idle-many": Workload(
+        "15,000 authenticated connections", [OpenChat], connect("idle", size_of(15_000, 0, group=10))
+    ),
+    "storm": Workload("2,000 connect as fast as possible", STORED, connect("storm", size_of(2_000, 0, group=10))),
 }
 
 
-class Board:
+class Results:
     """The measured figures, and their comparison."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.measured: dict[str, dict[str, dict[str, list[float]]]] = {}
 
-    def add(self, work: str, who: str, figures: Measured) -> None:
+    def add(self, workload: str, who: str, figures: Measured) -> None:
         """Add the figures of one turn."""
-        mine = self.measured.setdefault(work, {}).setdefault(who, defaultdict(list))
+        mine = self.measured.setdefault(workload, {}).setdefault(who, defaultdict(list))
         for name, value in figures.items():
             mine[name].append(value)
 
-    def show(self, work: str) -> None:
-        """Print the medians of one work, and each as a multiple of OpenChat's."""
-        rows = self.measured.get(work)
+    def show(self, workload: str) -> None:
+        """Print the medians of one workload, and each as a multiple of OpenChat's."""
+        rows = self.measured.get(workload)
         if not rows:
             return
         names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
-        table = Table(box=None, header_style="bold", title=f"{work}: {WORKS[work].about}", title_justify="left")
+        table = Table(
+            box=None, header_style="bold", title=f"{workload}: {WORKLOADS[workload].about}", title_justify="left"
+        )
         table.add_column("")
         for name in names:
             table.add_column(name, justify="right")
@@ -242,57 +246,57 @@ class Board:
         self.console.print()
 
 
-async def compare(options: argparse.Namespace, ground: Ground, console: Console) -> Board:
-    """Measure all works, in turns."""
-    board = Board(console)
-    for name in options.work or WORKS:
-        for turn in range(WORKS[name].rounds or options.rounds):
-            for workers in WORKS[name].workers:
-                for kind in WORKS[name].contestants:
+async def compare(options: argparse.Namespace, environment: Environment, console: Console) -> Results:
+    """Measure all workloads, in turns."""
+    results = Results(console)
+    for name in options.workload or WORKLOADS:
+        for turn in range(WORKLOADS[name].rounds or options.rounds):
+            for workers in WORKLOADS[name].workers:
+                for kind in WORKLOADS[name].servers:
                     if options.only and not kind.name.startswith(tuple(options.only)):
                         continue
-                    await take_turn(board, name, kind(ground, workers=workers), turn, options.seconds)
-        board.show(name)
-    return board
+                    await take_turn(results, name, kind(environment, workers=workers), turn, options.seconds)
+        results.show(name)
+    return results
 
 
-async def take_turn(board: Board, name: str, contestant: Contestant, turn: int, seconds: float) -> None:
-    """Measure one work with one server, once."""
-    who = contestant.name + (f", {contestant.workers} workers" if contestant.workers > 1 else "")
-    if not contestant.is_there():
-        board.console.print(f"[red]{who} is not installed[/]")
+async def take_turn(results: Results, name: str, server: Server, turn: int, seconds: float) -> None:
+    """Measure one workload with one server, once."""
+    who = server.name + (f", {server.workers} workers" if server.workers > 1 else "")
+    if not server.is_there():
+        results.console.print(f"[red]{who} is not installed[/]")
         return
-    board.console.print(f"[dim]{name}: {who}, turn {turn + 1} …[/]")
+    results.console.print(f"[dim]{name}: {who}, turn {turn + 1} …[/]")
     try:
-        async with contestant:
-            board.add(name, who, await WORKS[name].measure(contestant, seconds))
+        async with server:
+            results.add(name, who, await WORKLOADS[name].measure(server, seconds))
     except Unusable as error:
-        board.console.print(f"[red]{who}: {error}[/]")
+        results.console.print(f"[red]{who}: {error}[/]")
 
 
 def main() -> int:
     """Measure, print the comparison, and write the figures as JSON."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("work", nargs="*", metavar="WORK", help=f"any of {', '.join(WORKS)} (all)")
+    parser.add_argument("workload", nargs="*", metavar="WORKLOAD", help=f"any of {', '.join(WORKLOADS)} (all)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only servers whose names begin with NAME")
     parser.add_argument(
-        "--rounds", type=int, default=3, help="turns of each server (3); works with a fixed number ignore it"
+        "--rounds", type=int, default=3, help="turns of each server (3); workloads with a fixed number ignore it"
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="seconds of load per turn (10)")
     parser.add_argument("--json", type=Path, default=Path("bench.json"), help="file for the figures (bench.json)")
     options = parser.parse_args()
-    if unknown := set(options.work) - set(WORKS):
-        parser.error(f"unknown WORK: {', '.join(unknown)}")
+    if unknown := set(options.workload) - set(WORKLOADS):
+        parser.error(f"unknown WORKLOAD: {', '.join(unknown)}")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     began = time.monotonic()
     path = Path(tempfile.mkdtemp(prefix="openchat-bench-"))
     path.chmod(0o755)  # root starts PostgreSQL as another user
     try:
-        with Ground(path) as ground:
-            board = uvloop.run(compare(options, ground, console))
+        with Environment(path) as environment:
+            results = uvloop.run(compare(options, environment, console))
     finally:
         shutil.rmtree(path, ignore_errors=True)
-    options.json.write_bytes(msgspec.json.format(msgspec.json.encode(board.measured)))
+    options.json.write_bytes(msgspec.json.format(msgspec.json.encode(results.measured)))
     console.print(f"{(time.monotonic() - began) / 60:.0f} minutes. All figures are in {options.json}.")
     return 0
 

@@ -11,8 +11,8 @@ from rich.progress import track
 from websockets import Subprotocol
 from websockets.asyncio.client import ClientConnection
 
-from benchmarks.contestants import Contestant, OpenChat
-from loadtest.line import Seat
+from benchmarks.servers import OpenChat, Server
+from loadtest.connection import User
 from loadtest.target import Unusable
 from protocol import SUBPROTOCOL, client
 from protocol.client import Frame
@@ -46,34 +46,34 @@ class Long(Short):
     messages: ClassVar[int] = 10_000_000
 
 
-async def measure(contestant: Contestant, seconds: float) -> dict[str, float]:  # noqa: ARG001 - the number of frames is fixed
+async def measure(server: Server, seconds: float) -> dict[str, float]:  # noqa: ARG001 - the number of frames is fixed
     """Return the cost of each kind of frame. Raises Unusable if one is refused."""
-    assert isinstance(contestant, Short)  # noqa: S101 - according to WORKS
-    db = await asyncpg.connect(contestant.database())
-    await fill(contestant, db)
+    assert isinstance(server, Short)  # noqa: S101 - according to WORKLOADS
+    db = await asyncpg.connect(server.database())
+    await fill(server, db)
     await db.close()
     costs = {}
-    url = f"ws://{contestant.host}:{contestant.port}/v1/ws?resume=1"
+    url = f"ws://{server.host}:{server.port}/v1/ws?resume=1"
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with websockets.connect(
         url, additional_headers=headers, subprotocols=[Subprotocol(SUBPROTOCOL)], compression=None, max_size=None
     ) as socket:
         ready = decode_server(await socket.recv())
         assert isinstance(ready, Ready)  # noqa: S101 - the first frame
-        for name, frame in frames(contestant.messages, ready.epoch).items():
-            before = contestant.machine.usage().seconds
+        for name, frame in frames(server.messages, ready.epoch).items():
+            before = server.machine.usage().seconds
             for _ in range(FRAMES):
                 await call(socket, frame())
-            costs[f"µs CPU per {name}"] = (contestant.machine.usage().seconds - before) / FRAMES * US
+            costs[f"µs CPU per {name}"] = (server.machine.usage().seconds - before) / FRAMES * US
     return costs
 
 
 def frames(messages: int, epoch: str) -> dict[str, Callable[[], Frame]]:
     """Return a factory for each kind of frame, by its name."""
-    dice = random.Random(messages)  # noqa: S311 - pages, not secrets
+    rng = random.Random(messages)  # noqa: S311 - pages, not secrets
     return {
         "resume": lambda: client.Resume(epoch=epoch, versions={ABOUT: 2 + messages - MISSED}),
-        "history page": lambda: client.History(conversation_id=ABOUT, around=message_id(dice.randrange(messages))),
+        "history page": lambda: client.History(conversation_id=ABOUT, around=message_id(rng.randrange(messages))),
         "unread count": lambda: client.GetConversation(conversation_id=ABOUT),
         "send": lambda: client.Send(conversation_id=ABOUT, message_id=MessageId(uuid7()), content="Hello"),
     }
@@ -88,21 +88,21 @@ async def call(socket: ClientConnection, frame: Frame) -> None:
             raise Unusable(answer.message)
 
 
-async def fill(contestant: Short, db: "asyncpg.Connection[asyncpg.Record]") -> None:
+async def fill(server: Short, db: "asyncpg.Connection[asyncpg.Record]") -> None:
     """Insert the conversation if it is missing. Vacuum and checkpoint, so that neither runs during measurements."""
     if await db.fetchval("SELECT true FROM conversation WHERE id = $1", ABOUT):
         return
     people = [
-        Seat(token=token, user_id=str(user_id), source="", conversations=[], talks=False)
+        User(token=token, user_id=str(user_id), source="", conversations=[], talks=False)
         for token, user_id in ((new_token(), WRITER), (TOKEN, READER))
     ]
-    await contestant.store(db, people, {str(ABOUT): [one.user_id for one in people]})
+    await server.store(db, people, {str(ABOUT): [one.user_id for one in people]})
     await db.execute(
-        "UPDATE conversation SET version = 2 + $2::int, message_count = $2 WHERE id = $1", ABOUT, contestant.messages
+        "UPDATE conversation SET version = 2 + $2::int, message_count = $2 WHERE id = $1", ABOUT, server.messages
     )
     # The foreign keys are correct by construction, and checking them takes half of the time.
     await db.execute("SET session_replication_role = replica")
-    messages = contestant.messages
+    messages = server.messages
     starts = range(0, messages, COPIED_AT_ONCE)
     for start in track(starts, f"writing {messages:,} messages") if len(starts) > 1 else starts:
         await db.copy_records_to_table(

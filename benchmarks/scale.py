@@ -82,7 +82,7 @@ class System:
         self.nodes = [Station(1) for _ in range(options.nodes)]
         self.delivered = 0
         self.latency = Histogram()
-        self._dice = random.Random(options.seed)  # noqa: S311 - a simulation, not a secret
+        self._rng = random.Random(options.seed)  # noqa: S311 - a simulation, not a secret
         self._events: list[tuple[float, int, Iterator[float]]] = []
         self._places = itertools.count()
 
@@ -93,7 +93,7 @@ class System:
         while due < seconds or self._events:
             if due < seconds and (not self._events or due <= self._events[0][0]):
                 self._go_on(due, self._message(due))
-                due += self._dice.expovariate(rate)
+                due += self._rng.expovariate(rate)
                 continue
             at, _, way = heapq.heappop(self._events)
             progress.update(task, completed=min(at, seconds))
@@ -106,13 +106,13 @@ class System:
 
     def _message(self, due: float) -> Iterator[float]:
         """Simulate a message. Yields the times at which its next steps can begin."""
-        costs, dice = self.costs, self._dice
-        (kind,) = dice.choices(MIX, [one.share for one in MIX])
-        there = Counter(dice.choices(range(len(self.workers)), k=kind.people))
-        home = dice.randrange(len(self.workers))
+        costs, rng = self.costs, self._rng
+        (kind,) = rng.choices(MIX, [one.share for one in MIX])
+        there = Counter(rng.choices(range(len(self.workers)), k=kind.people))
+        home = rng.randrange(len(self.workers))
         at = self.workers[home].serve(due, costs.accept)
         yield at
-        at = dice.choice(self.databases).serve(at, costs.store) + COMMIT_SECONDS
+        at = rng.choice(self.databases).serve(at, costs.store) + COMMIT_SECONDS
         yield at
         publish = costs.publish if len(self.workers) > 1 else 0.0
         at = self.workers[home].serve(at, publish + there[home] * costs.deliver)
@@ -120,7 +120,7 @@ class System:
         if not there or not publish:
             return
         yield at
-        heard = dice.choice(self.nodes).serve(at, costs.carry + costs.carry_each * (len(there) + 1))
+        heard = rng.choice(self.nodes).serve(at, costs.carry + costs.carry_each * (len(there) + 1))
         for worker, people in there.items():
             self._go_on(heard, self._arrival(due, heard, worker, people))
 

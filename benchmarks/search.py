@@ -119,13 +119,13 @@ async def fill(url: str, messages: int) -> None:
         ],
         columns=["conversation_id", "user_id", "version", "role"],
     )
-    chance = random.Random(1)  # noqa: S311 - words, not secrets
+    rng = random.Random(1)  # noqa: S311 - words, not secrets
     starts = range(0, messages, AT_ONCE)
     for start in track(starts, f"writing {messages:,} messages"):
         numbers = range(start, min(start + AT_ONCE, messages))
         await db.copy_records_to_table(
             "message",
-            records=rows(numbers, chance),
+            records=rows(numbers, rng),
             columns=["id", "conversation_id", "sender_id", "content", "sent_version", "version", "created_at"],
         )
     after = FIRST
@@ -141,10 +141,10 @@ async def fill(url: str, messages: int) -> None:
     await db.close()
 
 
-def rows(numbers: range, chance: random.Random) -> Iterator[tuple[Any, ...]]:
+def rows(numbers: range, rng: random.Random) -> Iterator[tuple[Any, ...]]:
     """Yield messages as rows for COPY."""
     for number in numbers:
-        content = " ".join(words(chance))
+        content = " ".join(words(rng))
         at = datetime.fromtimestamp((BEGAN_MS + number) / 1000, UTC)
         version = number // CONVERSATIONS + 2 + IN_EACH
         yield message_id(number), about(number % CONVERSATIONS), user(number % PEOPLE), content, version, version, at
@@ -153,9 +153,9 @@ def rows(numbers: range, chance: random.Random) -> Iterator[tuple[Any, ...]]:
 _weights = list(itertools.accumulate(1 / (n + 1) for n in range(WORDS)))
 
 
-def words(chance: random.Random) -> list[str]:
+def words(rng: random.Random) -> list[str]:
     """Return random words for a message."""
-    return [f"w{bisect.bisect(_weights, chance.random() * _weights[-1])}x" for _ in range(IN_A_MESSAGE)]
+    return [f"w{bisect.bisect(_weights, rng.random() * _weights[-1])}x" for _ in range(IN_A_MESSAGE)]
 
 
 def message_id(number: int) -> MessageId:

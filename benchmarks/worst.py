@@ -22,8 +22,8 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bad import BOB, MALLORY, Ids, fill
-from benchmarks.worstframes import WORST
+from benchmarks.worst_database import BOB, MALLORY, Ids, fill
+from benchmarks.worst_frames import WORST
 from protocol.client import Frame
 from protocol.server import Error
 from prove.client import Client

@@ -39,11 +39,11 @@ def held(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE // 1024
 
 
-def frame(chance: random.Random) -> bytes:
+def frame(rng: random.Random) -> bytes:
     """Return a random WebSocket frame, which may be malformed."""
-    payload = chance.choice((chance.randbytes(chance.randrange(400)), chance.choice(WORDS)))
-    kind = chance.choice((0x81, 0x81, 0x81, 0x01, 0x80, 0x82, 0x88, 0x89, 0x8A, 0xC1, chance.randrange(256)))
-    size = len(payload) + chance.choice((0, 0, 0, 1, 100_000))
+    payload = rng.choice((rng.randbytes(rng.randrange(400)), rng.choice(WORDS)))
+    kind = rng.choice((0x81, 0x81, 0x81, 0x01, 0x80, 0x82, 0x88, 0x89, 0x8A, 0xC1, rng.randrange(256)))
+    size = len(payload) + rng.choice((0, 0, 0, 1, 100_000))
     head = (
         bytes((0x80 | size,))
         if size < 126
@@ -54,7 +54,7 @@ def frame(chance: random.Random) -> bytes:
     return bytes((kind,)) + head + bytes(4) + payload
 
 
-async def talk(address: tuple[str, int], token: str, end: float, chance: random.Random) -> int:
+async def talk(address: tuple[str, int], token: str, end: float, rng: random.Random) -> int:
     """Connect, send garbage and disconnect until `end`. Return the number of connections."""
     count = 0
     head = (
@@ -65,12 +65,12 @@ async def talk(address: tuple[str, int], token: str, end: float, chance: random.
     while time.monotonic() < end:
         with contextlib.suppress(OSError, TimeoutError):
             reader, writer = await asyncio.open_connection(*address)
-            writer.write(head if chance.random() < 0.9 else head[: chance.randrange(len(head))] + chance.randbytes(50))
-            for _ in range(chance.randrange(12)):
-                writer.write(frame(chance))
+            writer.write(head if rng.random() < 0.9 else head[: rng.randrange(len(head))] + rng.randbytes(50))
+            for _ in range(rng.randrange(12)):
+                writer.write(frame(rng))
             async with asyncio.timeout(PATIENCE):
                 await reader.read(1 << 16)
-            if chance.random() < 0.5:
+            if rng.random() < 0.5:
                 writer.transport.abort()
             else:
                 writer.close()

@@ -13,9 +13,9 @@ from rich.live import Live
 from rich.table import Table
 
 from loadtest import figures, report
+from loadtest.counters import Tally
 from loadtest.histogram import Histogram
-from loadtest.ledger import Tally
-from loadtest.run import Moment, Phase, Result, Run, Watch
+from loadtest.run import Moment, Phase, Progress, Result, Run
 from loadtest.scenario import Size
 from loadtest.scenarios import SCENARIOS
 from loadtest.target import OpenChat, Unusable
@@ -28,13 +28,13 @@ from server.core.terminal import complain
 MS = 1_000
 STEP = 1.5
 """Factor between the rates of two steps of --find-limit."""
-NARROWER = 3
+BISECTIONS = 3
 """Number of bisections of the last step after the bound was exceeded."""
 STEP_SECONDS = 6.0
 COUNT = Number(int, 1, 1_000_000)
 RATE = Number(float, 0.01, 1_000_000)
 SECONDS = Number(float, 0.1, 1_000_000)
-KEPT_UP = 0.97
+MIN_ANSWERED = 0.97
 """Min share of the offered frames that a server must answer. With less it is too slow, whatever the percentiles are."""
 
 
@@ -136,7 +136,7 @@ async def _load(options: Options, console: Console) -> int:
     target = OpenChat(options.url)
     with Screen(console) as screen:
         try:
-            async with Run(target, scenario.name, size, processes=options.processes, watch=screen) as run:
+            async with Run(target, scenario.name, size, processes=options.processes, progress=screen) as run:
                 await run.connect()
                 if scenario.name == "history":
                     await _write_history(run, target, size.messages, screen)
@@ -146,43 +146,45 @@ async def _load(options: Options, console: Console) -> int:
                     await run.drive(options.seconds, size.rate)
                 result = run.result
         finally:
-            screen.tell("leaving …")
+            screen.step("leaving …")
             await target.leave()
     return _conclude(result, options, console)
 
 
 async def _write_history(run: Run, target: OpenChat, count: int, screen: "Screen") -> None:
     """Write the missing messages of the long conversation, which is kept between runs."""
-    about = str(target.purse.history)
-    async for written in run.fill(about, target.purse.written, count):
-        target.purse.written = written
+    about = str(target.cache.history)
+    async for written in run.fill(about, target.cache.written, count):
+        target.cache.written = written
         target.save()
-        screen.tell(f"writing the conversation: {written:,} of {count:,} …")
+        screen.step(f"writing the conversation: {written:,} of {count:,} …")
 
 
 async def find_limit(run: Run, rate: float, bound: float, *, seconds: float = STEP_SECONDS) -> None:
     """Raise the rate until the server exceeds `bound`, in seconds, then bisect between the last two rates."""
     good, bad = 0.0, 0.0
-    while not bad or (bad - good) / bad > (STEP - 1) / 2**NARROWER:
+    while not bad or (bad - good) / bad > (STEP - 1) / 2**BISECTIONS:
         phase = await run.drive(seconds, rate)
-        if is_fine(phase, bound):
+        if is_sustained(phase, bound):
             good, rate = rate, rate * STEP if not bad else (rate + bad) / 2
         else:
             bad, rate = rate, (good + rate) / 2
-        run.watch.tell(f"{phase.rate:,.0f} per second: p99 {slowest(phase) * MS:.0f} ms")
+        run.progress.step(f"{phase.rate:,.0f} per second: p99 {slowest(phase) * MS:.0f} ms")
         if bad and good < 1:
             return
 
 
-def is_fine(phase: Phase, bound: float) -> bool:
+def is_sustained(phase: Phase, bound: float) -> bool:
     """Return whether the server sustained the rate of a step of --find-limit."""
     tally = phase.tally
-    return slowest(phase) <= bound and tally.answered >= tally.sent * KEPT_UP and not tally.wrong and not tally.errors
+    return (
+        slowest(phase) <= bound and tally.answered >= tally.sent * MIN_ANSWERED and not tally.wrong and not tally.errors
+    )
 
 
 def best(result: Result, bound: float) -> Phase | None:
     """Return the step of --find-limit with the highest sustained rate, or None."""
-    fine = (phase for phase in result.phases[1:] if is_fine(phase, bound))
+    fine = (phase for phase in result.phases[1:] if is_sustained(phase, bound))
     return max(fine, key=lambda phase: phase.rate, default=None)
 
 
@@ -231,7 +233,7 @@ def _tables(result: Result, bound: float | None) -> Table:
                 f"{phase.rate:,.0f}", f"{tally.sent / seconds:,.0f}", f"{tally.delivered / seconds:,.0f}",
                 f"{spans.percentile(0.5) * MS:.1f}", f"{spans.percentile(0.99) * MS:.1f}",
                 f"{phase.cpu_seconds / tally.delivered * 1e6:.1f}" if phase.cpu and tally.delivered else "",
-                "[green]sustained[/]" if is_fine(phase, bound) else "[red]exceeded[/]",
+                "[green]sustained[/]" if is_sustained(phase, bound) else "[red]exceeded[/]",
             )  # fmt: skip
         return table
     table.add_column("")
@@ -243,7 +245,7 @@ def _tables(result: Result, bound: float | None) -> Table:
     return table
 
 
-class Screen(Watch):
+class Screen(Progress):
     """The live view."""
 
     def __init__(self, console: Console) -> None:
@@ -257,13 +259,13 @@ class Screen(Watch):
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def tell(self, line: str) -> None:
+    def step(self, text: str) -> None:
         """Show the current step."""
-        self._live.update(visible(line, "dim"))
+        self._live.update(visible(text, "dim"))
         if not self._console.is_terminal:
-            self._console.print(visible(line))
+            self._console.print(visible(text))
 
-    def see(self, phase: str, moment: Moment, total: Tally) -> None:
+    def update(self, phase: str, moment: Moment, total: Tally) -> None:
         """Show the figures of the last second."""
         table = Table.grid(padding=(0, 2))
         table.add_row(

@@ -16,8 +16,8 @@ from uuid import UUID
 import msgspec
 import uvloop
 
-from loadtest.ledger import Ledger
-from loadtest.line import Later, Line
+from loadtest.connection import Connection, RetryLater
+from loadtest.counters import Counters
 from loadtest.orders import Connect, Done, Drive, Fill, Order, Report, Settle, Tick
 from loadtest.scenario import Scenario
 from loadtest.scenarios import SCENARIOS
@@ -27,11 +27,11 @@ from protocol.client import Send
 from protocol.ids import ConversationId
 
 TICK_SECONDS = 0.5
-PATIENCE = 30.0
+TIMEOUT_SECONDS = 30.0
 """Max wait for an answer or a connection, in seconds."""
 FILL_AT_ONCE = 256
-LOOK_SECONDS = 0.02
-AGAIN_SECONDS = 0.1
+POLL_SECONDS = 0.02
+RETRY_SECONDS = 0.1
 
 _orders = msgspec.json.Decoder(Order)
 
@@ -40,8 +40,8 @@ class Crowd:
     """The connections of this process."""
 
     def __init__(self) -> None:
-        self.ledger = Ledger()
-        self.lines: list[Line] = []
+        self.counters = Counters()
+        self.connections: list[Connection] = []
         self.streams: dict[str, Stream] = {}
         self.members: dict[str, list[str]] = {}
         self.host = ("", 0)
@@ -52,14 +52,14 @@ class Crowd:
     async def serve(self, orders: asyncio.StreamReader) -> None:
         """Carry out orders until the input ends."""
         ticking = asyncio.create_task(self._tick())
-        while line := await orders.readline():
+        while text := await orders.readline():
             try:
-                say(await self._obey(_orders.decode(line)))
+                emit(await self._execute(_orders.decode(text)))
             except (OSError, TimeoutError) as error:
-                say(Done(failed=str(error) or "timed out"))
+                emit(Done(failed=str(error) or "timed out"))
         ticking.cancel()
 
-    async def _obey(self, order: Order) -> Done:
+    async def _execute(self, order: Order) -> Done:
         if isinstance(order, Connect):
             await self._connect(order)
         elif isinstance(order, Drive):
@@ -71,21 +71,21 @@ class Crowd:
         return Done(versions=self._versions())
 
     async def _connect(self, order: Connect) -> None:
-        module, _, name = order.line.partition(":")
-        kind: type[Line] = getattr(importlib.import_module(module), name)
+        module, _, name = order.connection.partition(":")
+        kind: type[Connection] = getattr(importlib.import_module(module), name)
         self.host, self.name = (order.address, order.port), order.host
         self.members |= order.members
-        lines = [kind(self, seat) for seat in order.seats]
-        waiting = iter(lines)
+        connections = [kind(self, user) for user in order.users]
+        waiting = iter(connections)
 
         async def connect_some() -> None:
-            for line in waiting:
-                await self._arrive(line)
+            for connection in waiting:
+                await self._open(connection)
 
-        await asyncio.gather(*(connect_some() for _ in range(min(order.at_once, len(lines)))))
-        self.lines += lines
+        await asyncio.gather(*(connect_some() for _ in range(min(order.at_once, len(connections)))))
+        self.connections += connections
         if order.is_quiet:
-            self.ledger.take()
+            self.counters.take()
 
     async def _drive(self, order: Drive) -> None:
         scenario = SCENARIOS[order.scenario](self, order.size, order.seed)
@@ -117,84 +117,90 @@ class Crowd:
         deadline = time.monotonic() + order.seconds
         for task in list(self._tasks):
             await task
-        late = self.lines
+        late = self.connections
         while late and time.monotonic() < deadline:
-            late = [line for line in late if self._is_late(line, order)]
-            await asyncio.sleep(LOOK_SECONDS)
-        for line in late:
-            self.ledger.lost += self._missing(line, order)
-            self.ledger.errors["no answer"] += line.is_waiting
-        for line in self.lines:
-            line.leave_stream()
+            late = [connection for connection in late if self._is_late(connection, order)]
+            await asyncio.sleep(POLL_SECONDS)
+        for connection in late:
+            self.counters.lost += self._missing(connection, order)
+            self.counters.errors["no answer"] += connection.is_waiting
+        for connection in self.connections:
+            connection.leave_stream()
         self.streams.clear()
 
-    def _is_late(self, line: Line, order: Settle) -> bool:
-        return line.is_parting or (line.is_open and (line.is_waiting or bool(self._missing(line, order))))
+    def _is_late(self, connection: Connection, order: Settle) -> bool:
+        return connection.is_reconnecting or (
+            connection.is_open and (connection.is_waiting or bool(self._missing(connection, order)))
+        )
 
-    def _missing(self, line: Line, order: Settle) -> int:
-        if not line.is_ordered:
+    def _missing(self, connection: Connection, order: Settle) -> int:
+        if not connection.is_ordered:
             return 0
-        return sum(max(0, order.versions.get(one, 0) - line.position(one)) for one in line.seat.conversations)
+        return sum(
+            max(0, order.versions.get(one, 0) - connection.position(one)) for one in connection.user.conversations
+        )
 
     async def _fill(self, order: Fill) -> None:
-        talkers = [line for line in self.lines if line.seat.talks]
+        talkers = [connection for connection in self.connections if connection.user.talks]
         numbers = iter(range(order.first, order.last))
         about = ConversationId(UUID(order.conversation_id))
 
-        async def write(line: Line) -> None:
+        async def write(connection: Connection) -> None:
             for number in numbers:
                 message = Send(
                     conversation_id=about,
                     message_id=message_id(order.conversation_id, number),
                     content=f"This is message {number:,} of a long conversation, and not the last one.",
                 )
-                await asyncio.wait_for(line.answer(message), PATIENCE)
+                await asyncio.wait_for(connection.answer(message), TIMEOUT_SECONDS)
 
-        await asyncio.gather(*(write(line) for line in talkers for _ in range(-(-FILL_AT_ONCE // len(talkers)))))
+        await asyncio.gather(
+            *(write(connection) for connection in talkers for _ in range(-(-FILL_AT_ONCE // len(talkers))))
+        )
 
     def _join_streams(self) -> None:
-        for line in self.lines:
-            if len(line.positions) == 1 and line.is_open:
-                ((about, version),) = line.positions.items()
+        for connection in self.connections:
+            if len(connection.positions) == 1 and connection.is_open:
+                ((about, version),) = connection.positions.items()
                 stream = self.streams.get(about)
                 if stream is None:
                     stream = self.streams[about] = Stream(version)
                 if stream.version == version:
-                    line.join_stream(about, stream)
+                    connection.join_stream(about, stream)
 
     def _versions(self) -> dict[str, int]:
         versions: dict[str, int] = {}
-        for line in self.lines:
-            for about in line.seat.conversations:
-                versions[about] = max(versions.get(about, 0), line.position(about))
+        for connection in self.connections:
+            for about in connection.user.conversations:
+                versions[about] = max(versions.get(about, 0), connection.position(about))
         return versions
 
-    def reconnect(self, line: Line, due: int) -> None:
-        """Reconnect a line at `due`, in nanoseconds of the monotonic clock."""
-        self._spawn(self._reconnect(line, due))
+    def reconnect(self, connection: Connection, due: int) -> None:
+        """Reconnect a connection at `due`, in nanoseconds of the monotonic clock."""
+        self._spawn(self._reconnect(connection, due))
 
-    async def _reconnect(self, line: Line, due: int) -> None:
+    async def _reconnect(self, connection: Connection, due: int) -> None:
         await asyncio.sleep(max(0.0, (due - time.monotonic_ns()) / 1e9))
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < deadline:
             try:
-                await self._arrive(line, due=max(due / 1e9, line.began))
+                await self._open(connection, due=max(due / 1e9, connection.began))
             except ConnectionError:
-                await asyncio.sleep(AGAIN_SECONDS)  # no server listens at the moment
+                await asyncio.sleep(RETRY_SECONDS)  # no server listens at the moment
             except (OSError, TimeoutError):
                 break
             else:
                 return
-        line.is_parting = False
-        self.ledger.errors["could not reconnect"] += 1
+        connection.is_reconnecting = False
+        self.counters.errors["could not reconnect"] += 1
 
-    async def _arrive(self, line: Line, *, due: float | None = None) -> None:
-        """Connect a line, and retry as long as the server asks to connect later."""
+    async def _open(self, connection: Connection, *, due: float | None = None) -> None:
+        """Open a connection, and retry as long as the server asks to connect later."""
         while True:
             try:
-                await asyncio.wait_for(line.connect(due=due), PATIENCE)
-            except Later as error:
-                self.ledger.turned_away += 1
+                await asyncio.wait_for(connection.connect(due=due), TIMEOUT_SECONDS)
+            except RetryLater as error:
+                self.counters.deferred += 1
                 await asyncio.sleep(error.seconds)
             else:
                 return
@@ -207,10 +213,16 @@ class Crowd:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            say(Tick(tally=self.ledger.take(), open=sum(line.is_open for line in self.lines), behind=self._behind))
+            emit(
+                Tick(
+                    tally=self.counters.take(),
+                    open=sum(connection.is_open for connection in self.connections),
+                    behind=self._behind,
+                )
+            )
 
 
-def say(report: Report) -> None:
+def emit(report: Report) -> None:
     """Write a report to the command."""
     sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
     sys.stdout.buffer.flush()

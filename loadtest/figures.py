@@ -52,8 +52,8 @@ def _of_driving(phase: Phase) -> list[Figure]:
     if tally.resumed:
         figures.append(Figure("reconnected", f"{tally.resumed:,}: {spread(Histogram(tally.opened))}"))
         figures.append(Figure("reconnected, each second", curve(phase)))
-    if tally.turned_away:
-        figures.append(Figure("asked to connect later", f"{tally.turned_away:,} times"))
+    if tally.deferred:
+        figures.append(Figure("asked to connect later", f"{tally.deferred:,} times"))
     if phase.cpu:
         figures.append(Figure("server CPU, cores", cores(phase)))
     if phase.cpu and tally.delivered:

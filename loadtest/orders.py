@@ -2,8 +2,8 @@
 
 import msgspec
 
-from loadtest.ledger import Tally
-from loadtest.line import Seat
+from loadtest.connection import User
+from loadtest.counters import Tally
 from loadtest.scenario import Size
 
 
@@ -12,13 +12,13 @@ class _Order(msgspec.Struct, tag_field="order", kw_only=True):
 
 
 class Connect(_Order, tag="connect", kw_only=True):
-    """Connect these seats, max `at_once` of them concurrently."""
+    """Connect these users, max `at_once` of them concurrently."""
 
-    line: str
+    connection: str
     host: str
     address: str
     port: int
-    seats: list[Seat]
+    users: list[User]
     members: dict[str, list[str]]
     at_once: int
     is_quiet: bool = False

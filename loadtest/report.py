@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from html import escape
 
 from loadtest import figures
+from loadtest.counters import Tally
 from loadtest.histogram import Histogram
-from loadtest.ledger import Tally
 from loadtest.plot import Series, axis, svg
 from loadtest.run import Moment, Phase, Result
 

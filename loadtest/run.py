@@ -10,9 +10,9 @@ from typing import Self
 
 import msgspec
 
+from loadtest.connection import User
+from loadtest.counters import Tally
 from loadtest.histogram import Histogram
-from loadtest.ledger import Tally
-from loadtest.line import Seat
 from loadtest.machine import Machine, Usage
 from loadtest.orders import Connect, Done, Drive, Fill, Order, Report, Settle, Tick
 from loadtest.scenario import Size
@@ -101,9 +101,9 @@ class Result(msgspec.Struct, kw_only=True):
 class Process:
     """A child process of the crowd."""
 
-    def __init__(self, process: asyncio.subprocess.Process, heard: Callable[[Tick], None]) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, on_frame: Callable[[Tick], None]) -> None:
         self._process = process
-        self._heard = heard
+        self._on_tick = on_frame
         self._done: asyncio.Future[Done] | None = None
         self._reading = asyncio.create_task(self._read())
 
@@ -112,7 +112,7 @@ class Process:
         """The process id."""
         return self._process.pid
 
-    async def obey(self, order: Order) -> Done:
+    async def execute(self, order: Order) -> Done:
         """Send an order and wait until it is done. Raises Unusable if it fails."""
         self._done = asyncio.get_running_loop().create_future()
         assert self._process.stdin is not None  # noqa: S101 - asked for
@@ -131,10 +131,10 @@ class Process:
 
     async def _read(self) -> None:
         assert self._process.stdout is not None  # noqa: S101 - asked for
-        while line := await self._process.stdout.readline():
-            report = _reports.decode(line)
+        while text := await self._process.stdout.readline():
+            report = _reports.decode(text)
             if isinstance(report, Tick):
-                self._heard(report)
+                self._on_tick(report)
             elif self._done is not None:
                 self._done.set_result(report)
         if self._done is not None and not self._done.done():
@@ -144,14 +144,14 @@ class Process:
 class Run:
     """A crowd for one target. It is an async context manager, and its processes end with it."""
 
-    def __init__(self, target: Target, scenario: str, size: Size, *, processes: int, watch: "Watch") -> None:
+    def __init__(self, target: Target, scenario: str, size: Size, *, processes: int, progress: "Progress") -> None:
         self._target = target
         self._scenario = SCENARIOS[scenario]
         self._size = size
         self._count = processes
-        self.watch = watch
+        self.progress = progress
         self._processes: list[Process] = []
-        self._hands: list[list[Seat]] = []
+        self._parts: list[list[User]] = []
         self._ticks: list[Tick] = []
         self._phases: list[Phase] = []
         self._base: dict[str, int] = {}
@@ -186,25 +186,25 @@ class Run:
 
     async def connect(self, *, at_once: int = 64) -> Phase:
         """Connect everyone as fast as possible, with max `at_once` connections pending."""
-        seats, members = await self._target.prepare(self._scenario.layout(self._size), self.watch.tell)
-        seats = [seats[number % len(seats)] for number in range(self._size.connections)]
-        self._seats = len(seats)
+        users, members = await self._target.prepare(self._scenario.layout(self._size), self.progress.step)
+        users = [users[number % len(users)] for number in range(self._size.connections)]
+        self._seats = len(users)
         target = self._target
         # The participants of a conversation are spread over all processes, so every process has some senders.
-        self._hands = [seats[number :: self._count] for number in range(self._count)]
+        self._parts = [users[number :: self._count] for number in range(self._count)]
 
-        def order(seats: list[Seat], at_once: int) -> Connect:
-            mine = {one for seat in seats for one in seat.conversations}
+        def order(users: list[User], at_once: int) -> Connect:
+            mine = {one for user in users for one in user.conversations}
             return Connect(
-                line=target.line, host=target.host, address=target.address, port=target.port, seats=seats,
+                connection=target.connection, host=target.host, address=target.address, port=target.port, users=users,
                 members={one: members[one] for one in mine}, at_once=at_once,
             )  # fmt: skip
 
         # The first connections allocate memory only once, so they are not measured.
         await asyncio.gather(
             *(
-                process.obey(msgspec.structs.replace(order(hand[:1], 1), is_quiet=True))
-                for process, hand in zip(self._processes, self._hands, strict=True)
+                process.execute(msgspec.structs.replace(order(part[:1], 1), is_quiet=True))
+                for process, part in zip(self._processes, self._parts, strict=True)
             )
         )
         await asyncio.sleep(REST_SECONDS)
@@ -213,8 +213,8 @@ class Run:
             share = max(1, at_once // self._count)
             await asyncio.gather(
                 *(
-                    process.obey(order(hand[1:], share))
-                    for process, hand in zip(self._processes, self._hands, strict=True)
+                    process.execute(order(part[1:], share))
+                    for process, part in zip(self._processes, self._parts, strict=True)
                 )
             )
         return self._phases[-1]
@@ -224,9 +224,9 @@ class Run:
         await asyncio.sleep(REST_SECONDS)
         async with self._phase(self._scenario.name, rate, seconds):
             begin = time.monotonic_ns() + int(START_SECONDS * 1e9)
-            talking = [sum(seat.talks for seat in hand) for hand in self._hands]
+            talking = [sum(user.talks for user in part) for part in self._parts]
             done = await asyncio.gather(*(
-                process.obey(
+                process.execute(
                     Drive(
                         scenario=self._scenario.name, size=self._size, rate=rate * share / sum(talking),
                         begin=begin, end=begin + int(seconds * 1e9), seed=number,
@@ -241,7 +241,7 @@ class Run:
                     for about, version in one.versions.items():
                         versions[about] = max(version, versions.get(about, 0))
                 done = await asyncio.gather(
-                    *(process.obey(Settle(versions=versions, seconds=SETTLE_SECONDS)) for process in self._processes)
+                    *(process.execute(Settle(versions=versions, seconds=SETTLE_SECONDS)) for process in self._processes)
                 )
         return self._phases[-1]
 
@@ -253,7 +253,7 @@ class Run:
                 Fill(conversation_id=conversation_id, first=min(last, start + FILL_BLOCK * number), last=end)
                 for number, end in enumerate(ends)
             ]
-            await asyncio.gather(*(one.obey(order) for one, order in zip(self._processes, orders, strict=True)))
+            await asyncio.gather(*(one.execute(order) for one, order in zip(self._processes, orders, strict=True)))
             yield ends[-1]
 
     @contextlib.asynccontextmanager
@@ -265,7 +265,7 @@ class Run:
         before, own, began = machine.usage(), self._own(), time.monotonic()
         last, at = before, began
 
-        def look() -> None:
+        def sample() -> None:
             """Append a moment with the ticks since the last one."""
             nonlocal last, at, behind
             now, usage = time.monotonic(), machine.usage()
@@ -276,24 +276,24 @@ class Run:
             self._ticks.clear()
             total.add(tally)
             moments.append(_moment(now - began, now - at, tally, usage, last))
-            self.watch.see(name, moments[-1], total)
+            self.progress.update(name, moments[-1], total)
             last, at = usage, now
 
-        async def keep_looking() -> None:
+        async def keep_sampling() -> None:
             while True:
                 await asyncio.sleep(1.0)
-                look()
+                sample()
 
-        looking = asyncio.create_task(keep_looking())
+        sampling = asyncio.create_task(keep_sampling())
         try:
             yield
         finally:
             seconds = time.monotonic() - began
             after = machine.usage(memory=True)
             crowd_cpu = self._own() - own
-            looking.cancel()
+            sampling.cancel()
         await asyncio.sleep(REST_SECONDS)  # for the last ticks
-        look()
+        sample()
         self._phases.append(
             Phase(
                 name=name, rate=rate, seconds=seconds, load_seconds=load_seconds or seconds, tally=total,
@@ -307,13 +307,13 @@ class Run:
         return Machine([process.pid for process in self._processes]).usage().seconds
 
 
-class Watch:
+class Progress:
     """Receives the progress of a run. This one ignores it."""
 
-    def tell(self, line: str) -> None:
+    def step(self, text: str) -> None:
         """Receive a description of the current step."""
 
-    def see(self, phase: str, moment: Moment, total: Tally) -> None:
+    def update(self, phase: str, moment: Moment, total: Tally) -> None:
         """Receive the figures of the last second."""
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from loadtest.line import Seat
+from loadtest.connection import User
 
 if TYPE_CHECKING:
     from loadtest.crowd import Crowd
@@ -34,16 +34,16 @@ class Layout(msgspec.Struct, kw_only=True):
     is_kept: bool = False
     """Whether the (one) conversation is kept for the next run."""
 
-    def fill(self, seats: list[Seat], conversations: Sequence[str]) -> dict[str, list[str]]:
-        """Fill the conversations and `talks` of each seat, and return the users of each conversation. `conversations`
+    def fill(self, users: list[User], conversations: Sequence[str]) -> dict[str, list[str]]:
+        """Fill the conversations and `talks` of each user, and return the users of each conversation. `conversations`
         are ids in the order of `groups`.
         """
         members: dict[str, list[str]] = {}
         for about, group in zip(conversations, self.groups, strict=True):
-            members[about] = [seats[one].user_id for one in group]
+            members[about] = [users[one].user_id for one in group]
             for place, one in enumerate(group):
-                seats[one].conversations.append(about)
-                seats[one].talks |= not self.talkers or place < self.talkers
+                users[one].conversations.append(about)
+                users[one].talks |= not self.talkers or place < self.talkers
         return members
 
 
@@ -60,7 +60,7 @@ class Scenario:
     """Number of connections; 0 means one per person."""
     rate: ClassVar[float] = 0.0
     is_broadcast: ClassVar[bool] = False
-    """Whether everyone is in one conversation and receives only its messages. Then lines compare streams of bytes."""
+    """Whether everyone is in one conversation and receives only its messages. Then connections compare streams."""
 
     def __init__(self, crowd: "Crowd", size: Size, seed: int) -> None:
         self.crowd = crowd

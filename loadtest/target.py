@@ -12,7 +12,7 @@ import httpx
 import msgspec
 import platformdirs
 
-from loadtest.line import Seat
+from loadtest.connection import User
 from loadtest.machine import Machine, behind, is_here
 from loadtest.scenario import Layout
 from protocol import client
@@ -44,7 +44,7 @@ class Person(msgspec.Struct):
     token: str
 
 
-class Purse(msgspec.Struct):
+class Cache(msgspec.Struct):
     """The data kept between runs. It has the accounts, because each registration costs the server tens of milliseconds.
     It has the long conversation of `history`, because writing it takes minutes.
     """
@@ -59,15 +59,15 @@ class Purse(msgspec.Struct):
 class Target(Protocol):
     """A server under load."""
 
-    line: str
+    connection: str
     """The class of its connections, as `module:class`."""
     host: str
     port: int
     address: str
     machine: Machine
 
-    async def prepare(self, layout: Layout, tell: Callable[[str], None]) -> tuple[list[Seat], dict[str, list[str]]]:
-        """Return a seat per person, and the users of each conversation."""
+    async def prepare(self, layout: Layout, step: Callable[[str], None]) -> tuple[list[User], dict[str, list[str]]]:
+        """Return the users to connect, and the users of each conversation."""
 
     async def leave(self) -> None:
         """Remove what `prepare` created."""
@@ -76,7 +76,7 @@ class Target(Protocol):
 class OpenChat:
     """An OpenChat server at a URL. Raises Unusable if the URL is invalid or its host is unknown."""
 
-    line = "loadtest.line:Line"
+    connection = "loadtest.connection:Connection"
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
@@ -93,22 +93,22 @@ class OpenChat:
         folder = Path(platformdirs.user_cache_dir("openchat", appauthor=False))
         self._path = folder / "load" / f"{self.host}_{self.port}.json"
         self._made: list[tuple[ConversationId, list[Person]]] = []
-        self.purse = Purse()
+        self.cache = Cache()
 
-    async def prepare(self, layout: Layout, tell: Callable[[str], None]) -> tuple[list[Seat], dict[str, list[str]]]:
+    async def prepare(self, layout: Layout, step: Callable[[str], None]) -> tuple[list[User], dict[str, list[str]]]:
         """Create the missing people, and the conversations."""
         await self._open()
-        people = await self._people(layout.people, tell)
-        seats = [
-            Seat(token=one.token, user_id=str(one.user_id), source=self._source(number), conversations=[], talks=False)
+        people = await self._people(layout.people, step)
+        users = [
+            User(token=one.token, user_id=str(one.user_id), source=self._source(number), conversations=[], talks=False)
             for number, one in enumerate(people)
         ]
-        tell(f"creating {len(layout.groups)} conversations …")
+        step(f"creating {len(layout.groups)} conversations …")
         async with self._client() as http:
             made = await some_at_once(
                 self._conversation(http, [people[one] for one in group], layout) for group in layout.groups
             )
-        return seats, layout.fill(seats, [str(one) for one in made])
+        return users, layout.fill(users, [str(one) for one in made])
 
     async def leave(self) -> None:
         """Make everyone leave the conversations of this run, so that the next one starts without them."""
@@ -141,30 +141,30 @@ class OpenChat:
         """Write the kept data to its file."""
         require_folder(self._path.parent)
         with aside(self._path, replaces=True) as write:
-            write(msgspec.json.encode(self.purse))
+            write(msgspec.json.encode(self.cache))
 
     async def _open(self) -> None:
         """Read the accounts of earlier runs, if the server still accepts them."""
-        if self._path.exists() and not self.purse.people:
-            self.purse = msgspec.json.decode(self._path.read_bytes(), type=Purse)
+        if self._path.exists() and not self.cache.people:
+            self.cache = msgspec.json.decode(self._path.read_bytes(), type=Cache)
         async with self._client() as http:
             try:
                 await http.get("/healthz")
-                if self.purse.people:
-                    await self.call(http, self.purse.people[0], client.Ping())
+                if self.cache.people:
+                    await self.call(http, self.cache.people[0], client.Ping())
             except httpx.HTTPError:
                 raise Unusable(
                     f"cannot connect to {self._url}. Start a server with `openchat`, or name another one with --url."
                 ) from None
             except Unusable:
-                self.purse = Purse()
+                self.cache = Cache()
 
-    async def _people(self, count: int, tell: Callable[[str], None]) -> list[Person]:
-        known = self.purse.people
+    async def _people(self, count: int, step: Callable[[str], None]) -> list[Person]:
+        known = self.cache.people
         for start in range(len(known), count, PER_ADDRESS):
             async with self._client(self._source(start)) as http:
                 known += await some_at_once(self._register(http) for _ in range(start, min(start + PER_ADDRESS, count)))
-            tell(f"creating accounts: {len(known)} of {count} …")
+            step(f"creating accounts: {len(known)} of {count} …")
             self.save()
         return known[:count]
 
@@ -184,8 +184,8 @@ class OpenChat:
 
     async def _conversation(self, http: httpx.AsyncClient, people: list[Person], layout: Layout) -> ConversationId:
         first, *others = people
-        if layout.is_kept and self.purse.history is not None and self.purse.readers == len(people):
-            return self.purse.history
+        if layout.is_kept and self.cache.history is not None and self.cache.readers == len(people):
+            return self.cache.history
         if layout.is_direct:
             reply = await self.call(http, first, client.CreateDirect(user_id=others[0].user_id))
             assert isinstance(reply.result, OneConversation)  # noqa: S101 - the protocol guarantees it
@@ -199,7 +199,7 @@ class OpenChat:
             added = client.AddParticipants(conversation_id=made, participants=some)
             await self._follow(http, made, await self.call(http, first, added), others)
         if layout.is_kept:
-            self.purse.history, self.purse.readers, self.purse.written = made, len(people), 0
+            self.cache.history, self.cache.readers, self.cache.written = made, len(people), 0
         else:
             self._made.append((made, people))
         return made

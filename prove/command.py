@@ -188,9 +188,9 @@ def _schedule(faults: Sequence[Fault], seed: int) -> Iterator[Fault]:
     """Yield all faults in order, and then repeatedly in random orders, which the seed determines."""
     yield from faults
     shuffled = list(faults)
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     while True:
-        chance.shuffle(shuffled)
+        rng.shuffle(shuffled)
         yield from shuffled
 
 

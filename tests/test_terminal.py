@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from loadtest import command as load
-from loadtest.ledger import Tally
+from loadtest.counters import Tally
 from loadtest.run import Moment
 from prove import command as prove
 from prove.run import Proof
@@ -147,10 +147,10 @@ def test_load_and_prove_escape_answers_of_the_server() -> None:
         at=1, sent=1, delivered=1, answer_p50=0, answer_p99=0, delivery_p50=0, delivery_p99=0, returned=0, cpu={}
     )
     with load_screen:
-        load_screen.tell(hostile)
-        load_screen.see("load", moment, Tally(errors={hostile: 1}))
+        load_screen.step(hostile)
+        load_screen.update("load", moment, Tally(errors={hostile: 1}))
     plain_console = Console(file=drawn, width=200)
-    load.Screen(plain_console).tell(hostile)
+    load.Screen(plain_console).step(hostile)
     prove.Screen(plain_console, Proof(seed=1, people=1, rate=1, where="")).step(hostile)
     shown = drawn.getvalue()
     assert shown.count(r"\u202eevil") >= 3

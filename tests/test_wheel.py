@@ -136,7 +136,7 @@ def test_hook_renames_every_import_of_the_tree(hook: ModuleType, tmp_path: Path)
     assert "openchat.server.db.migrate" in names
 
 
-MODULES = frozenset({"server", "server.core", "server.core.log", "loadtest", "loadtest.line"})
+MODULES = frozenset({"server", "server.core", "server.core.log", "loadtest", "loadtest.connection"})
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ MODULES = frozenset({"server", "server.core", "server.core.log", "loadtest", "lo
         ("if é:\n    x = 'é'; from server import core", "if é:\n    x = 'é'; from openchat.server import core"),
         ("import os, server.core as core", "import os, openchat.server.core as core"),
         ('run("-m", "server.core", b"server.core")', 'run("-m", "openchat.server.core", b"openchat.server.core")'),
-        ('line = "loadtest.line:Line"', 'line = "openchat.loadtest.line:Line"'),
+        ('connection = "loadtest.connection:Connection"', 'connection = "openchat.loadtest.connection:Connection"'),
         ("from servers import core", None),
         ("from . import server", None),
         ('kind = {"server": "server.example"}', None),

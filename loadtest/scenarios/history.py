@@ -28,10 +28,10 @@ class History(Scenario):
         return Layout(people=size.people, groups=[everyone], talkers=min(TALKERS, size.people), is_kept=True)
 
     def act(self, due: int) -> None:
-        line = self.random.choice(self.crowd.lines)
-        about = line.seat.conversations[0]
+        connection = self.random.choice(self.crowd.connections)
+        about = connection.user.conversations[0]
         anchor = message_id(about, self.random.randrange(self.size.messages))
-        line.ask(client.History(conversation_id=ConversationId(UUID(about)), around=anchor, limit=50), due)
+        connection.ask(client.History(conversation_id=ConversationId(UUID(about)), around=anchor, limit=50), due)
 
 
 def message_id(conversation_id: str, number: int) -> MessageId:

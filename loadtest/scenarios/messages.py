@@ -2,7 +2,7 @@
 
 from uuid import UUID
 
-from loadtest.line import Line
+from loadtest.connection import Connection
 from loadtest.scenario import Scenario
 from loadtest.scenarios.mixed import at
 from protocol import client
@@ -28,20 +28,20 @@ class Messages(Scenario):
         self._polls: dict[str, str] = {}
 
     def act(self, due: int) -> None:
-        line = self.random.choice(self.crowd.lines)
-        if line.is_open and line.seat.conversations:
-            line.ask(self._frame(line, self.random.choice(line.seat.conversations)), due)
+        connection = self.random.choice(self.crowd.connections)
+        if connection.is_open and connection.user.conversations:
+            connection.ask(self._frame(connection, self.random.choice(connection.user.conversations)), due)
 
-    def _frame(self, line: Line, about: str) -> Frame:
-        latest = line.latest.get(about)
+    def _frame(self, connection: Connection, about: str) -> Frame:
+        latest = connection.latest.get(about)
         if latest is None:
-            return self._say(about)
+            return self._send(about)
         place = at(about, latest)
         poll = self._polls.get(about)
         makes = (
-            (20, lambda: self._say(about)),
-            (20, lambda: self._say(about, reply_to=latest)),
-            (2, lambda: self._ask(about)),
+            (20, lambda: self._send(about)),
+            (20, lambda: self._send(about, reply_to=latest)),
+            (2, lambda: self._send_poll(about)),
             (10, lambda: client.Vote(**at(about, poll), options=[self.random.randrange(3)]) if poll else client.Ping()),
             (10, lambda: client.Delivered(**place)),
             (10, lambda: client.Read(**place)),
@@ -55,7 +55,7 @@ class Messages(Scenario):
         (make,) = self.random.choices([make for _, make in makes], [share for share, _ in makes])
         return make()
 
-    def _say(self, about: str, reply_to: str | None = None) -> client.Send:
+    def _send(self, about: str, reply_to: str | None = None) -> client.Send:
         return client.Send(
             conversation_id=ConversationId(UUID(about)),
             message_id=MessageId(uuid7()),
@@ -63,7 +63,7 @@ class Messages(Scenario):
             parent_message_id=None if reply_to is None else MessageId(UUID(reply_to)),
         )
 
-    def _ask(self, about: str) -> client.Send:
+    def _send_poll(self, about: str) -> client.Send:
         frame = client.Send(
             conversation_id=ConversationId(UUID(about)),
             message_id=MessageId(uuid7()),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
-from loadtest.line import Line
+from loadtest.connection import Connection
 from loadtest.scenario import Layout, Scenario, Size, split
 from protocol import client
 from protocol.ids import ConversationId, MessageId
@@ -35,54 +35,54 @@ class Mixed(Scenario):
         return Layout(people=size.people, groups=[*groups, people])
 
     def act(self, due: int) -> None:
-        line = self.random.choice(self.crowd.lines)
-        if line.is_open and line.seat.conversations:
+        connection = self.random.choice(self.crowd.connections)
+        if connection.is_open and connection.user.conversations:
             act = self.random.choices(ACTS, SHARES)[0]
-            act(self, line, self.random.choice(line.seat.conversations), due)
+            act(self, connection, self.random.choice(connection.user.conversations), due)
 
-    def send(self, line: Line, about: str, due: int) -> None:
+    def send(self, connection: Connection, about: str, due: int) -> None:
         """Send a message, and edit a few of them."""
-        message_id = line.send(about, due)
+        message_id = connection.send(about, due)
         if self.random.random() < 0.05:  # noqa: PLR2004 - one in twenty
-            line.ask(client.Edit(**at(about, str(message_id)), content="I meant to say something else"), due)
+            connection.ask(client.Edit(**at(about, str(message_id)), content="I meant to say something else"), due)
 
-    def read(self, line: Line, about: str, due: int) -> None:
+    def read(self, connection: Connection, about: str, due: int) -> None:
         """Mark the latest message as read."""
-        if about in line.latest:
-            line.ask(client.Read(**at(about, line.latest[about])), due)
+        if about in connection.latest:
+            connection.ask(client.Read(**at(about, connection.latest[about])), due)
 
-    def type(self, line: Line, about: str, due: int) -> None:
+    def type(self, connection: Connection, about: str, due: int) -> None:
         """Send a typing indicator."""
-        line.ask(client.Typing(conversation_id=ConversationId(UUID(about))), due)
+        connection.ask(client.Typing(conversation_id=ConversationId(UUID(about))), due)
 
-    def react(self, line: Line, about: str, due: int) -> None:
+    def react(self, connection: Connection, about: str, due: int) -> None:
         """React to the latest message."""
-        if about in line.latest:
-            line.ask(client.React(**at(about, line.latest[about]), emoji=self.random.choice(EMOJI)), due)
+        if about in connection.latest:
+            connection.ask(client.React(**at(about, connection.latest[about]), emoji=self.random.choice(EMOJI)), due)
 
-    def look_back(self, line: Line, about: str, due: int) -> None:
+    def read_history(self, connection: Connection, about: str, due: int) -> None:
         """Read the newest page of history."""
-        line.ask(client.History(conversation_id=ConversationId(UUID(about))), due)
+        connection.ask(client.History(conversation_id=ConversationId(UUID(about))), due)
 
-    def be_seen(self, line: Line, _: str, due: int) -> None:
+    def set_presence(self, connection: Connection, _: str, due: int) -> None:
         """Change the presence to away or online."""
-        line.ask(client.SetPresence(status=self.random.choice(("online", "away"))), due)
+        connection.ask(client.SetPresence(status=self.random.choice(("online", "away"))), due)
 
-    def go(self, line: Line, _: str, due: int) -> None:
+    def drop_connection(self, connection: Connection, _: str, due: int) -> None:
         """Lose the connection, and reconnect after `BREAK_SECONDS`."""
-        line.drop()
-        self.crowd.reconnect(line, due + int(BREAK_SECONDS * 1e9))
+        connection.drop()
+        self.crowd.reconnect(connection, due + int(BREAK_SECONDS * 1e9))
 
 
-Act = Callable[[Mixed, Line, str, int], None]
+Act = Callable[[Mixed, Connection, str, int], None]
 TABLE: dict[Act, int] = {
     Mixed.read: 35,
     Mixed.send: 25,
     Mixed.type: 15,
-    Mixed.look_back: 10,
+    Mixed.read_history: 10,
     Mixed.react: 8,
-    Mixed.be_seen: 4,
-    Mixed.go: 3,
+    Mixed.set_presence: 4,
+    Mixed.drop_connection: 3,
 }
 """Weights of the actions, in per cent."""
 ACTS, SHARES = list(TABLE), list(TABLE.values())

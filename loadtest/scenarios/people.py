@@ -2,7 +2,7 @@
 
 from uuid import UUID
 
-from loadtest.line import Line
+from loadtest.connection import Connection
 from loadtest.scenario import Scenario
 from protocol import client
 from protocol.client import Frame
@@ -21,13 +21,13 @@ class People(Scenario):
     rate = 200.0
 
     def act(self, due: int) -> None:
-        line = self.random.choice(self.crowd.lines)
-        if line.is_open and line.seat.conversations:
-            line.ask(self._frame(line), due)
+        connection = self.random.choice(self.crowd.connections)
+        if connection.is_open and connection.user.conversations:
+            connection.ask(self._frame(connection), due)
 
-    def _frame(self, line: Line) -> Frame:
-        about = self.random.choice(line.seat.conversations)
-        others = [one for one in self.crowd.members[about] if one != line.seat.user_id]
+    def _frame(self, connection: Connection) -> Frame:
+        about = self.random.choice(connection.user.conversations)
+        others = [one for one in self.crowd.members[about] if one != connection.user.user_id]
         other = UserId(UUID(self.random.choice(others)))
         place = self.random.randint(0, 9)
         makes = (

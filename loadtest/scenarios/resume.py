@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from loadtest.line import Line
+from loadtest.connection import Connection
 from loadtest.scenario import Layout, Scenario, Size, split
 
 MISSED = 950
@@ -25,29 +25,29 @@ class Resume(Scenario):
         return Layout(people=size.people, groups=split(range(size.people), size.group), talkers=size.group // 4)
 
     def begin(self) -> None:
-        self._talkers = [line for line in self.crowd.lines if line.seat.talks]
-        self._awake = deque(line for line in self.crowd.lines if not line.seat.talks)
-        self._asleep: deque[tuple[Line, str, int]] = deque()
+        self._talkers = [connection for connection in self.crowd.connections if connection.user.talks]
+        self._awake = deque(connection for connection in self.crowd.connections if not connection.user.talks)
+        self._asleep: deque[tuple[Connection, str, int]] = deque()
         self._count = 0
-        self._heard = {about: line for line in self._talkers for about in line.seat.conversations}
+        self._observers = {about: connection for connection in self._talkers for about in connection.user.conversations}
 
     def act(self, due: int) -> None:
         talker = self.random.choice(self._talkers)
-        talker.send(self.random.choice(talker.seat.conversations), due)
+        talker.send(self.random.choice(talker.user.conversations), due)
         if self._asleep:
-            line, about, version = self._asleep[0]
-            if self._heard[about].position(about) >= version + MISSED:
+            connection, about, version = self._asleep[0]
+            if self._observers[about].position(about) >= version + MISSED:
                 self._asleep.popleft()
-                self.crowd.reconnect(line, due)
-                self._awake.append(line)
+                self.crowd.reconnect(connection, due)
+                self._awake.append(connection)
         self._count += 1
         if self._awake and self._count % DROP_EVERY == 0:
             self._drop(self._awake.popleft())
 
-    def _drop(self, line: Line) -> None:
-        about = line.seat.conversations[0]
-        if line.is_open and about in self._heard:
-            line.drop()
-            self._asleep.append((line, about, line.position(about)))
+    def _drop(self, connection: Connection) -> None:
+        about = connection.user.conversations[0]
+        if connection.is_open and about in self._observers:
+            connection.drop()
+            self._asleep.append((connection, about, connection.position(about)))
         else:
-            self._awake.append(line)
+            self._awake.append(connection)

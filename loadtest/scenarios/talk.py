@@ -3,7 +3,7 @@
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from loadtest.line import Line
+from loadtest.connection import Connection
 from loadtest.scenario import Layout, Scenario, Size, split
 
 if TYPE_CHECKING:
@@ -20,13 +20,18 @@ class Talk(Scenario):
 
     def __init__(self, crowd: "Crowd", size: Size, seed: int) -> None:
         super().__init__(crowd, size, seed)
-        turns = [(line, about) for line in crowd.lines if line.seat.talks for about in line.seat.conversations]
+        turns = [
+            (connection, about)
+            for connection in crowd.connections
+            if connection.user.talks
+            for about in connection.user.conversations
+        ]
         self.random.shuffle(turns)
-        self._turns: cycle[tuple[Line, str]] = cycle(turns)
+        self._turns: cycle[tuple[Connection, str]] = cycle(turns)
 
     def act(self, due: int) -> None:
-        line, about = next(self._turns)
-        line.send(about, due)
+        connection, about = next(self._turns)
+        connection.send(about, due)
 
 
 class Room(Talk):

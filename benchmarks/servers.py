@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import asyncpg
 
-from loadtest.line import Seat
+from loadtest.connection import User
 from loadtest.machine import Machine
 from loadtest.scenario import Layout
 from loadtest.target import Unusable
@@ -29,10 +29,10 @@ from server.processes.embedded.valkey import Valkey
 HERE = Path(__file__).parent
 NODE = HERE / "peers" / "node"
 START_SECONDS = 20.0
-LOOK_SECONDS = 0.05
+POLL_SECONDS = 0.05
 
 
-class Ground:
+class Environment:
     """One PostgreSQL with a database per server, one Valkey, and a folder for OpenChat, which starts its own."""
 
     def __init__(self, path: Path) -> None:
@@ -52,16 +52,16 @@ class Ground:
         self.folder.release()
 
 
-class Contestant:
+class Server:
     """A server to compare. It runs while this context manager is entered."""
 
     name: ClassVar[str]
     is_stored: ClassVar[bool] = True
-    line: str = "benchmarks.lines:PlainLine"
+    connection: str = "benchmarks.connections:PlainConnection"
     host, address = "127.0.0.1", "127.0.0.1"
 
-    def __init__(self, ground: Ground, *, workers: int = 1) -> None:
-        self.ground = ground
+    def __init__(self, environment: Environment, *, workers: int = 1) -> None:
+        self.environment = environment
         self.workers = workers
         self.port = 0
         self.machine = Machine([])
@@ -78,15 +78,15 @@ class Contestant:
 
     def settings(self) -> dict[str, str]:
         """Return its environment variables."""
-        return {"DATABASE_URL": self.database(), "REDIS_URL": self.ground.valkey.url}
+        return {"DATABASE_URL": self.database(), "REDIS_URL": self.environment.valkey.url}
 
-    def servers(self) -> list[int]:
+    def processes(self) -> list[int]:
         """Return the processes that the server uses but does not start."""
-        return [self.ground.postgres.pid, self.ground.valkey.pid]
+        return [self.environment.postgres.pid, self.environment.valkey.pid]
 
     def database(self) -> str:
         """Return the URL of its database."""
-        return self.ground.postgres.url(type(self).__name__.lower())
+        return self.environment.postgres.url(type(self).__name__.lower())
 
     async def __aenter__(self) -> Self:
         await self.create()
@@ -100,7 +100,7 @@ class Contestant:
             process_group=0,
             cwd=HERE.parent,
         )
-        self.machine = Machine([self._process.pid, *self.servers()])
+        self.machine = Machine([self._process.pid, *self.processes()])
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             with contextlib.suppress(OSError):
@@ -110,7 +110,7 @@ class Contestant:
                 await reader.read(1)
                 writer.close()
                 return self
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
         await self.__aexit__()
         raise Unusable("the server does not start")
 
@@ -125,7 +125,7 @@ class Contestant:
 
     async def create(self) -> None:
         """Create its database if it does not exist."""
-        admin = await asyncpg.connect(self.ground.postgres.url())
+        admin = await asyncpg.connect(self.environment.postgres.url())
         name = type(self).__name__.lower()
         if not await admin.fetchval("SELECT true FROM pg_database WHERE datname = $1", name):
             await admin.execute(f'CREATE DATABASE "{name}"')
@@ -134,48 +134,48 @@ class Contestant:
             await db.close()
         await admin.close()
 
-    async def prepare(self, layout: Layout, tell: Callable[[str], None]) -> tuple[list[Seat], dict[str, list[str]]]:
+    async def prepare(self, layout: Layout, step: Callable[[str], None]) -> tuple[list[User], dict[str, list[str]]]:
         """Insert the people and conversations of a scenario into the database."""
-        tell(f"{self.name}: {layout.people:,} people …")
-        seats = [
-            Seat(token=new_token(), user_id=str(uuid7()), source="", conversations=[], talks=False)
+        step(f"{self.name}: {layout.people:,} people …")
+        users = [
+            User(token=new_token(), user_id=str(uuid7()), source="", conversations=[], talks=False)
             for _ in range(layout.people)
         ]
-        members = layout.fill(seats, [str(uuid7()) for _ in layout.groups])
+        members = layout.fill(users, [str(uuid7()) for _ in layout.groups])
         if self.is_stored:
             db = await asyncpg.connect(self.database())
-            await self.store(db, seats, members)
+            await self.store(db, users, members)
             await db.execute("ANALYZE")
             await db.execute("CHECKPOINT")
             await db.close()
-        return seats, members
+        return users, members
 
     async def store(
-        self, db: "asyncpg.Connection[asyncpg.Record]", seats: list[Seat], members: dict[str, list[str]]
+        self, db: "asyncpg.Connection[asyncpg.Record]", users: list[User], members: dict[str, list[str]]
     ) -> None:
         """Insert sessions and participants."""
         await db.executemany(
-            "INSERT INTO session VALUES ($1, $2, now() + interval '1 day')", [(one.token, one.user_id) for one in seats]
+            "INSERT INTO session VALUES ($1, $2, now() + interval '1 day')", [(one.token, one.user_id) for one in users]
         )
         await db.executemany(
             "INSERT INTO participant VALUES ($1, $2)",
-            [(user, about) for about, users in members.items() for user in users],
+            [(user, about) for about, ids in members.items() for user in ids],
         )
 
     async def leave(self) -> None:
         """Do nothing. The rows do not affect later runs."""
 
 
-class OpenChat(Contestant):
+class OpenChat(Server):
     """OpenChat, with the PostgreSQL and the Valkey that it starts itself."""
 
     name = "OpenChat"
-    line = "loadtest.line:Line"
+    connection = "loadtest.connection:Connection"
 
     @property
     def folder(self) -> Path:
         """The data folder, which is kept between turns."""
-        return self.ground.path / type(self).__name__.lower()
+        return self.environment.path / type(self).__name__.lower()
 
     def command(self) -> list[str]:
         """Return how it is started."""
@@ -192,7 +192,7 @@ class OpenChat(Contestant):
             "OPENCHAT_CONNECTIONS_PER_USER": "1000",
         }
 
-    def servers(self) -> list[int]:
+    def processes(self) -> list[int]:
         """Return none, because all of them are child processes."""
         return []
 
@@ -204,30 +204,30 @@ class OpenChat(Contestant):
         """Do nothing. The server creates its database."""
 
     async def store(
-        self, db: "asyncpg.Connection[asyncpg.Record]", seats: list[Seat], members: dict[str, list[str]]
+        self, db: "asyncpg.Connection[asyncpg.Record]", users: list[User], members: dict[str, list[str]]
     ) -> None:
         """Insert users, sessions, conversations and participants."""
         await db.executemany(
             'INSERT INTO "user" (id, name, email) VALUES ($1, $2, $3)',
-            [(one.user_id, "Somebody", f"{one.user_id}@crowd.example") for one in seats],
+            [(one.user_id, "Somebody", f"{one.user_id}@crowd.example") for one in users],
         )
         await db.executemany(
             "INSERT INTO session (user_id, token, expires_at) VALUES ($1, $2, now() + interval '30 days')",
-            [(one.user_id, token_hash(one.token)) for one in seats],
+            [(one.user_id, token_hash(one.token)) for one in users],
         )
         await db.executemany(
             "INSERT INTO conversation (id, type, title, created_by, version, participant_count, settings_version) "
             "VALUES ($1, 'group', 'Room', $2, 1, $3, 1)",
-            [(about, users[0], len(users)) for about, users in members.items()],
+            [(about, ids[0], len(ids)) for about, ids in members.items()],
         )
         await db.executemany(
             "INSERT INTO conversation_participant (conversation_id, user_id, version, last_read_version) "
             "VALUES ($1, $2, 1, 1)",
-            [(about, user) for about, users in members.items() for user in users],
+            [(about, user) for about, ids in members.items() for user in ids],
         )
 
 
-class Obvious(Contestant):
+class Obvious(Server):
     """The same chat with the same libraries, in a straightforward implementation."""
 
     name = "the obvious way"
@@ -241,7 +241,7 @@ class Obvious(Contestant):
         ]  # fmt: skip
 
 
-class OnNode(Contestant):
+class OnNode(Server):
     """A server on Node.js."""
 
     @classmethod
@@ -254,12 +254,12 @@ class SocketIo(OnNode):
     """socket.io with its Redis adapter."""
 
     name = "socket.io"
-    line = "benchmarks.lines:SocketIoLine"
+    connection = "benchmarks.connections:SocketIoConnection"
 
     def command(self) -> list[str]:
         """Return how it is started."""
         script = str(NODE / "socketio.js")
-        return ["node", script, str(self.port), self.database(), self.ground.valkey.url, str(self.workers)]
+        return ["node", script, str(self.port), self.database(), self.environment.valkey.url, str(self.workers)]
 
 
 class Uws(OnNode):
@@ -267,19 +267,19 @@ class Uws(OnNode):
 
     name = "raw uWebSockets.js"
     is_stored = False
-    line = "benchmarks.lines:RawLine"
+    connection = "benchmarks.connections:RawConnection"
 
     def command(self) -> list[str]:
         """Return how it is started."""
         return ["node", str(NODE / "uws.js"), str(self.port)]
 
 
-class Picows(Contestant):
+class Picows(Server):
     """A broadcast without storage in Python, the upper bound of WebSocket throughput there."""
 
     name = "raw picows"
     is_stored = False
-    line = "benchmarks.lines:RawLine"
+    connection = "benchmarks.connections:RawConnection"
 
     def command(self) -> list[str]:
         """Return how it is started."""

@@ -22,7 +22,7 @@ def _id(kind: int, number: int) -> UUID:
 MALLORY, BOB = UserId(_id(1, 0)), UserId(_id(1, 1))
 
 
-class Place(NamedTuple):
+class Objects(NamedTuple):
     """The objects that the frames of an account refer to."""
 
     me: UserId
@@ -39,8 +39,8 @@ class Place(NamedTuple):
 class Ids(NamedTuple):
     """The objects of both accounts."""
 
-    of_mallory: Place
-    of_bob: Place
+    of_mallory: Objects
+    of_bob: Objects
 
 
 HELPERS = """
@@ -176,11 +176,11 @@ async def fill(db: "asyncpg.Connection[asyncpg.Record]", size: float) -> Ids:
     busy = [UserId(_id(11, n)) for n in range(1, MAX_PAGE + 1)]
     strangers = [UserId(_id(1, people - n)) for n in range(500)]
     return Ids(
-        of_mallory=Place(
+        of_mallory=Objects(
             MALLORY, ConversationId(_id(2, 0)), MessageId(_id(5, 1)), MessageId(_id(5, 2)), strangers, busy,
             [ConversationId(_id(2, n)) for n in range(conversations)],
         ),
-        of_bob=Place(
+        of_bob=Objects(
             BOB, ConversationId(_id(8, 0)), MessageId(_id(8, 1)), MessageId(_id(8, 2)), [UserId(_id(1, 2))], busy,
             [ConversationId(_id(8, n)) for n in range(20)],
         ),

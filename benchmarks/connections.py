@@ -4,24 +4,24 @@ import time
 
 import msgspec
 
-from loadtest.line import FILLING, Asked, Head, Line, Said, due_of
+from loadtest.connection import PADDING, Connection, Head, MessageHead, PendingFrame, due_of
 from protocol.codec import encode
 from protocol.ids import MessageId, uuid7
 
 _head = msgspec.json.Decoder(Head)
-_event = msgspec.json.Decoder(tuple[str, Said])
+_event = msgspec.json.Decoder(tuple[str, MessageHead])
 
 
-class PlainLine(Line):
+class PlainConnection(Connection):
     """A connection to a server whose events have no versions. They are counted and timed, but not checked for order."""
 
     is_ordered = False
 
-    def welcomed(self) -> None:
+    def on_open(self) -> None:
         """Handle the opening of the WebSocket. Only the ids of the conversations are known."""
-        self.positions = dict.fromkeys(self.seat.conversations, 0)
+        self.positions = dict.fromkeys(self.user.conversations, 0)
 
-    def heard(self, payload: bytes, frame: bytes) -> None:
+    def on_frame(self, payload: bytes, frame: bytes) -> None:
         """Handle a received frame."""
         head = _head.decode(payload)
         if head.type == "ready":
@@ -32,18 +32,18 @@ class PlainLine(Line):
             self.delivered(frame, due_of(head.message.content))
 
     def delivered(self, frame: bytes, due: int) -> None:
-        """Count an event, and add it to the stream that the other lines compare with."""
+        """Count an event, and add it to the stream that the other connections compare with."""
         stream = self.stream
         if stream is not None and self._offset == len(stream.log):
             stream.append(frame, due)
             self._advance(stream, len(stream.log))
             return
         self.leave_stream()
-        self.crowd.ledger.delivered += 1
-        self.crowd.ledger.deliveries.add((time.monotonic_ns() - due) / 1e9)
+        self.crowd.counters.delivered += 1
+        self.crowd.counters.deliveries.add((time.monotonic_ns() - due) / 1e9)
 
 
-class RawLine(PlainLine):
+class RawConnection(PlainConnection):
     """A connection to a server that sends each frame unchanged to everyone. There are no answers."""
 
     def send(self, conversation_id: str, due: int) -> MessageId:
@@ -56,18 +56,18 @@ class RawLine(PlainLine):
             "message": {
                 "id": message_id,
                 "conversation_id": conversation_id,
-                "sender_id": self.seat.user_id,
-                "content": f"{due} {FILLING}",
+                "sender_id": self.user.user_id,
+                "content": f"{due} {PADDING}",
                 "created_at": "2026-01-01T00:00:00.000000Z",
             },
         }
-        self.crowd.ledger.sent += 1
-        self.crowd.ledger.answered += 1
+        self.crowd.counters.sent += 1
+        self.crowd.counters.answered += 1
         self.write(encode(event))
         return message_id
 
 
-class SocketIoLine(PlainLine):
+class SocketIoConnection(PlainConnection):
     """A connection to socket.io version 4, directly by WebSocket: JSON in Socket.IO packets in Engine.IO packets."""
 
     READY = b'42["ready"'
@@ -77,7 +77,7 @@ class SocketIoLine(PlainLine):
         """Return the HTTP upgrade request."""
         return super().request().replace(b"/v1/ws", b"/socket.io/?EIO=4&transport=websocket")
 
-    def heard(self, payload: bytes, frame: bytes) -> None:
+    def on_frame(self, payload: bytes, frame: bytes) -> None:
         """Handle a received packet."""
         if payload.startswith(self.EVENT):
             if payload.startswith(self.READY):
@@ -90,7 +90,7 @@ class SocketIoLine(PlainLine):
         elif payload.startswith(self.CONNECTED):
             pass
         elif payload.startswith(self.OPEN):
-            self.write(b'40{"token":"' + self.seat.token.encode() + b'"}')
+            self.write(b'40{"token":"' + self.user.token.encode() + b'"}')
         elif payload == self.ENGINE_PING:
             self.write(b"3")
 
@@ -98,8 +98,8 @@ class SocketIoLine(PlainLine):
         """Send a message with an id for its acknowledgement."""
         message_id = MessageId(uuid7())
         self._next += 1
-        self._waiting[self._next] = Asked(due, None, b"")
-        self.crowd.ledger.sent += 1
-        message = {"message_id": message_id, "conversation_id": conversation_id, "content": f"{due} {FILLING}"}
+        self._waiting[self._next] = PendingFrame(due, None, b"")
+        self.crowd.counters.sent += 1
+        message = {"message_id": message_id, "conversation_id": conversation_id, "content": f"{due} {PADDING}"}
         self.write(b"42%d" % self._next + encode(["send", message]))
         return message_id

@@ -19,7 +19,7 @@ class Tally(msgspec.Struct):
     """Typing, presence and receipts."""
     connected: int = 0
     resumed: int = 0
-    turned_away: int = 0
+    deferred: int = 0
     """Connection attempts that the server asked to repeat later."""
     duplicated: int = 0
     """Events with a version that the socket already had."""
@@ -49,7 +49,7 @@ class Tally(msgspec.Struct):
         return self.duplicated + self.skipped + self.lost
 
 
-class Ledger:
+class Counters:
     """The counters of a running process."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Ledger:
 
     def _begin(self) -> None:
         self.sent = self.answered = self.delivered = self.ephemeral = 0
-        self.connected = self.resumed = self.turned_away = 0
+        self.connected = self.resumed = self.deferred = 0
         self.duplicated = self.skipped = self.lost = 0
         self.errors: Counter[str] = Counter()
         self.answers, self.deliveries, self.opened = Histogram(), Histogram(), Histogram()

@@ -29,10 +29,10 @@ SHORT, MEDIUM = 126, 127
 RETRY_AFTER = re.compile(rb'"retry_after_ms":(\d+)')
 SOON_NS = 500_000_000
 """Max delay before a client reconnects after a lost connection, in nanoseconds."""
-FILLING = "and about as long as what people write to each other when they have something to say"
+PADDING = "and about as long as what people write to each other when they have something to say"
 
 
-class Seat(msgspec.Struct):
+class User(msgspec.Struct):
     """A user to connect: the source address, and the conversations in which the user sends messages."""
 
     token: str
@@ -42,7 +42,7 @@ class Seat(msgspec.Struct):
     talks: bool = True
 
 
-class Said(msgspec.Struct):
+class MessageHead(msgspec.Struct):
     """The fields of a message that the crowd reads."""
 
     content: str = ""
@@ -69,7 +69,7 @@ class Head(msgspec.Struct):
     conversation_id: str | None = None
     version: int = 0
     since: int | None = None
-    message: Said | None = None
+    message: MessageHead | None = None
     re: int | None = None
     code: str | None = None
     is_last: bool = False
@@ -88,7 +88,7 @@ Answered = Callable[[Head], None]
 """Callback for an answer."""
 
 
-class Later(ConnectionError):  # noqa: N818 - an answer, not a fault
+class RetryLater(ConnectionError):  # noqa: N818 - an answer, not a fault
     """The server asked to connect again after `seconds`."""
 
     def __init__(self, seconds: float) -> None:
@@ -96,7 +96,7 @@ class Later(ConnectionError):  # noqa: N818 - an answer, not a fault
         self.seconds = seconds
 
 
-class Asked(NamedTuple):
+class PendingFrame(NamedTuple):
     """A frame without an answer. `due` is in nanoseconds of the monotonic clock; 0 means that it is not measured."""
 
     due: int
@@ -104,17 +104,17 @@ class Asked(NamedTuple):
     payload: bytes
 
 
-NOTHING = Asked(0, None, b"")
+NOTHING = PendingFrame(0, None, b"")
 
 
-class Line(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """One connection to OpenChat. Subclasses connect to other servers."""
 
     is_ordered = True
     """Whether events have versions and arrive in their order."""
 
-    def __init__(self, crowd: "Crowd", seat: Seat) -> None:
-        self.seat = seat
+    def __init__(self, crowd: "Crowd", user: User) -> None:
+        self.user = user
         self.crowd = crowd
         self.positions: dict[str, int] = {}
         self.latest: dict[str, str] = {}
@@ -128,14 +128,14 @@ class Line(asyncio.Protocol):
         self._offset = 0
         self._tail = b""
         self._has_answered = False
-        self._waiting: dict[int, Asked] = {}
+        self._waiting: dict[int, PendingFrame] = {}
         self._next = 0
         self._resume = 0
         self._resuming: dict[str, int] | None = None
         self._ticket: str | None = None
         self._returns_at = 0
-        self.is_parting = False
-        """Whether the connection ends and the line will reconnect."""
+        self.is_reconnecting = False
+        """Whether the connection ends and will be opened again."""
 
     # ------------------------------------------------------------------------------------------------- connection
 
@@ -149,21 +149,21 @@ class Line(asyncio.Protocol):
         self.ready = loop.create_future()
         self._has_answered = False
         self._tail = b""
-        local = (self.seat.source, 0) if self.seat.source else None
+        local = (self.user.source, 0) if self.user.source else None
         await loop.create_connection(lambda: self, *self.crowd.host, local_addr=local)
         await self.ready
         if self._resuming is None:
-            self.crowd.ledger.connected += 1
+            self.crowd.counters.connected += 1
         else:
-            self.crowd.ledger.resumed += 1
-        self.crowd.ledger.opened.add(time.monotonic() - self.began)
+            self.crowd.counters.resumed += 1
+        self.crowd.counters.opened.add(time.monotonic() - self.began)
         self._resuming = None
         self.is_open = True
-        if self.is_parting:
+        if self.is_reconnecting:
             # Frames without an answer are sent again. Their ids make that idempotent.
             for asked in self._waiting.values():
                 self.write(asked.payload)
-        self.is_parting = False
+        self.is_reconnecting = False
 
     def drop(self) -> None:
         """Abort the connection, and keep the versions for the next `connect`."""
@@ -183,7 +183,7 @@ class Line(asyncio.Protocol):
             "Sec-WebSocket-Version: 13",
             "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
             f"Sec-WebSocket-Protocol: {SUBPROTOCOL}",
-            f"Authorization: Bearer {self._ticket or self.seat.token}",
+            f"Authorization: Bearer {self._ticket or self.user.token}",
         )
         self._ticket = None
         if self._resuming is not None:
@@ -198,12 +198,12 @@ class Line(asyncio.Protocol):
         if not self.ready.done():
             self.ready.set_exception(exc or ConnectionError("the server ended the connection"))
             return
-        if self.is_open and not self.is_parting:
-            self.crowd.ledger.errors["connection lost"] += 1
-            self.is_parting = True
+        if self.is_open and not self.is_reconnecting:
+            self.crowd.counters.errors["connection lost"] += 1
+            self.is_reconnecting = True
             self._returns_at = time.monotonic_ns() + random.randrange(SOON_NS)
         self.is_open = False
-        if self.is_parting:
+        if self.is_reconnecting:
             self.leave_stream()
             self._resuming = dict(self.positions)
             self.crowd.reconnect(self, self._returns_at)
@@ -216,9 +216,9 @@ class Line(asyncio.Protocol):
         """Send a frame, and measure the time from `due` (monotonic, in nanoseconds) to its answer."""
         self._next += 1
         frame.id = self._next
-        asked = self._waiting[self._next] = Asked(due, answered, encode(frame))
-        self.crowd.ledger.sent += 1
-        if not self.is_parting:
+        asked = self._waiting[self._next] = PendingFrame(due, answered, encode(frame))
+        self.crowd.counters.sent += 1
+        if not self.is_reconnecting:
             self.write(asked.payload)
 
     async def answer(self, frame: client.Frame) -> Head:
@@ -231,7 +231,7 @@ class Line(asyncio.Protocol):
         """Send a message that contains its due time, and return its id."""
         message_id = MessageId(uuid7())
         about = ConversationId(UUID(conversation_id))
-        self.ask(client.Send(conversation_id=about, message_id=message_id, content=f"{due} {FILLING}"), due)
+        self.ask(client.Send(conversation_id=about, message_id=message_id, content=f"{due} {PADDING}"), due)
         return message_id
 
     def write(self, payload: bytes) -> None:
@@ -258,10 +258,10 @@ class Line(asyncio.Protocol):
             # The difference is inside a frame. Parse the frame from its beginning.
             data = bytes(stream.log[begin : self._offset]) + data
             self._offset = begin
-        self._take_apart(self._tail + data if self._tail else data)
+        self._parse(self._tail + data if self._tail else data)
 
     def join_stream(self, conversation_id: str, stream: Stream) -> None:
-        """Compare further data with the stream that other lines read in this conversation."""
+        """Compare further data with the stream that other connections read in this conversation."""
         self._conversation, self.stream, self._offset = conversation_id, stream, len(stream.log)
 
     @property
@@ -277,21 +277,21 @@ class Line(asyncio.Protocol):
             self.stream = None
 
     def position(self, conversation_id: str) -> int:
-        """Return the version of a conversation that this line has reached."""
+        """Return the version of a conversation that this connection has reached."""
         if self.stream is not None and conversation_id == self._conversation:
             return self.stream.version_at(self._offset)
         return self.positions.get(conversation_id, 0)
 
     def _advance(self, stream: Stream, offset: int) -> None:
         now = time.monotonic_ns()
-        ledger = self.crowd.ledger
+        counters = self.crowd.counters
         for due, count in stream.completed(self._offset, offset):
-            ledger.delivered += count
+            counters.delivered += count
             if due:
-                ledger.deliveries.add((now - due) / 1e9, count)
+                counters.deliveries.add((now - due) / 1e9, count)
         self._offset = offset
 
-    def _take_apart(self, data: bytes) -> None:
+    def _parse(self, data: bytes) -> None:
         self._tail = b""
         at = 0
         if not self._has_answered:
@@ -304,7 +304,7 @@ class Line(asyncio.Protocol):
                 return
             self._has_answered = True
             at = len(head) + 4
-            self.welcomed()
+            self.on_open()
         total = len(data)
         while at + 2 <= total:
             size, first = data[at + 1], at + 2
@@ -321,7 +321,7 @@ class Line(asyncio.Protocol):
     def _refused(self, status: str, answer: bytes) -> None:
         told = RETRY_AFTER.search(answer)
         error = ConnectionError(f"the server answered: {status}")
-        self.ready.set_exception(Later(int(told[1]) / 1000) if told else error)
+        self.ready.set_exception(RetryLater(int(told[1]) / 1000) if told else error)
         self.transport.abort()
 
     def _frame(self, frame: bytes, first: int) -> None:
@@ -331,20 +331,20 @@ class Line(asyncio.Protocol):
             if stream is not None and stream.log.startswith(frame, self._offset):
                 self._advance(stream, self._offset + len(frame))
             else:
-                self.heard(frame[first:], frame)
+                self.on_frame(frame[first:], frame)
         elif kind == PING:
             self.transport.write(b"\x8a\x80\0\0\0\0")
         elif kind == CLOSE:
             self.is_open = False
-            if self.is_parting:
+            if self.is_reconnecting:
                 self.transport.close()
                 return
             code = int.from_bytes(frame[first : first + 2])
-            self.crowd.ledger.errors[f"closed with {code}"] += 1
+            self.crowd.counters.errors[f"closed with {code}"] += 1
 
     # -------------------------------------------------------------------------------------------- OpenChat's frames
 
-    def welcomed(self) -> None:
+    def on_open(self) -> None:
         """Handle the opening of the WebSocket. Sends `resume` after a reconnection."""
         if self._resuming is not None:
             versions = {ConversationId(UUID(about)): version for about, version in self._resuming.items()}
@@ -352,7 +352,7 @@ class Line(asyncio.Protocol):
             self.write(encode(client.Resume(id=self._next, epoch=self.epoch, versions=versions)))
             self._resume = self._next
 
-    def heard(self, payload: bytes, frame: bytes) -> None:
+    def on_frame(self, payload: bytes, frame: bytes) -> None:
         """Handle a received frame."""
         head = _head.decode(payload)
         if head.re is not None:
@@ -366,9 +366,9 @@ class Line(asyncio.Protocol):
                 self.ready.set_result(None)
         elif head.view is not None:
             self.positions[head.view.me.conversation_id] = head.view.version
-            self.crowd.ledger.errors["start_over"] += head.type == "start_over"
+            self.crowd.counters.errors["start_over"] += head.type == "start_over"
         elif head.code is not None:
-            self.crowd.ledger.errors[head.code] += 1
+            self.crowd.counters.errors[head.code] += 1
         else:
             self._about_connection(head)
 
@@ -377,12 +377,12 @@ class Line(asyncio.Protocol):
             self.epoch = head.epoch
         elif head.type == "heartbeat":
             behind = sum(1 for about, version in head.versions.items() if self.position(about) < version)
-            self.crowd.ledger.lost += behind
+            self.crowd.counters.lost += behind
         elif head.type == "going_away":
-            self.is_parting, self._ticket = True, head.ticket
+            self.is_reconnecting, self._ticket = True, head.ticket
             self._returns_at = time.monotonic_ns() + head.reconnect_after_ms * 1_000_000
         else:
-            self.crowd.ledger.ephemeral += 1
+            self.crowd.counters.ephemeral += 1
 
     def _answer(self, head: Head) -> None:
         if head.re == self._resume:
@@ -390,13 +390,13 @@ class Line(asyncio.Protocol):
             self._has_resumed()
             return
         due, answered, _ = self._waiting.pop(cast(int, head.re), NOTHING)
-        ledger = self.crowd.ledger
+        counters = self.crowd.counters
         if head.code is not None:
-            ledger.errors[head.code] += 1
+            counters.errors[head.code] += 1
             return
         if due:
-            ledger.answered += 1
-            ledger.answers.add((time.monotonic_ns() - due) / 1e9)
+            counters.answered += 1
+            counters.answers.add((time.monotonic_ns() - due) / 1e9)
         if answered is not None:
             answered(head)
 
@@ -415,19 +415,19 @@ class Line(asyncio.Protocol):
                 self._advance(stream, len(stream.log))
                 return
             self.leave_stream()
-        ledger = self.crowd.ledger
+        counters = self.crowd.counters
         since = head.version - 1 if head.since is None else head.since
         if head.version <= before:
-            ledger.duplicated += 1
+            counters.duplicated += 1
             return
         if since > before:
-            ledger.skipped += since - before
-        ledger.delivered += head.version - before
+            counters.skipped += since - before
+        counters.delivered += head.version - before
         self.positions[about] = head.version
         if head.message is not None:
             self.latest[about] = head.message.id
         if due:
-            ledger.deliveries.add((time.monotonic_ns() - due) / 1e9)
+            counters.deliveries.add((time.monotonic_ns() - due) / 1e9)
 
 
 def due_of(content: str) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks.bad import WORDS, Place
+from benchmarks.worst_database import WORDS, Objects
 from protocol import client
 from protocol.client import Frame
 from protocol.ids import MessageId, uuid7
@@ -15,7 +15,7 @@ class Worst(NamedTuple):
 
     name: str
     about: str
-    frame: Callable[[Place], Frame]
+    frame: Callable[[Objects], Frame]
 
 
 BEGINNINGS = " ".join(word[:3] for word in WORDS.split())
@@ -26,30 +26,30 @@ WORST = (
     Worst("list_conversations, filtered", "none of 5,000 is hidden",
           lambda _: client.ListConversations(limit=MAX_PAGE, hidden=True)),
     Worst("get_conversation", "100 unread, 5,000 people muted",
-          lambda place: client.GetConversation(conversation_id=place.conversation)),
+          lambda ids: client.GetConversation(conversation_id=ids.conversation)),
     Worst("find_conversations", "50,000 match", lambda _: client.FindConversations(text="eng roo", limit=MAX_PAGE)),
     Worst("list_invitations", "5,000", lambda _: client.ListInvitations()),
     Worst("list_participants", "10,000",
-          lambda place: client.ListParticipants(conversation_id=place.conversation, limit=MAX_PAGE)),
+          lambda ids: client.ListParticipants(conversation_id=ids.conversation, limit=MAX_PAGE)),
     Worst("history", "messages of 10,000 characters",
-          lambda place: client.History(conversation_id=place.conversation, limit=MAX_PAGE, with_replies=True)),
+          lambda ids: client.History(conversation_id=ids.conversation, limit=MAX_PAGE, with_replies=True)),
     Worst("history, around", "the middle of 100,000",
-          lambda place: client.History(conversation_id=place.conversation, limit=MAX_PAGE, around=place.root)),
+          lambda ids: client.History(conversation_id=ids.conversation, limit=MAX_PAGE, around=ids.root)),
     Worst("get_message", "10,000 characters",
-          lambda place: client.GetMessage(conversation_id=place.conversation, message_id=place.root)),
+          lambda ids: client.GetMessage(conversation_id=ids.conversation, message_id=ids.root)),
     Worst("list_edits", "1,000 of a message",
-          lambda place: client.ListEdits(conversation_id=place.conversation, message_id=place.root)),
-    Worst("list_pins", "100 of 10,000 characters", lambda place: client.ListPins(conversation_id=place.conversation)),
+          lambda ids: client.ListEdits(conversation_id=ids.conversation, message_id=ids.root)),
+    Worst("list_pins", "100 of 10,000 characters", lambda ids: client.ListPins(conversation_id=ids.conversation)),
     Worst("list_stars", "10,000", lambda _: client.ListStars(limit=MAX_PAGE)),
-    Worst("list_votes", "10,000", lambda place: client.ListVotes(
-        conversation_id=place.conversation, message_id=place.poll, limit=MAX_PAGE)),
+    Worst("list_votes", "10,000", lambda ids: client.ListVotes(
+        conversation_id=ids.conversation, message_id=ids.poll, limit=MAX_PAGE)),
     Worst("list_readers", "of 10,000",
-          lambda place: client.ListReaders(conversation_id=place.conversation, message_id=place.root)),
-    Worst("why", "of 10,000", lambda place: client.Why(conversation_id=place.conversation, message_id=place.root)),
+          lambda ids: client.ListReaders(conversation_id=ids.conversation, message_id=ids.root)),
+    Worst("why", "of 10,000", lambda ids: client.Why(conversation_id=ids.conversation, message_id=ids.root)),
     Worst("get_thread", "120 replies, 5,000 people muted",
-          lambda place: client.GetThread(conversation_id=place.conversation, message_id=place.root)),
-    Worst("list_replies", "120", lambda place: client.ListReplies(
-        conversation_id=place.conversation, message_id=place.root, limit=MAX_PAGE)),
+          lambda ids: client.GetThread(conversation_id=ids.conversation, message_id=ids.root)),
+    Worst("list_replies", "120", lambda ids: client.ListReplies(
+        conversation_id=ids.conversation, message_id=ids.root, limit=MAX_PAGE)),
     Worst("list_threads", "1,000, each with 100 unread replies", lambda _: client.ListThreads()),
     Worst("list_threads, unread", "as above", lambda _: client.ListThreads(is_unread=True)),
     Worst("list_drafts", "5,000 of 10,000 characters", lambda _: client.ListDrafts()),
@@ -60,13 +60,13 @@ WORST = (
     Worst("list_feed, reactions", "100,000", lambda _: client.ListFeed(limit=MAX_PAGE, kinds=["reaction"])),
     Worst("list_feed, requests", "50,000", lambda _: client.ListFeed(limit=MAX_PAGE, kinds=["friend_request"])),
     Worst("get_badge", "all of this unread", lambda _: client.GetBadge()),
-    Worst("list_reports", "10,000", lambda place: client.ListReports(
-        conversation_id=place.conversation, limit=MAX_PAGE)),
-    Worst("get_users", "100 private strangers", lambda place: client.GetUsers(user_ids=place.others[:100])),
+    Worst("list_reports", "10,000", lambda ids: client.ListReports(
+        conversation_id=ids.conversation, limit=MAX_PAGE)),
+    Worst("get_users", "100 private strangers", lambda ids: client.GetUsers(user_ids=ids.others[:100])),
     Worst("get_users, busy", "100 private strangers in 5,000 other conversations each",
-          lambda place: client.GetUsers(user_ids=place.busy)),
-    Worst("watch", "500 private strangers", lambda place: client.Watch(user_ids=place.others[:MAX_WATCHED])),
-    Worst("get_profile", "a private stranger", lambda place: client.GetProfile(user_id=place.others[0])),
+          lambda ids: client.GetUsers(user_ids=ids.busy)),
+    Worst("watch", "500 private strangers", lambda ids: client.Watch(user_ids=ids.others[:MAX_WATCHED])),
+    Worst("get_profile", "a private stranger", lambda ids: client.GetProfile(user_id=ids.others[0])),
     Worst("search_users", "100,000 private people match, two letters",
           lambda _: client.SearchUsers(text="lo ad", limit=MAX_PAGE)),
     Worst("search_users, busy", "1,000 private people match, in 5,000 other conversations each",
@@ -74,15 +74,15 @@ WORST = (
     Worst("list_relationships", "50,000 requests of private people",
           lambda _: client.ListRelationships(limit=MAX_PAGE)),
     Worst("list_relationships, filtered", "none", lambda _: client.ListRelationships(limit=MAX_PAGE, kind="block")),
-    Worst("resume", "5,000 conversations, all behind", lambda place: client.Resume(
-        epoch="", versions=dict.fromkeys(place.conversations, 0))),
+    Worst("resume", "5,000 conversations, all behind", lambda ids: client.Resume(
+        epoch="", versions=dict.fromkeys(ids.conversations, 0))),
     Worst("search", "ten prefixes in every message", lambda _: client.Search(text=BEGINNINGS, limit=MAX_PAGE)),
     Worst("search, ranked", "as above",
           lambda _: client.Search(text=BEGINNINGS, limit=MAX_PAGE, order="relevance")),
     Worst("search, filtered", "nothing has a file", lambda _: client.Search(text="eng", has_file=True)),
     Worst("search, mentions", "100,000", lambda _: client.Search(mentions_me=True, limit=MAX_PAGE)),
-    Worst("read", "counts 100", lambda place: client.Read(conversation_id=place.conversation, message_id=place.root)),
-    Worst("send", "to 10,000", lambda place: client.Send(
-        conversation_id=place.conversation, message_id=MessageId(uuid7()), content="Hello @everyone")),
-    Worst("typing", "", lambda place: client.Typing(conversation_id=place.conversation)),
+    Worst("read", "counts 100", lambda ids: client.Read(conversation_id=ids.conversation, message_id=ids.root)),
+    Worst("send", "to 10,000", lambda ids: client.Send(
+        conversation_id=ids.conversation, message_id=MessageId(uuid7()), content="Hello @everyone")),
+    Worst("typing", "", lambda ids: client.Typing(conversation_id=ids.conversation)),
 )  # fmt: skip
