@@ -17,7 +17,7 @@ from server.app import announcement
 from server.cli import conversations, users
 from server.db import epoch
 from server.db.epoch import epoch_id
-from server.domain.presence import WORKER
+from server.domain.presence_entries import WORKER
 from server.hub import hub
 from tests.test_administration import Shell, shell
 from tests.test_credentials import administer

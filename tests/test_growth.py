@@ -298,7 +298,7 @@ async def test_keys_expire_or_go_with_their_sockets(
     redis = Redis.from_url(settings.redis_url, decode_responses=True)
     ada, _ = await ids_in(world)
     await world.connect(ada, 1)
-    key_of_ada = world.workers[1].app.presence.user_key + ada.id.hex
+    key_of_ada = world.workers[1].app.presence.entries.user_key + ada.id.hex
     async with asyncio.timeout(10):
         while not await redis.exists(key_of_ada):
             await asyncio.sleep(0.01)

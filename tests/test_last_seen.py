@@ -50,16 +50,16 @@ async def test_last_seen_of_a_user_who_leaves_during_a_redis_outage_is_their_dep
             while not await world.db.fetchval('SELECT is_online FROM "user" WHERE id = $1', charles.id):
                 await asyncio.sleep(0.01)
         seen = len(watcher.events)
-        redis = app.presence._redis  # noqa: SLF001
+        redis = app.presence.entries._redis  # noqa: SLF001
         nowhere = Redis.from_url("redis://127.0.0.1:1")
-        monkeypatch.setattr(app.presence, "_redis", nowhere)
+        monkeypatch.setattr(app.presence.entries, "_redis", nowhere)
         await phone.close()
         await until(lambda: charles.id not in app.presence._devices)  # noqa: SLF001
         left_by = datetime.now(UTC)
         await until(lambda: len(_times(watcher.events[seen:])) == 1)
         if is_empty:
-            await redis.delete(app.presence.user_key + charles.id.hex)
-        monkeypatch.setattr(app.presence, "_redis", redis)
+            await redis.delete(app.presence.entries.user_key + charles.id.hex)
+        monkeypatch.setattr(app.presence.entries, "_redis", redis)
         async with asyncio.timeout(5):
             while (row := await world.db.fetchrow(ROW, charles.id)) is None or row["is_online"]:
                 await asyncio.sleep(0.01)

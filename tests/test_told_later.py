@@ -16,7 +16,7 @@ from server.app.app import App
 from server.core.config import Settings
 from server.db.database import Db
 from server.domain import pending_presence, presence
-from server.domain.presence import USER, WORKER, WORKERS
+from server.domain.presence_entries import USER, WORKER, WORKERS
 from server.gateway import connection
 from server.hub import hub, online_users
 from server.queries import changes, conversations, memberships, own_news, sessions, users

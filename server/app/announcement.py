@@ -10,7 +10,7 @@ from server.auth.attempts import Attempts
 from server.context import Events
 from server.core.errors import REDIS_LOST, Fatal
 from server.core.terminal import complain
-from server.domain.presence import has_worker
+from server.domain.presence_entries import has_worker
 from server.hub.hub import COMPARE_SECONDS, USER_PARTS, Hub, HubStore
 from server.hub.watchers import Describe
 

@@ -31,6 +31,7 @@ from server.db.database import SENDING_CONNECTIONS, Database
 from server.db.migrate import require_steps
 from server.domain import sync
 from server.domain.presence import Presence
+from server.domain.presence_entries import PresenceEntries
 from server.fairness.lanes import Held, Lanes
 from server.gateway.connection import Connection, ConnectionDeps, Hooks
 from server.gateway.connections import Connections
@@ -111,7 +112,7 @@ class App:
             connect,
             describe=lambda found: self.presence.describe(found),  # noqa: PLW0108 - it is created below
         )
-        self.presence = Presence(self._redis, installation, database, self.hub.announce)
+        self.presence = Presence(PresenceEntries(self._redis, installation), database, self.hub.announce)
         self._tickets = Tickets(self._redis, installation)
         self.sessions = Sessions(database, self._tickets, days=settings.session_days)
         self.connections = Connections(

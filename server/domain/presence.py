@@ -1,19 +1,15 @@
 """Presence: which users are online, and how others see them.
 
-Redis has a hash per user with a field per worker, and a sign of life of each worker, which expires. So presence is
-correct again seconds after a worker is killed, if any other worker runs. Without Redis a worker knows its own users
+Redis has the users of each worker, and a sign of life of the worker, which expires (presence_entries.py). So presence
+is correct again seconds after a worker is killed, if any other worker runs. Without Redis a worker knows its own users
 only. PostgreSQL stores the users' choices and when they were last seen.
 """
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TypeVar
-from uuid import UUID
-
-from redis.asyncio import Redis, RedisCluster
 
 from protocol.client import SetPresence
 from protocol.errors import CloseCode
@@ -26,6 +22,7 @@ from server.core.errors import REDIS_LOST, is_lost
 from server.core.periodic import end, every
 from server.db.database import Database
 from server.domain.pending_presence import PendingPresence, PresenceNews, Reason
+from server.domain.presence_entries import PresenceEntries
 from server.fairness.batcher import Batcher
 from server.queries import presence
 from server.queries.presence import Transition, Visibility, Watchable
@@ -36,8 +33,8 @@ OFFLINE_SECONDS = 5.0
 """Delay between the last device's departure and the "offline" announcement, in seconds. Most devices reconnect before
 that.
 """
-SIGN_SECONDS, SIGN_LASTS_SECONDS = 2.0, 6
-"""The interval and the lifetime of a worker's sign of life, in seconds."""
+SIGN_SECONDS = 2.0
+"""Interval of a worker's signs of life, in seconds."""
 RECORD_SECONDS = 1.0
 """Interval at which arrivals and departures are written to PostgreSQL, in seconds."""
 LAST_TRIES = 5
@@ -49,38 +46,21 @@ CALLS_AT_ONCE = 256
 WatchedBy = TypeVar("WatchedBy", bound=tuple[UserId, UserId])
 """A watcher and a watched user."""
 
-WORKERS = "openchat:workers:"
-WORKER = "openchat:worker:"
-USER = "openchat:presence:"
-
-
-async def has_worker(redis: Redis | RedisCluster, installation: str) -> bool:
-    """Whether a worker of an installation is alive. Raises an error of `REDIS_LOST` if Redis cannot be reached."""
-    members = await redis.smembers(f"{WORKERS}{installation}")
-    for member in members:
-        if await redis.exists(f"{WORKER}{installation}:{_text(member)}"):
-            return True
-    return False
-
 
 class Presence:
     """The users at this worker, and the known state of others."""
 
     def __init__(
         self,
-        redis: Redis | RedisCluster,
-        installation: str,
+        entries: PresenceEntries,
         database: Database,
         announce: Callable[[UserId, PresenceChanged], None],
     ) -> None:
         """`announce` publishes to those who watch a user."""
-        self._redis = redis
-        self._workers = f"{WORKERS}{installation}"
-        self._worker_key = f"{WORKER}{installation}:"
-        self.user_key = f"{USER}{installation}:"
+        self.entries = entries
+        self._worker = entries.worker
         self._database = database
         self._announce = announce
-        self._worker = os.urandom(8).hex()
         self._devices: dict[UserId, dict[Subscriber, bool]] = {}
         self._dirty: set[UserId] = set()
         self._has_news = asyncio.Event()
@@ -131,7 +111,7 @@ class Presence:
                 await self._record()
             while self._pending and await self._pending.tell():
                 pass
-            await self._redis.delete(self._worker_key + self._worker)
+            await self.entries.delete_sign()
             if is_epoch_over:
                 await self._bury(self._worker)
                 await self._take_away([self._worker])
@@ -213,11 +193,8 @@ class Presence:
             return {user_id: self._local(user_id) for user_id in user_ids}
 
     async def _shared_fields(self, user_ids: Sequence[UserId]) -> dict[UserId, dict[bytes, bytes]]:
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for user_id in user_ids:
-                pipe.hgetall(self.user_key + user_id.hex)
-            found = await pipe.execute()
-        return {user_id: there | self._local(user_id) for user_id, there in zip(user_ids, found, strict=True)}
+        found = await self.entries.read(user_ids)
+        return {user_id: there | self._local(user_id) for user_id, there in found.items()}
 
     def _local(self, user_id: UserId) -> dict[bytes, bytes]:
         devices = self._devices.get(user_id)
@@ -285,24 +262,10 @@ class Presence:
         self, user_ids: Sequence[UserId], here: Mapping[UserId, dict[bytes, bytes]]
     ) -> dict[UserId, dict[bytes, bytes]] | None:
         """Write the states of users to Redis. Return the states before, or None if Redis cannot be reached."""
-        gone = [user_id for user_id in user_ids if user_id not in here]
         try:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for user_id in user_ids:
-                    pipe.hgetall(self.user_key + user_id.hex)
-                for user_id, local in here.items():
-                    pipe.hset(self.user_key + user_id.hex, mapping=local)  # type: ignore[arg-type]
-                for user_id in gone:
-                    pipe.hdel(self.user_key + user_id.hex, self._worker)
-                # If this worker dies, others delete the entries of these users.
-                if here:
-                    pipe.sadd(self._worker_key + self._worker + ":users", *(user_id.hex for user_id in here))
-                if gone:
-                    pipe.srem(self._worker_key + self._worker + ":users", *(user_id.hex for user_id in gone))
-                answers = await pipe.execute()
+            return await self.entries.exchange(user_ids, here)
         except REDIS_LOST:
             return None
-        return dict(zip(user_ids, answers, strict=False))
 
     async def _tell_due(self) -> bool:
         is_more_due = await self._pending.tell_due()
@@ -330,19 +293,10 @@ class Presence:
     async def _sign(self) -> None:
         """Renew the sign of life, and clean up after workers that no longer renew theirs."""
         try:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.set(self._worker_key + self._worker, "1", ex=SIGN_LASTS_SECONDS, get=True)
-                pipe.sadd(self._workers, self._worker)
-                pipe.smembers(self._workers)
-                known, _, members = await pipe.execute()
-            workers = sorted(_text(member) for member in members)
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for worker in workers:
-                    pipe.exists(self._worker_key + worker)
-                alive = await pipe.execute()
+            signs = await self.entries.sign()
         except REDIS_LOST:
             return
-        self._dead = {worker for worker, is_there in zip(workers, alive, strict=True) if not is_there}
+        self._dead = signs.dead
         if self._unsaved:
             # A frozen Redis may execute earlier commands late, in any order.
             self._note(*self._unsaved)
@@ -350,7 +304,7 @@ class Presence:
         for user_id in self._guessed:
             self._pending.keep(user_id, PresenceNews(Reason.DEVICE, self._left_at.get(user_id)))
         self._guessed.clear()
-        if known is None:
+        if not signs.is_known:
             # Redis is new, or the outage was so long that others considered this worker dead. They may be deleting its
             # entries right now, so the next sign of life writes them again.
             self._note(*self._devices)
@@ -360,19 +314,13 @@ class Presence:
 
     async def _bury(self, worker: str) -> None:
         """Delete the entries of a dead worker, and announce its users who are offline now."""
-        key = self._worker_key + worker + ":users"
         if worker not in self._burying:
             try:
-                user_ids = [UserId(UUID(hex=_text(member))) for member in await self._redis.smembers(key)]
-                async with self._redis.pipeline(transaction=False) as pipe:
-                    for user_id in user_ids:
-                        pipe.hdel(self.user_key + user_id.hex, worker)
-                        pipe.hgetall(self.user_key + user_id.hex)
-                    answers = await pipe.execute()
+                found = await self.entries.delete_states(worker)
             except REDIS_LOST:
                 return
-            self._burying[worker] = set(user_ids)
-            for user_id, fields in zip(user_ids, answers[1::2], strict=True):
+            self._burying[worker] = set(found)
+            for user_id, fields in found.items():
                 states = self._states(fields | self._local(user_id))
                 if not states:
                     self._transitions[user_id] = self._gone(user_id)
@@ -392,8 +340,7 @@ class Presence:
     async def _take_away(self, workers: Sequence[str]) -> None:
         for worker in workers:
             try:
-                await self._redis.delete(self._worker_key + worker + ":users")
-                await self._redis.srem(self._workers, worker)
+                await self.entries.delete_worker(worker)
             except REDIS_LOST:
                 return
             self._burying.pop(worker, None)
@@ -456,7 +403,3 @@ def _seen(user_id: UserId, choice: Visibility, states: Iterable[bytes]) -> Seen:
         custom_status=choice.custom_status,
         last_seen_at=datetime.fromtimestamp(last_seen, UTC) if status == "offline" and last_seen else None,
     )
-
-
-def _text(member: bytes | str) -> str:
-    return member.decode() if isinstance(member, bytes) else member
