@@ -203,7 +203,7 @@ async def _say_difference(context: Context, conversation_id: ConversationId, ver
     missed, reading = found
     difference = await missed.decoded()
     parts = difference.parts(MAX_PAGE_BYTES) if difference.is_whole else None
-    if difference.is_whole and difference.changes.since > difference.clock:
+    if difference.is_whole and difference.changes.since > difference.current_version:
         await _start_over(context, [conversation_id], "ahead_of_server", done=done)
         return None
     if parts is None:

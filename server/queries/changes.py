@@ -111,7 +111,7 @@ class Difference(NamedTuple):
 
     changes: Changes
     gone: list[UserId]
-    clock: int
+    current_version: int
     size: int
 
     def parts(self, most: int) -> list[Changes] | None:
@@ -143,7 +143,7 @@ class Difference(NamedTuple):
     @property
     def is_whole(self) -> bool:
         """Whether the changes are complete."""
-        return self.changes.version >= self.clock
+        return self.changes.version >= self.current_version
 
 
 async def since(db: Db, conversation_id: ConversationId, version: int, *, limit: int) -> Undecoded[Difference] | None:
@@ -159,8 +159,8 @@ async def since(db: Db, conversation_id: ConversationId, version: int, *, limit:
 def _difference(
     conversation_id: ConversationId, version: int, rows: Sequence[asyncpg.Record], *, limit: int
 ) -> Undecoded[Difference]:
-    clock: int = rows[0][0]
-    reached = max(clock, version)
+    current_version: int = rows[0][0]
+    reached = max(current_version, version)
     kept = [row for row in rows if row[1] is not None]
     if kept and (len(kept) > limit or len(kept) < kept[0][4]):
         # The last version may have further events. If it is also the first, it is complete, if it fits.
@@ -172,7 +172,7 @@ def _difference(
 
     def of(events: list[DurableEvent]) -> Difference:
         changes = Changes(conversation_id=conversation_id, since=version, version=reached, events=events)
-        return Difference(changes, gone, clock, size)
+        return Difference(changes, gone, current_version, size)
 
     return _event_decoder.each(row[2] for row in kept).then(of)
 
