@@ -31,12 +31,12 @@ from server.queries import (
     audit,
     erasure,
     expiry,
+    presence,
     relationships,
     remains,
     scheduled,
     search_index,
     sessions,
-    users,
 )
 from tests.world import World, message
 
@@ -414,7 +414,7 @@ async def test_each_job_handles_all_due_rows_despite_rows_that_always_fail(
         remains,
         scheduled,
         sessions,
-        users,
+        presence,
     ):
         monkeypatch.setattr(module, "AT_ONCE", AT_ONCE)
     async with World(settings, workers=1) as world:
