@@ -1,4 +1,4 @@
-"""Docstrings, also those of constants, and comments keep the rules of prose that a machine can check."""
+"""The rules of prose that a machine can check hold for docstrings, also those of constants, and for comments."""
 
 import ast
 import io
@@ -14,11 +14,11 @@ ROOT = Path(__file__).parent.parent
 DONE = ("protocol", "server", "prove", "loadtest", "benchmarks", "fuzz", "deploy")
 """Rooms that were rewritten. Add a room when all of it keeps the rules."""
 MARKS = re.compile(r"#!?(?: (?:noqa: [A-Z0-9, ]+|type: ignore\S*|fmt: \w+|-{3,}.*?)(?: - |  # |$))*\s*")
-"""The parts of a comment that are for tools, or that divide a file."""
+"""The parts of a comment that are for tools or divide a file."""
 
 
 def files() -> Iterator[tuple[str, Path]]:
-    """Yield the files of the rooms that are done, with their names."""
+    """Yield the name and path of each file of the rooms that are done."""
     for room in DONE:
         for path in sorted((ROOT / room).rglob("*.py")):
             yield str(path.relative_to(ROOT)), path
@@ -33,7 +33,7 @@ def docstrings(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def comments(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield all comments of a file with their lines. Those on consecutive lines are one."""
+    """Yield all comments of a file with their lines. Comments on consecutive lines are one comment."""
     text, last = "", 0
     for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
         if token.type == tokenize.COMMENT:

@@ -1,4 +1,4 @@
-"""The wire by itself: what goes in comes out, and what is broken is refused with words."""
+"""Encoding and decoding of frames: valid frames survive a round trip, and invalid ones are refused with an error."""
 
 import ast
 import json
@@ -36,7 +36,9 @@ JSON = st.recursive(
 
 
 @given(content=TEXT, metadata=st.dictionaries(TEXT, JSON, max_size=4), quoted=st.uuids() | st.none())
-def test_what_is_sent_is_what_is_read(content: str, metadata: dict[str, object], quoted: UUID | None) -> None:
+def test_frame_is_unchanged_by_encoding_and_decoding(
+    content: str, metadata: dict[str, object], quoted: UUID | None
+) -> None:
     frame = client.Send(
         conversation_id=ConversationId(uuid7()),
         message_id=MessageId(uuid7()),
@@ -49,7 +51,7 @@ def test_what_is_sent_is_what_is_read(content: str, metadata: dict[str, object],
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200) | JSON.map(json.dumps))
-def test_nothing_but_frames_is_accepted_and_nothing_breaks(data: bytes | str) -> None:
+def test_arbitrary_bytes_are_refused_or_decode_to_a_frame(data: bytes | str) -> None:
     label(data)
     try:
         frame = decode_client(data)
@@ -63,8 +65,8 @@ def test_nothing_but_frames_is_accepted_and_nothing_breaks(data: bytes | str) ->
 WRONG = [rb'"content":"cut \ud83d"}', b'"metadata":' + b"[" * 2_000, b"'"]
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=["half a surrogate pair", "too deep", "no JSON"])
-def test_a_frame_that_cannot_be_decoded_is_answered_under_its_id(wrong: bytes) -> None:
+@pytest.mark.parametrize("wrong", WRONG, ids=["lone-surrogate", "too-deep", "not-json"])
+def test_refusal_of_an_undecodable_frame_has_its_id(wrong: bytes) -> None:
     for head, expected in (
         (b'{"type":"send","id":7,', 7), (b'{ "id" : "a-1" , "type":"send",', "a-1"), (b'{"id":-5,', -5),
         (b'{"id":0,', 0),
@@ -77,7 +79,7 @@ def test_a_frame_that_cannot_be_decoded_is_answered_under_its_id(wrong: bytes) -
 
 
 @given(st.binary(max_size=70_000))
-def test_frames_are_framed_as_the_standard_says(payload: bytes) -> None:
+def test_websocket_frames_follow_the_standard(payload: bytes) -> None:
     reader = Protocol(CLIENT, state=OPEN)
     reader.receive_data(text_frame(payload))
     (frame,) = reader.events_received()
@@ -86,7 +88,7 @@ def test_frames_are_framed_as_the_standard_says(payload: bytes) -> None:
 
 def test_ids_are_uuid7_and_grow_with_time() -> None:
     made = [uuid7() for _ in range(10_000)]
-    assert made == sorted(set(made)), "in the same millisecond, too"
+    assert made == sorted(set(made)), "ids grow within a millisecond"
     before, after = uuid7(), None
     while after is None or after.int >> 80 == before.int >> 80:
         after = uuid7()
@@ -95,7 +97,7 @@ def test_ids_are_uuid7_and_grow_with_time() -> None:
     assert abs((before.int >> 80) / 1000 - time.time()) < 5
 
 
-def test_a_server_frame_survives() -> None:
+def test_server_frame_is_unchanged_by_encoding_and_decoding() -> None:
     error = Error(re="x", code=ErrorCode.CONFLICT, message="No.", path="message_id")
     assert decode_server(encode(error)) == error
     with pytest.raises(Refused):
@@ -103,7 +105,7 @@ def test_a_server_frame_survives() -> None:
     assert MessageSent.__struct_config__.tag == "message_sent"
 
 
-def test_close_codes_say_whether_to_come_back() -> None:
+def test_close_codes_say_whether_to_reconnect() -> None:
     assert {code for code in CloseCode if not code.reconnect} == {4001, 4002, 4003, 4004}
     assert all(code.value in range(4000, 5000) or code.value in {1009, 1012} for code in CloseCode)
     closes = handbook.document().partition("## Close codes")[2].partition("\n## ")[0]
@@ -116,8 +118,8 @@ def test_close_codes_say_whether_to_come_back() -> None:
     assert f"{MESSAGE_SECONDS:.0f} seconds" in said[CloseCode.SILENT]
 
 
-def test_what_is_refused_for_now_has_a_time() -> None:
-    """A client repeats by itself what has a `retry_after_ms`, and nothing else."""
+def test_temporary_refusals_have_a_retry_time() -> None:
+    """A client retries only those refusals that have a `retry_after_ms`."""
     without = []
     for path in sorted(Path(handbook.__file__).parents[1].rglob("*.py")):
         for call in ast.walk(ast.parse(path.read_text())):
@@ -126,10 +128,10 @@ def test_what_is_refused_for_now_has_a_time() -> None:
             is_for_now = ast.unparse(call.args[0]) in {"ErrorCode.RATE_LIMITED", "ErrorCode.UNAVAILABLE"}
             if is_for_now and "retry_after_ms" not in {keyword.arg for keyword in call.keywords}:
                 without.append(path.name)
-    assert without == ["http_protocol.py"], "of requests that are sent before the answers are read, not of frames"
+    assert without == ["http_protocol.py"], "for pipelined requests, not for frames"
 
 
-def test_the_event_of_an_edit_holds_what_a_client_needs() -> None:
+def test_edit_frame_has_its_type() -> None:
     frame = client.Edit(conversation_id=ConversationId(uuid7()), message_id=MessageId(uuid7()), content="x")
     assert msgspec.json.decode(encode(frame))["type"] == "edit"
 
@@ -140,14 +142,14 @@ def test_the_event_of_an_edit_holds_what_a_client_needs() -> None:
     burst=st.integers(1, 200),
     waits=st.lists(st.integers(0, 10**9), max_size=20),
 )
-def test_an_allowance_gives_its_burst_and_refills_at_its_rate(
+def test_token_bucket_allows_its_burst_and_refills_at_its_rate(
     start: int, rate: float, burst: int, waits: list[int]
 ) -> None:
     now = start
     allowance: TokenBuckets[str] = TokenBuckets("frames", rate, burst=burst, clock=lambda: now)
     assert all(allowance.take("a") == 0.0 for _ in range(burst))
     assert 0 < allowance.take("a") <= 1.001 / rate
-    assert allowance.take("b") == 0.0, "one's haste is not another's"
+    assert allowance.take("b") == 0.0, "each key has its own bucket"
     with pytest.raises(Refused) as refused:
         allowance.require("a")
     assert refused.value.retry_after_ms is not None
@@ -165,8 +167,8 @@ SEND = '{"type": "send", "conversation_id": "%s", "message_id": "%s", "content":
 
 
 @pytest.mark.parametrize("unit", ["{},", "[],", "1,", '"",', r'"\"",', '{"":1},', "[" * 18 + "]" * 18 + ",", '"a":{},'])
-def test_values_of_a_frame_are_bounded(unit: str) -> None:
-    """Arrays of arrays cost the decoder twenty times what text of the same length does."""
+def test_number_of_values_in_a_frame_is_bounded(unit: str) -> None:
+    """Nested arrays take twenty times as long to decode as text of the same length."""
     for start, end in (('{"a": [', "1]}"), ("{", '"b": 1}')):
         text = SEND % (uuid7(), uuid7(), '"x"', start + unit * (MAX_FRAME_BYTES // len(unit) - 100) + end)
         with pytest.raises(Refused, match=f"more than {MAX_FRAME_VALUES} values"):
@@ -174,7 +176,7 @@ def test_values_of_a_frame_are_bounded(unit: str) -> None:
 
 
 @given(st.lists(st.sampled_from([*',[{"\\é', "x,[{"]), min_size=1, max_size=8), st.integers(1, 1_200))
-def test_texts_are_no_values_of_a_frame(parts: list[str], times: int) -> None:
+def test_strings_are_not_counted_as_several_values(parts: list[str], times: int) -> None:
     content = ("".join(parts) * times)[:MAX_CONTENT]
     metadata = {"text": content[:2_000], "values": list(range(MAX_JSON_VALUES - 4))}
     read = decode_client(SEND % (uuid7(), uuid7(), json.dumps(content), json.dumps(metadata)))
@@ -182,7 +184,7 @@ def test_texts_are_no_values_of_a_frame(parts: list[str], times: int) -> None:
     assert (read.content, read.metadata) == (content, metadata)
 
 
-def test_numbers_that_are_slow_to_read_are_bounded() -> None:
+def test_slow_numbers_are_bounded() -> None:
     """msgspec takes 14 µs for a number near the largest double, two hundred times as long as for others."""
     text = '{"type": "send", "conversation_id": "%s", "message_id": "%s", "content": "%s", "metadata": {"a": [%s]}}'
     ids = (uuid7(), uuid7())
@@ -194,6 +196,6 @@ def test_numbers_that_are_slow_to_read_are_bounded() -> None:
     decode_client(text % (*ids, "1e308 " * 1_000, r'"1e308 \"1e308",' * 200 + "0"))
 
 
-def test_strings_without_an_end_are_told_from_numbers_in_linear_time() -> None:
+def test_unterminated_strings_are_scanned_in_linear_time() -> None:
     for text in (b'"\\', rb"\"", rb'"\"e300', b'"e300'):
         assert len(STRING.sub(b"", text * 50_000)) <= 50_000 * len(text)

@@ -1,4 +1,4 @@
-"""The proof: what it says of a server that keeps its word, and of servers that break it, each in one way."""
+"""`openchat prove`: its verdict on a correct server, and on servers with one defect each."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ from tests.relay import Relay, Spoil
 from tests.world import World
 
 SELDOM = 20
-"""A defect strikes once in so many events."""
+"""One in `SELDOM` events is affected by a defect."""
 Answer = Callable[[bytes], bytes | None]
 
 
@@ -30,12 +30,12 @@ def honest(frame: bytes) -> list[bytes]:
     return [frame]
 
 
-def hands_on(frame: bytes) -> None:
+def passes_through(frame: bytes) -> None:
     del frame
 
 
-def now_and_then(spoil: Spoil, kind: bytes = b'{"type":"message_sent"') -> Spoil:
-    """Return what spoils one event in SELDOM."""
+def one_in_seldom(spoil: Spoil, kind: bytes = b'{"type":"message_sent"') -> Spoil:
+    """Return a function that applies `spoil` to one in `SELDOM` events."""
     seen = 0
 
     def spoiled(frame: bytes) -> list[bytes]:
@@ -47,7 +47,7 @@ def now_and_then(spoil: Spoil, kind: bytes = b'{"type":"message_sent"') -> Spoil
 
 
 def late() -> Spoil:
-    """Hold one event in SELDOM back until the next one of its conversation has gone by."""
+    """Delay one in `SELDOM` events until the next event of its conversation was sent."""
     held: dict[bytes, bytes] = {}
 
     def about(frame: bytes) -> bytes:
@@ -57,7 +57,7 @@ def late() -> Spoil:
         held[about(frame)] = frame
         return []
 
-    hold = now_and_then(keep)
+    hold = one_in_seldom(keep)
 
     def spoiled(frame: bytes) -> list[bytes]:
         if frame.startswith(b'{"type":"message_sent"') and (waiting := held.pop(about(frame), None)) is not None:
@@ -68,7 +68,7 @@ def late() -> Spoil:
 
 
 def invents(frame: bytes) -> list[bytes]:
-    """Say that another message was sent, which nobody sent, in place of the one that was."""
+    """Replace the id of the message with a new one."""
     return [re.sub(rb'"message":\{"id":"[^"]*"', b'"message":{"id":"%s"' % str(uuid7()).encode(), frame)]
 
 
@@ -81,7 +81,7 @@ def garbles(frame: bytes) -> list[bytes]:
 
 
 class Forgets:
-    """Answers that a message is stored, and does not store it."""
+    """Acknowledges a message without storing it."""
 
     def __init__(self) -> None:
         self._seen = 0
@@ -100,8 +100,8 @@ class Forgets:
         return msgspec.json.encode({"type": "reply", "re": asked["id"], "result": result})
 
 
-async def proven(settings: Settings, down: Callable[[], Spoil], up: Answer = hands_on) -> Outcome:
-    """Prove one phase of a server with a defect, and return what is said of it."""
+async def outcome_of(settings: Settings, down: Callable[[], Spoil], up: Answer = passes_through) -> Outcome:
+    """Run one phase against a server with a defect, and return the outcome."""
     settings = msgspec.structs.replace(settings, heartbeat_seconds=3.0, login_attempts_per_address=1000)
     async with World(settings) as world:
         port = int(world.url.rpartition(":")[2])
@@ -117,47 +117,49 @@ async def proven(settings: Settings, down: Callable[[], Spoil], up: Answer = han
         return outcome
 
 
-async def test_a_server_that_keeps_its_word_is_believed(settings: Settings) -> None:
-    outcome = await proven(settings, lambda: honest)
+async def test_correct_server_passes(settings: Settings) -> None:
+    outcome = await outcome_of(settings, lambda: honest)
     assert outcome.is_good, outcome.violations
 
 
 @pytest.mark.parametrize(
     ("defect", "up", "kind"),
     [
-        pytest.param(lambda: now_and_then(lambda _: []), hands_on, "lost", id="an event is dropped"),
+        pytest.param(lambda: one_in_seldom(lambda _: []), passes_through, "lost", id="an event is dropped"),
         pytest.param(
-            lambda: now_and_then(lambda frame: [frame, frame]),
-            hands_on,
+            lambda: one_in_seldom(lambda frame: [frame, frame]),
+            passes_through,
             "duplicated",
             id="an event comes twice",
             marks=pytest.mark.long,
         ),
-        pytest.param(late, hands_on, "out_of_order", id="an event is overtaken", marks=pytest.mark.long),
+        pytest.param(late, passes_through, "out_of_order", id="an event is overtaken", marks=pytest.mark.long),
         pytest.param(
-            lambda: now_and_then(invents),
-            hands_on,
+            lambda: one_in_seldom(invents),
+            passes_through,
             "phantom",
             id="an event of a message that is not stored",
             marks=pytest.mark.long,
         ),
         pytest.param(
-            lambda: now_and_then(garbles), hands_on, "wrong", id="an event says something else", marks=pytest.mark.long
+            lambda: one_in_seldom(garbles),
+            passes_through,
+            "wrong",
+            id="an event says something else",
+            marks=pytest.mark.long,
         ),
         pytest.param(
             lambda: honest, Forgets(), "lost", id="acknowledged before the commit, which fails", marks=pytest.mark.long
         ),
     ],
 )
-async def test_a_server_that_breaks_its_word_is_caught(
-    settings: Settings, defect: Callable[[], Spoil], up: Answer, kind: str
-) -> None:
-    outcome = await proven(settings, defect, up)
+async def test_each_defect_is_detected(settings: Settings, defect: Callable[[], Spoil], up: Answer, kind: str) -> None:
+    outcome = await outcome_of(settings, defect, up)
     assert getattr(outcome, kind) > 0, outcome
     assert outcome.violations
 
 
-async def test_what_is_wrong_in_the_end_is_found(world: World) -> None:
+async def test_final_check_reports_wrong_rows(world: World) -> None:
     await world.channel(await world.connect(await world.user("Ada")))
     await world.db.execute("UPDATE conversation SET message_count = 7")
     cluster = Cluster(world.url, world.settings.database_url, world.settings.redis_url)
@@ -174,8 +176,8 @@ async def test_what_is_wrong_in_the_end_is_found(world: World) -> None:
     assert outcome.violations[0].startswith("wrong: message counts match the rows")
 
 
-async def test_the_bad_network_loses_what_comes_last_and_never_turns_it_around() -> None:
-    """What is on its way when a slow connection is cut comes before what is cut: anything else no TCP would do."""
+async def test_proxy_loses_the_last_bytes_and_never_reorders() -> None:
+    """As with TCP, bytes in flight on a slow connection arrive before the cut."""
     ready, go, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def speak(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -210,14 +212,14 @@ async def test_the_bad_network_loses_what_comes_last_and_never_turns_it_around()
 
 
 def prove(*arguments: str) -> tuple[int, str]:
-    """Run `openchat prove`; return its exit status and what it said."""
+    """Run `openchat prove` and return its exit status and output."""
     command = [sys.executable, "-m", "server.cli.main", "prove", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.long
-def test_prove_from_the_command_line(tmp_path: Path) -> None:
+def test_prove_command_writes_its_report(tmp_path: Path) -> None:
     size = ("--people", "8", "--rate", "60", "--seconds", "3")
     status, said = prove(*size, "--only", "worker killed", "--report", str(tmp_path))
     assert status == 0, said
@@ -240,7 +242,7 @@ def test_prove_from_the_command_line(tmp_path: Path) -> None:
         (["--url", "http://127.0.0.1:9"], "--database-url and --redis-url"),
     ],
 )
-def test_prove_refuses_what_it_cannot_do(arguments: list[str], why: str) -> None:
+def test_prove_refuses_invalid_arguments(arguments: list[str], why: str) -> None:
     status, said = prove(*arguments)
     assert status == 1
     assert why in said

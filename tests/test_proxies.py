@@ -1,4 +1,4 @@
-"""Whose address counts: what proxies append to X-Forwarded-For, and what anybody writes into it."""
+"""The address of the client behind proxies, which append to X-Forwarded-For, when clients can forge entries."""
 
 import asyncio
 import ipaddress
@@ -42,8 +42,8 @@ anything = st.lists(v4 | v6 | proxies | st.sampled_from(GARBAGE) | st.text(max_s
 
 
 @given(forged=anything, who=v4 | v6, chain=st.lists(proxies, max_size=3))
-def test_the_client_is_who_connected_to_the_first_trusted_proxy(forged: list[str], who: str, chain: list[str]) -> None:
-    """Each proxy appends who connected to it: the first one the client, the others the proxy before."""
+def test_client_address_is_the_peer_of_the_first_trusted_proxy(forged: list[str], who: str, chain: list[str]) -> None:
+    """Each proxy appends its peer's address: the first one the client's, the others the previous proxy's."""
     entries = [*forged, who, *chain]
     for setting in (str(len(chain) + 1), "10.0.0.0/8, fd00::/8"):
         found = Proxies.read(setting).client(PEER, entries)
@@ -51,43 +51,41 @@ def test_the_client_is_who_connected_to_the_first_trusted_proxy(forged: list[str
 
 
 @given(forged=anything, peer=v4 | v6 | st.none())
-def test_nobody_but_a_trusted_proxy_is_believed(forged: list[str], peer: str | None) -> None:
+def test_only_trusted_proxies_are_believed(forged: list[str], peer: str | None) -> None:
     assert Proxies.read("10.0.0.0/8").client(peer, forged) == (None, 0)
     assert Proxies().client(PEER, forged) == (None, 0)
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("setting", ["1", "10.0.0.0/8"])
-def test_what_is_not_an_address_is_refused_where_it_counts_alone(garbage: str, setting: str) -> None:
+def test_invalid_address_is_refused_only_in_the_entry_that_counts(garbage: str, setting: str) -> None:
     with pytest.raises(Refused, match="IP address"):
         Proxies.read(setting).client(PEER, ["198.51.100.7", garbage])
     assert Proxies.read(setting).client(PEER, [garbage, "198.51.100.7"]).host == "198.51.100.7"
 
 
-def test_there_may_be_fewer_entries_than_proxies() -> None:
-    """Then a proxy was passed by, and who did may have written every entry: the peer's address counts."""
+def test_peer_address_counts_if_there_are_fewer_entries_than_proxies() -> None:
+    """With fewer entries, the client bypassed a proxy and may have written every entry."""
     for entries in ([], ["198.51.100.7"], ["<script>"]):
         assert Proxies.read("2").client(PEER, entries) == (None, 0)
     assert Proxies.read("10.0.0.0/8").client(PEER, ["10.1.1.1", "10.2.2.2"]).host == "10.1.1.1"
 
 
-def test_the_setting_of_before_is_refused_with_its_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_setting_is_refused_with_the_new_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENCHAT_BEHIND_PROXY", "true")
     with pytest.raises(Fatal, match="Set OPENCHAT_TRUSTED_PROXIES"):
         config.read()
 
 
 @pytest.mark.parametrize("setting", ["true", "-1", "11", "1.5", "10.0.0.0/33", "10.0.0.1/8", "1,", "example.org", "*"])
-def test_a_setting_that_is_not_understood_ends_the_start_in_one_line(
-    setting: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_setting_stops_the_start_with_one_line(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENCHAT_TRUSTED_PROXIES", setting)
     with pytest.raises(Fatal, match=r"^OPENCHAT_TRUSTED_PROXIES must be a number from 0 to 10, or networks [^\n]*\.$"):
         config.read()
 
 
 @given(v6, st.integers(0, 2**64 - 1))
-def test_limits_count_a_network_of_ipv6_as_one(address: str, other: int) -> None:
+def test_limits_treat_an_ipv6_network_as_one_address(address: str, other: int) -> None:
     number = int(ipaddress.ip_address(address))
     neighbour = ipaddress.IPv6Address(number >> 64 << 64 | other)
     assert limit_key(str(neighbour)) == limit_key(address)
@@ -95,14 +93,14 @@ def test_limits_count_a_network_of_ipv6_as_one(address: str, other: int) -> None
 
 
 @given(st.ip_addresses(v=4))
-def test_limits_count_ipv4_in_ipv6_as_ipv4(address: ipaddress.IPv4Address) -> None:
+def test_limits_treat_ipv4_mapped_addresses_as_ipv4(address: ipaddress.IPv4Address) -> None:
     assert limit_key(f"::ffff:{address}") == limit_key(str(address)) == str(address) == str(parsed(f"::ffff:{address}"))
 
 
 @pytest.mark.parametrize(
     ("setting", "appended"), [("1", ""), ("2", ", 10.9.9.9"), ("127.0.0.0/8,10.0.0.0/8", ", 10.9.9.9")]
 )
-async def test_all_limits_by_address_count_the_forwarded_one(settings: Settings, setting: str, appended: str) -> None:
+async def test_all_address_limits_use_the_forwarded_address(settings: Settings, setting: str, appended: str) -> None:
     changes = {"trusted_proxies": setting, "login_attempts_per_address": 3, "connections_per_address": 2}
     settings = msgspec.structs.replace(settings, **changes)
 
@@ -115,7 +113,7 @@ async def test_all_limits_by_address_count_the_forwarded_one(settings: Settings,
         token = registered.json()["token"]
         assert await world.db.fetchval("SELECT ip_address FROM session") == "2001:db8::1"
 
-        # Each with another forged entry, and of another address of the same network.
+        # Each request has another forged entry, and another address of the same network.
         wrong = {"email": ADA["email"], "password": "wrong horse"}
         codes = [
             (await http.post("/v1/auth/login", json=wrong, headers=of(f"2001:db8::{number}", number))).status_code
@@ -141,7 +139,7 @@ async def test_all_limits_by_address_count_the_forwarded_one(settings: Settings,
             await Client(world.url, token, headers={"X-Forwarded-For": "<script>" + appended}).open()
 
 
-async def test_without_proxies_the_headers_mean_nothing(settings: Settings) -> None:
+async def test_headers_are_ignored_without_trusted_proxies(settings: Settings) -> None:
     forged = {"X-Forwarded-For": "<script>", "X-Forwarded-Proto": "https"}
     async with World(settings, workers=1) as world, http_client(world.url) as http:
         registered = await http.post("/v1/auth/register", json=ADA, headers=forged)
@@ -150,7 +148,7 @@ async def test_without_proxies_the_headers_mean_nothing(settings: Settings) -> N
         assert await world.db.fetchval("SELECT ip_address FROM session") == "127.0.0.1"
 
 
-async def test_who_comes_past_a_proxy_is_counted_by_the_address_of_the_socket(
+async def test_client_that_bypasses_a_proxy_is_limited_by_its_socket_address(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = msgspec.structs.replace(settings, trusted_proxies="2", login_attempts_per_address=3)
@@ -179,7 +177,7 @@ async def test_who_comes_past_a_proxy_is_counted_by_the_address_of_the_socket(
         ("1", {"X-Forwarded-For": "203.0.113.7"}, (200, None)),
     ],
 )
-async def test_count_that_does_not_match_the_proxies_is_logged_once(
+async def test_wrong_number_of_entries_is_logged_once(
     settings: Settings,
     caplog: pytest.LogCaptureFixture,
     setting: str,
@@ -197,12 +195,12 @@ async def test_count_that_does_not_match_the_proxies_is_logged_once(
     found = [record.getMessage() for record in caplog.records if "X-Forwarded-For" in record.getMessage()]
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
-    assert "4711" not in caplog.text, "what a client may have written is not quoted"
+    assert "4711" not in caplog.text, "text from a client is not quoted"
 
 
 @pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded"])
 @pytest.mark.parametrize(("setting", "times"), [("", 1), ("10.9.0.0/16", 1), ("127.0.0.0/8", 0)])
-async def test_a_proxy_that_the_setting_does_not_name_is_logged_once(
+async def test_proxy_missing_from_the_setting_is_logged_once(
     settings: Settings, caplog: pytest.LogCaptureFixture, header: str, setting: str, times: int
 ) -> None:
     settings = msgspec.structs.replace(settings, trusted_proxies=setting)
@@ -214,12 +212,12 @@ async def test_a_proxy_that_the_setting_does_not_name_is_logged_once(
     assert caplog.text.count("a proxy at 127.0.0.1 that OPENCHAT_TRUSTED_PROXIES does not include") == times
 
 
-def test_what_a_client_from_elsewhere_writes_is_not_taken_for_a_proxy() -> None:
+def test_public_address_is_not_taken_for_a_proxy() -> None:
     assert not any(map(_is_near, ["1.2.3.4", "2a00::1"]))
     assert all(map(_is_near, ["127.0.0.1", "10.1.2.3", "172.18.0.2", "100.64.0.1", "::1", "fd00::1", None]))
 
 
-async def test_several_lines_of_the_header_are_one_list(settings: Settings) -> None:
+async def test_repeated_headers_are_joined_into_one_list(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, trusted_proxies="2")
     lines = [("X-Forwarded-For", line) for line in ("6.6.6.6", "198.51.100.1 ,203.0.113.5", "10.9.9.9")]
     async with World(settings, workers=1) as world, http_client(world.url) as http:

@@ -1,4 +1,4 @@
-"""Notifications that wait: the right to them is checked when the post begins, not only when it is queued."""
+"""The right to a queued notification is checked when its post begins, not only when it is queued."""
 
 import ast
 import asyncio
@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 
 async def nothing(case: Case) -> None:
-    """The right stays."""
+    """The reader keeps the right."""
 
 
 async def delete(case: Case) -> None:
@@ -78,7 +78,7 @@ async def unregister(case: Case) -> None:
 
 
 async def edit(case: Case) -> None:
-    """The right stays; the words change."""
+    """The reader keeps the right, and the content changes."""
     await case.ada.call(client.Edit(**case.at, content="Edited"))  # type: ignore[arg-type]
 
 
@@ -86,10 +86,10 @@ LATE: dict[Callable[[Case], Awaitable[None]], list[str]] = {
     nothing: ["Secret"], edit: ["Edited"], delete: [], moderate: [], ban: [], leave: [], revoke: [], block: [],
     read: [], unregister: [],
 }  # fmt: skip
-"""What is pushed after each act."""
+"""The content that is pushed after each act."""
 
 
-async def test_queued_notification_is_pushed_only_while_its_reader_has_a_right_to_it(world: World) -> None:
+async def test_queued_notification_is_pushed_only_while_its_reader_may_see_it(world: World) -> None:
     ada, *readers = await world.users("Ada", *(act.__name__.title() for act in LATE))
     sender = await world.connect(ada)
     queue = world.workers[0].app.web_push._posts  # noqa: SLF001
@@ -123,8 +123,8 @@ async def test_queued_notification_is_pushed_only_while_its_reader_has_a_right_t
     assert pushed == {act.__name__: bodies for act, bodies in LATE.items()}
 
 
-def test_no_queue_holds_words() -> None:
-    """What waits for a push service or a page is named by ids, and read when its turn comes."""
+def test_queues_hold_ids_and_no_content() -> None:
+    """A queued post or page is named by ids, and its content is read when its turn comes."""
     words = {"Message", "Notice", "Push", "Notification", "bytes", "Send", "Outgoing"}
     queue = re.compile(r"(deque|asyncio\.Queue|OrderedDict)\b")
     nodes = [

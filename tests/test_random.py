@@ -1,4 +1,4 @@
-"""Fifty people do random things, 1,500 in all; connections drop, a worker is killed, and nobody loses anything."""
+"""Fifty users act at random, 1,500 times; connections drop, a worker is killed, and every event arrives."""
 
 import asyncio
 import random
@@ -18,7 +18,7 @@ PEOPLE, ACTIONS, CHANNELS = 50, 30, 5
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [1])
-async def test_everyone_ends_with_the_truth(settings: Settings, cluster: Cluster, seed: int) -> None:
+async def test_all_clients_end_with_the_state_of_the_database(settings: Settings, cluster: Cluster, seed: int) -> None:
     db = await asyncpg.connect(settings.database_url)
     world = World(settings, workers=0)
     world.db = db
@@ -68,7 +68,7 @@ async def test_everyone_ends_with_the_truth(settings: Settings, cluster: Cluster
 async def wait_for_own_state(
     db: "asyncpg.Connection[asyncpg.Record]", actor: Actor, ended: set[ConversationId]
 ) -> None:
-    """Wait until an actor knows what is theirs alone; nobody takes back an invitation to what has ended."""
+    """Wait until a user has their own private state. An invitation to an ended conversation may remain."""
     truth = await own(db, actor.account.id)
     over = {("invitation", str(one), "") for one in ended}
     await until(lambda: own_of(actor.mirror) - over == truth)

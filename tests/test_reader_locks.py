@@ -1,4 +1,4 @@
-"""Locks: readers of the database hold none that the server needs, and take no more than their share."""
+"""Readers of the database hold no locks that the server needs, and use bounded resources."""
 
 import asyncio
 import os
@@ -57,18 +57,18 @@ WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.provolatile = 'v' AND p.
 ORDER BY 1
 """
 JUDGED = re.compile(
-    # Values, and counters that are shown to everybody.
+    # Values, and counters that all roles may read.
     r"array_(sample|shuffle)|clock_timestamp|current_query|gen_random_uuid|random(_normal)?|setseed|timeofday|uuidv\d"
     r"|txid_status|ts_(rewrite|stat)|amvalidate|pg_stat_(get_|clear_snapshot|force_next_flush)\w*|pg_(control|is)_\w+"
     r"|pg_current_wal_\w*lsn|pg_last_\w+|pg_get_\w+|pg_\w*collation_actual_version|pg_jit_available|pg_lock_status"
     r"|pg_(safe_snapshot_)?blocking_pids|pg_isolation_test_session_is_blocked|pg_notification_queue_usage"
     r"|pg_partition_\w+|pg_prepared_xact|pg_(\w+_)?size|pg_\w*wal_summar\w+|pg_xact_\w+|pg_available_wal_summaries"
-    # As the caller's own statements, or the settings and sessions of the role itself; see decision 0045.
+    # No more than the caller's own statements, or settings and sessions of the role itself; see decision 0045.
     r"|\w+_to_xml\w*|set_config|pg_sleep\w*|pg_notify|pg_(cancel|terminate)_backend|pg_advisory_unlock\w*|plpgsql_\w+"
-    # Only on what one has rights on, and a reader has none: sequences, large objects, indexes, statistics.
+    # These require rights that a reader lacks, on sequences, large objects, indexes or statistics.
     r"|currtid2|currval|lastval|nextval|setval|pg_sequence_last_value|lo_(close|get|l?open|lseek|tell|unlink)(64)?|loread"
     r"|brin_\w+|gin_clean_pending_list|pg_(clear|restore)_\w+_stats|pg_extension_config_dump"
-    # Only for roles that replicate, for superusers, and while the server is being upgraded.
+    # Only for replication roles, superusers, or during an upgrade of the server.
     r"|pg_\w*replication_slot\w*|pg_logical_slot_\w+|pg_nextoid|pg_import_system_collations"
     r"|pg_stop_making_pinned_objects|binary_upgrade_\w+"
 )
@@ -90,7 +90,7 @@ LOUDER = [
     "RESET log_min_messages", "RESET ALL", "DISCARD ALL", "SET SESSION AUTHORIZATION DEFAULT",
     "ALTER ROLE {0} RESET log_min_messages", "ALTER ROLE {0} RESET ALL", "ALTER ROLE {0} SET log_min_messages = info",
 ]  # fmt: skip
-"""By which a reader tries to get rid of `log_min_messages`."""
+"""Statements by which a reader tries to reset `log_min_messages`."""
 OLD_KEYS = [
     "hashtextextended($1::uuid::text, 0)", "hashtextextended('00000000-0000-0000-0000-000000000000', 0)",
     str(0x6F70656E63686174),
@@ -98,13 +98,13 @@ OLD_KEYS = [
 
 
 class Role(NamedTuple):
-    """A reader that logged in by itself."""
+    """A reader with its own login."""
 
     name: str
     db: Db
 
     async def takes(self, statement: str) -> bool:
-        """Whether a statement is allowed; what it locks is held until the reader's transaction ends."""
+        """Return whether a statement is allowed. Its locks are held until the reader's transaction ends."""
         try:
             async with self.db.transaction():
                 await self.db.execute(statement)
@@ -129,7 +129,7 @@ Login = Callable[[str], Awaitable[Db]]
 
 @pytest.fixture
 async def login(servers: Servers, world: World, role: Role) -> AsyncIterator[Login]:
-    """Let the role log in, as on an external PostgreSQL: the embedded one turns it away."""
+    """Let the role log in, as on an external PostgreSQL. The embedded one rejects it."""
     access = servers.postgres.log.path.parent / "postgres" / "pg_hba.conf"
     closed = access.read_text()
     made: list[asyncpg.Connection[asyncpg.Record]] = []
@@ -160,11 +160,11 @@ async def login(servers: Servers, world: World, role: Role) -> AsyncIterator[Log
     await asyncio.gather(*(one.close() for one in made))
 
 
-async def test_reader_who_holds_every_lock_it_can_take_stops_no_writer(world: World, role: Role) -> None:
+async def test_reader_that_holds_all_possible_locks_blocks_no_writer(world: World, role: Role) -> None:
     one = await world.connect(await world.user("Ada"))
     channel = await world.channel(one)
     kept = await sent(one, channel)
-    # An operator may give them back to a sync engine that wants one: nothing of ours waits for it.
+    # An operator may grant advisory locks to a sync engine that needs them. The server never waits for one.
     await world.db.execute(f"GRANT EXECUTE ON FUNCTION pg_advisory_xact_lock(bigint) TO {role.name}")
     held: dict[str, set[str]] = {}
     async with role.db.transaction():
@@ -184,13 +184,13 @@ async def test_reader_who_holds_every_lock_it_can_take_stops_no_writer(world: Wo
     assert set.union(*held.values()) == {"ACCESS SHARE"}
 
 
-async def test_each_volatile_function_that_a_reader_may_call_is_judged(world: World, role: Role) -> None:
+async def test_every_volatile_function_that_a_reader_may_call_was_reviewed(world: World, role: Role) -> None:
     callable_ = [row[0] for row in await world.db.fetch(CALLABLE, role.name)]
     assert len(callable_) > 100
     assert [name for name in callable_ if not JUDGED.fullmatch(name)] == []
 
 
-async def test_reader_takes_no_advisory_lock_and_writes_no_large_object_and_no_wal(world: World, role: Role) -> None:
+async def test_reader_cannot_take_advisory_locks_or_write_large_objects_or_wal(world: World, role: Role) -> None:
     functions = await world.db.fetch(LOCKING)
     assert len(functions) == 16
     calls = [
@@ -200,10 +200,10 @@ async def test_reader_takes_no_advisory_lock_and_writes_no_large_object_and_no_w
     assert await role.takes("SELECT 1")
 
 
-async def test_reader_who_may_connect_to_another_database_is_found_and_refused_once_that_is_revoked(
+async def test_reader_with_access_to_another_database_is_reported_until_it_is_revoked(
     world: World, role: Role, login: Login
 ) -> None:
-    """All databases share one table of locks, and functions of PostgreSQL are closed in each by itself."""
+    """All databases share one table of locks, and rights on PostgreSQL's functions are per database."""
     (check,) = (one for one in checks.CHECKS if one.name == "no reader can lock this database from another one")
     for closed in ("postgres", "template1"):
         with pytest.raises(asyncpg.InsufficientPrivilegeError, match="permission denied for database"):
@@ -227,7 +227,7 @@ async def test_reader_who_may_connect_to_another_database_is_found_and_refused_o
     await login(await world.db.fetchval("SELECT current_database()"))
 
 
-async def test_reader_writes_nothing_to_the_log_of_postgresql(
+async def test_reader_cannot_write_to_the_log_of_postgresql(
     world: World, role: Role, login: Login, servers: Servers
 ) -> None:
     log = servers.postgres.log.path
@@ -245,7 +245,7 @@ async def test_reader_writes_nothing_to_the_log_of_postgresql(
     assert [line for line in lines if any(session in line for session in sessions)] == []
 
 
-async def test_owner_of_the_tables_keeps_the_language_that_is_taken_from_everybody(world: World, role: Role) -> None:
+async def test_table_owner_keeps_the_language_that_is_revoked_from_public(world: World, role: Role) -> None:
     owner = f"owner_{uuid7().hex}"
     transaction = world.db.transaction()
     await transaction.start()
@@ -257,15 +257,15 @@ async def test_owner_of_the_tables_keeps_the_language_that_is_taken_from_everybo
     assert not await role.takes("DO $$ BEGIN END $$")
 
 
-def test_no_statement_takes_an_advisory_lock() -> None:
-    """Whoever may run any statement can take one: on a key that is known, it stops whoever waits for it."""
+def test_server_takes_no_advisory_lock() -> None:
+    """Every role that may run statements can take an advisory lock on a known key, and block those who wait for it."""
     files = [*Path(migrate.__file__).parents[1].rglob("*.py"), migrate.ROOT / "schema.sql"]
     files += [migration.path for migration in migrate.known()]
     assert len(files) > 100
     assert [path.name for path in files if re.search(r"advisory\w*lock\w*\s*\(\s*[^)\s]", path.read_text())] == []
 
 
-async def test_bounds_of_a_reader_are_set_unless_somebody_has_set_others(world: World, role: Role) -> None:
+async def test_bounds_of_a_reader_are_set_unless_an_operator_changed_them(world: World, role: Role) -> None:
     limit = "SELECT rolconnlimit FROM pg_roles WHERE rolname = $1"
     settings = """
         SELECT c FROM pg_db_role_setting s JOIN pg_roles r ON r.oid = s.setrole, unnest(s.setconfig) c
@@ -286,7 +286,7 @@ async def test_bounds_of_a_reader_are_set_unless_somebody_has_set_others(world: 
             await role.db.execute(louder)
 
 
-async def test_migration_that_a_reader_stops_lets_others_pass_and_says_who_it_is(
+async def test_migration_blocked_by_a_reader_yields_to_others_and_names_the_reader(
     world: World, role: Role, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(migrate.ROOT / "migrations", tmp_path / "migrations")

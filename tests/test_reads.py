@@ -1,9 +1,9 @@
-"""Each statement reads a bounded number of rows, or is named here with what bounds them.
+"""Each statement reads a bounded number of rows, or is listed here with its bound.
 
-PostgreSQL plans every statement of `server.queries`, without running it. A plan is bounded where a LIMIT stops it, or
-where rows are named by all columns of a unique key. A sort, an aggregate or a lock reads all of its input first, so a
-LIMIT above it bounds nothing. Rows that a filter removes are not seen here: tests/test_cost.py runs the statements. An
-EXISTS that depends on no other row stops at the first one, which its plan does not tell, so it is named, too.
+PostgreSQL plans every statement of `server.queries` without running it. A plan is bounded where a LIMIT stops it, or
+where all columns of a unique key select the rows. A sort, an aggregate or a lock reads all of its input first, so a
+LIMIT above it bounds nothing. This test does not see rows that a filter removes, which tests/test_cost.py covers. An
+EXISTS that depends on no other row stops at the first one, but its plan does not show that, so it is listed, too.
 """
 
 import importlib
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.new_database
 FRAGMENTS = {
     "latest.LATEST", "unread.COUNT_REPLIES", "unread.COUNT_UNREAD", "users.MOVE_OWN", "presence.UNSEEN",
 }  # fmt: skip
-"""Parts of other statements, which are planned there."""
+"""Parts of other statements, which are planned with those."""
 FEED = (
     "conversation_participant(user_id) cut 2; conversation_participant(user_id) cut 4; "
     "message_reaction(author_id) cut 2"
@@ -154,8 +154,10 @@ WHY = {
         "transfers.COLUMNS": "pg_attribute()",
     },
 }
-"""Reads that neither a LIMIT nor a unique key bounds, by what does: for each statement, the tables, and the ids that
-rows of them are found by. Of those that are cut, all rows are read, and as many LIMITs above cut what they become.
+"""Reads that neither a LIMIT nor a unique key bounds, by their bound.
+
+For each statement, the tables and the ids that select their rows. For those with `cut`, all rows are read, and that
+many LIMITs above bound the result.
 """
 BOUNDED = {name: reads for statements in WHY.values() for name, reads in statements.items()}
 LIMITS = {
@@ -188,13 +190,14 @@ LIMITS = {
     "users.SEARCH": 2,
     "own_news.READ": 8,
 }
-"""How many LIMITs there are in statements that have more than it takes: one stops a read inside another one, or names
-two rows of a unique key.
+"""The number of LIMITs in statements that have more than the plan shows.
+
+A LIMIT may stop a read inside another one, or select two rows of a unique key.
 """
 STATEMENT = re.compile(r"\s*(SELECT|WITH|INSERT|UPDATE|DELETE|MERGE|\(SELECT)")
 LIMIT = re.compile(r"\bLIMIT (CASE .*? END|\$?\w+( \+ \d+)?)")
 STOPPING = {"Sort", "Aggregate", "Hash", "WindowAgg", "SetOp", "ModifyTable", "Memoize", "Recursive Union"}
-"""Nodes of a plan that read all of their input whatever is above them."""
+"""Nodes of a plan that read all of their input, even below a LIMIT."""
 
 CONDITIONS = ("Index Cond", "Recheck Cond", "Filter", "Join Filter")
 Node = dict[str, Any]
@@ -213,7 +216,7 @@ def statements() -> Iterator[tuple[str, str]]:
 
 
 class Above(NamedTuple):
-    """What stands above a node: conditions, how many LIMITs, and whether one of them stops the node itself."""
+    """The state above a node: conditions, the number of LIMITs, and whether one of them stops the node itself."""
 
     conditions: str
     limits: int
@@ -221,14 +224,14 @@ class Above(NamedTuple):
 
 
 class Planner:
-    """Asks PostgreSQL how it would run statements."""
+    """Asks PostgreSQL for the plans of statements."""
 
     def __init__(self, db: "asyncpg.Connection[asyncpg.Record]", uniques: Uniques) -> None:
         self._db = db
         self._uniques = uniques
 
     async def fill(self, text: str) -> None:
-        """Make rows: plans of empty tables are not those of full ones."""
+        """Insert rows, since plans for empty tables differ from those for full ones."""
         await self._db.execute(text)
 
     async def types(self, text: str) -> str:
@@ -239,9 +242,9 @@ class Planner:
         return f"({', '.join(types)})" if types else ""
 
     async def reads(self, text: str, types: str = "") -> str:
-        """Return the reads of a statement that nothing in it bounds, sorted. Raises PostgresError if it is none.
+        """Return the unbounded reads of a statement, sorted. Raises `PostgresError` if it is invalid.
 
-        `types` are those of its parameters, if it does not tell them.
+        `types` are the types of its parameters, if they cannot be inferred.
         """
         plan = await self.plan(text, types)
         top = json.loads(plan)[0]["Plan"]
@@ -250,7 +253,7 @@ class Planner:
         return "; ".join(f"{count} x {read}" if count > 1 else read for read, count in sorted(counted.items()))
 
     async def plan(self, text: str, types: str = "") -> str:
-        """Return the generic plan of a statement, as JSON. Raises PostgresError if it is none."""
+        """Return the generic plan of a statement, as JSON. Raises `PostgresError` if it is invalid."""
         await self._db.execute(f"PREPARE it {types} AS {text}")
         try:
             count = await self._db.fetchval(
@@ -270,7 +273,7 @@ class Planner:
             if not is_stopped and not any(key <= named for key in self._uniques[table]):
                 ids = sorted(one for one in named if one.endswith("_id") or one in {"id", "chain"})
                 yield f"{table}({', '.join(ids)})" + (f" cut {above.limits}" if above.limits else "")
-        # A filter above a query may leave out whatever that brings.
+        # A filter above a query may remove all of its rows.
         is_filtered = kind == "Subquery Scan" and "Filter" in node
         for child in node.get("Plans", []):
             relation, limits = child.get("Parent Relationship"), above.limits + (kind == "Limit")
@@ -288,7 +291,7 @@ class Planner:
 
 
 def conjuncts(condition: str) -> Iterator[str]:
-    """Return the parts of a condition of a plan that all have to hold."""
+    """Return the parts of a condition of a plan that are joined by AND."""
     depth, start, parts = 0, 0, []
     for place, letter in enumerate(condition):
         depth += {"(": 1, ")": -1}.get(letter, 0)
@@ -327,7 +330,7 @@ async def planner(database_url: str) -> AsyncIterator[Planner]:
     await db.close()
 
 
-async def test_every_read_of_many_rows_is_bounded(planner: Planner) -> None:
+async def test_every_read_is_bounded_or_listed(planner: Planner) -> None:
     found, fragments, limits = {}, set(), {}
     for name, text in statements():
         limits[name] = len(LIMIT.findall(uncommented(text)))
@@ -340,8 +343,8 @@ async def test_every_read_of_many_rows_is_bounded(planner: Planner) -> None:
             found[name] = reads
     assert fragments == FRAGMENTS
     new = {name: reads for name, reads in found.items() if BOUNDED.get(name) != reads}
-    assert new == {}, "give it a LIMIT, or name what bounds it"
-    assert BOUNDED.keys() - found.keys() == set(), "these are bounded now"
+    assert new == {}, "add a LIMIT, or list the bound"
+    assert BOUNDED.keys() - found.keys() == set(), "remove these from the list, since they are bounded"
     assert {name: limits[name] for name in LIMITS} == LIMITS
 
 
@@ -362,31 +365,33 @@ WITH them AS (
 INSERT INTO conversation_participant (conversation_id, user_id, role, version, joined_version)
 SELECT about.id, them.id, 'member', 2, 2 FROM about, them
 """
-KEPT_FOR_EACH = {"audit.BROKEN": "conversation"}
-"""Statements that keep rows of a table for each row of another: here the one conversation."""
+MATERIALIZED_PER_ROW = {"audit.BROKEN": "conversation"}
+"""Statements that materialize rows of a table for each row of another one. The only one has a single outer row."""
 
 
-def kept_for_each(node: Node, *, is_kept: bool = False) -> Iterator[str]:
-    """Return the tables whose rows a plan keeps, to go through all of them for each row of another."""
+def materialized_per_row(node: Node, *, is_kept: bool = False) -> Iterator[str]:
+    """Return the tables whose rows a plan materializes and scans for each row of another table."""
     if is_kept and "Relation Name" in node:
         yield str(node["Relation Name"])
     is_below = node["Node Type"] == "Materialize" or (is_kept and node["Node Type"] in {"Limit", "Subquery Scan"})
     for child in node.get("Plans", []):
-        yield from kept_for_each(child, is_kept=is_below)
+        yield from materialized_per_row(child, is_kept=is_below)
 
 
-async def test_no_statement_goes_through_all_participants_for_each_user_that_is_named(planner: Planner) -> None:
-    """Nor through all rows of another table. A hundred users times 5,000 participants took a second under a lock."""
+async def test_no_statement_scans_all_participants_for_each_given_user(planner: Planner) -> None:
+    """The same holds for other tables. A hundred users times 5,000 participants took a second under a lock."""
     await planner.fill(CROWD)
     found = {}
     for name, text in statements():
-        if name not in FRAGMENTS and (tables := set(kept_for_each(json.loads(await planner.plan(text))[0]["Plan"]))):
+        if name not in FRAGMENTS and (
+            tables := set(materialized_per_row(json.loads(await planner.plan(text))[0]["Plan"]))
+        ):
             found[name] = ", ".join(sorted(tables))
-    assert found == KEPT_FOR_EACH
+    assert found == MATERIALIZED_PER_ROW
 
 
-async def test_every_limit_that_is_removed_is_noticed(planner: Planner) -> None:
-    """By the reads of the statement, or, where another LIMIT still bounds them, by the number of its LIMITs."""
+async def test_every_removed_limit_is_detected(planner: Planner) -> None:
+    """The reads of the statement change, or the number of its LIMITs if another one still bounds them."""
     unnoticed = set()
     for name, text in statements():
         if name in FRAGMENTS or name in LIMITS:
@@ -417,13 +422,13 @@ EXAMPLES = {
 }
 
 
-async def test_what_bounds_a_read_and_what_does_not(planner: Planner) -> None:
+async def test_examples_of_bounded_and_unbounded_reads(planner: Planner) -> None:
     for text, reads in EXAMPLES.items():
         assert await planner.reads(text) == reads, text
 
 
 def parts(text: str) -> Iterator[tuple[str, str]]:
-    """Return what stands in parentheses in a statement and the words before, but for what is evaluated once."""
+    """Return each parenthesis of a statement and the text before it, except for MATERIALIZED queries."""
     depth, begins = 0, 0
     for at, one in enumerate(text):
         if one == "(":
@@ -441,9 +446,10 @@ def parts(text: str) -> Iterator[tuple[str, str]]:
 LOCKS = re.compile(r"\bFOR (?:NO KEY )?UPDATE\b")
 
 
-def test_every_portion_that_is_written_is_chosen_once() -> None:
-    """A plan may run a subquery once for each row of another table. With SKIP LOCKED, each run then chooses other rows:
-    a portion of 100 was one of 166, the next one of 35, which looked like the last.
+def test_rows_of_a_batch_are_selected_once() -> None:
+    """A plan may run a subquery for each row of another table. With SKIP LOCKED, each run then selects other rows.
+
+    A batch of 100 became one of 166, and the next had 35, which looked like the last.
     """
     writes = re.compile(r"\b(?:UPDATE \S+ \w+ SET|UPDATE \S+ SET|DELETE FROM)\b")
     found = []

@@ -1,4 +1,4 @@
-"""Every refusal: an error with a code and a path; the connection lives, and nothing is written."""
+"""Every refusal is an error with a code and a path; the connection stays open, and nothing is stored."""
 
 import contextlib
 import gc
@@ -98,7 +98,7 @@ MALFORMED: list[tuple[Any, str, str | None]] = [
     ({"type": "resume", "epoch": "e", "versions": {A_UUID4: -1}}, "invalid", "versions[...]")]  # fmt: skip
 
 
-async def test_malformed(ada: Client, subtests: pytest.Subtests) -> None:
+async def test_malformed_frame_is_refused(ada: Client, subtests: pytest.Subtests) -> None:
     for data, code, path in MALFORMED:
         with subtests.test(data=str(data)[:60]):
             error = await ada.raw(encode(data).decode() if isinstance(data, dict) else data)
@@ -108,22 +108,22 @@ async def test_malformed(ada: Client, subtests: pytest.Subtests) -> None:
 
 
 @pytest.mark.parametrize("data", ['{"id": 7, "type": "dance"}', '{"type": "send", "id": 7, "content": 3}'])
-async def test_a_refusal_names_the_frame_as_far_as_it_can_be_read(ada: Client, data: str) -> None:
+async def test_refusal_has_the_id_of_the_frame_if_it_is_readable(ada: Client, data: str) -> None:
     assert (await ada.raw(data)).re == 7
 
 
-async def test_a_frame_of_ten_megabytes_closes_with_its_code(ada: Client) -> None:
+async def test_frame_of_ten_megabytes_closes_the_connection(ada: Client) -> None:
     with contextlib.suppress(ConnectionClosed):
         await ada.socket.send("x" * 10_000_000)
     assert await ada.closed() == CloseCode.TOO_BIG
 
 
-async def test_the_largest_frame_is_read(ada: Client) -> None:
+async def test_largest_frame_is_accepted(ada: Client) -> None:
     error = await ada.raw('{"type": "ping", "x": "' + "x" * (MAX_FRAME_BYTES - 30) + '"}')
     assert error.path == "x"
 
 
-async def test_abuse_closes_and_the_log_names_the_user_once(
+async def test_abuse_closes_the_connection_and_is_logged_once(
     world: World, room: Room, caplog: pytest.LogCaptureFixture
 ) -> None:
     for again in (room.ada, await world.connect(room.users[0])):
@@ -136,8 +136,10 @@ async def test_abuse_closes_and_the_log_names_the_user_once(
 
 @contextlib.contextmanager
 def no_error_in_a_cycle() -> Iterator[None]:
-    """Fail if an error of the server is in a cycle, with all that the frames of its traceback hold: the collector comes
-    late in a worker (worker.GC_THRESHOLDS), and a request may be large.
+    """Fail if an exception of the server is part of a reference cycle.
+
+    Its traceback keeps all local variables alive until a late collection (worker.GC_THRESHOLDS), and a request may be
+    large.
     """
     gc.collect()
     gc.disable()
@@ -165,7 +167,7 @@ def iterate(step: TracebackType | None) -> Iterator[TracebackType]:
         step = step.tb_next
 
 
-async def test_a_refusal_keeps_nothing_of_its_request(world: World, ada: Client) -> None:
+async def test_refusal_keeps_no_reference_to_its_request(world: World, ada: Client) -> None:
     stranger = frames(ConversationId(uuid7()), MessageId(uuid7()), ada.ready.user.id)
     too_long = message(await world.channel(ada), "&" * 10_000, is_markdown=True)
     async with http_client(world.url) as http:
@@ -182,7 +184,7 @@ async def test_a_refusal_keeps_nothing_of_its_request(world: World, ada: Client)
 
 
 def frames(conversation_id: ConversationId, message_id: MessageId, user_id: UserId) -> list[Frame]:
-    """One of each frame that names a conversation or a message."""
+    """Return one frame of each type that names a conversation or a message."""
     about: dict[str, Any] = {"conversation_id": conversation_id}
     return [
         client.GetConversation(**about),
@@ -240,14 +242,15 @@ def frames(conversation_id: ConversationId, message_id: MessageId, user_id: User
     ]
 
 
-NOT_THERE_EITHER = (
+NOT_FOUND_FOR_OWNERS = (
     client.Leave, client.Delete, client.DeleteConversation, client.DismissReport, client.Vote, client.ClosePoll,
     client.ListVotes, client.CancelScheduled,
 )  # fmt: skip
-"""What the owner is refused as well: there is no poll, nothing is scheduled, and some of it is over by then."""
+"""Frames with which the owner also gets `not_found`: there is no poll or scheduled message, and some targets are gone.
+"""
 
 
-async def test_a_stranger_and_nothing_get_the_same_answer(world: World, ada: Client) -> None:
+async def test_hidden_and_missing_conversations_get_the_same_answer(world: World, ada: Client) -> None:
     mary = await world.connect(await world.user("Mary"), 1)
     group = await world.group(ada, await world.user("Charles"))
     there = frames(group, await sent(ada, group), ada.ready.user.id)
@@ -261,16 +264,16 @@ async def test_a_stranger_and_nothing_get_the_same_answer(world: World, ada: Cli
         assert (answers[0].message, answers[0].path) == (answers[1].message, answers[1].path)
     assert before == await world.db.fetch("SELECT * FROM conversation, message, conversation_participant")
     for frame in there:
-        if not isinstance(frame, NOT_THERE_EITHER):
+        if not isinstance(frame, NOT_FOUND_FOR_OWNERS):
             assert not (isinstance(answer := await ada.ask(frame), server.Error) and answer.code == "not_found")
 
 
-def test_the_stranger_is_asked_about_every_frame_of_participants() -> None:
+def test_every_frame_of_participants_is_covered() -> None:
     asked = {type(frame) for frame in frames(ConversationId(uuid7()), MessageId(uuid7()), UserId(uuid7()))}
     assert asked == set(filter(is_for_participants, ROUTES))
 
 
-async def test_somebody_who_left_is_a_stranger(world: World, ada: Client) -> None:
+async def test_former_participant_gets_the_answer_of_a_stranger(world: World, ada: Client) -> None:
     charles = await world.user("Charles")
     group = await world.group(ada, charles)
     message_id = await sent(ada, group)
@@ -282,7 +285,7 @@ async def test_somebody_who_left_is_a_stranger(world: World, ada: Client) -> Non
         assert answer.code == ErrorCode.NOT_FOUND
 
 
-async def test_too_much_at_once_is_refused_with_a_time(settings: Settings, ada: Client) -> None:
+async def test_too_many_frames_are_refused_with_a_retry_time(settings: Settings, ada: Client) -> None:
     for _ in range(int(settings.ephemeral_rate * 4) + 20):
         await ada.socket.send('{"type": "ping"}')
     refused = await ada.event(server.Error)
@@ -291,7 +294,7 @@ async def test_too_much_at_once_is_refused_with_a_time(settings: Settings, ada: 
     assert refused.retry_after_ms > 0
 
 
-async def test_http_runs_the_same_frames(world: World) -> None:
+async def test_frames_over_http_get_the_same_answers(world: World) -> None:
     who = await world.user("Ada")
     async with http_client(world.url) as http:
         headers = {"Authorization": f"Bearer {who.token}"}
@@ -305,7 +308,7 @@ async def test_http_runs_the_same_frames(world: World) -> None:
         assert (await http.post("/v1/call", content=b'{"type": "ping"}')).status_code == 401
 
 
-async def test_too_many_connections_of_one_user(settings: Settings) -> None:
+async def test_too_many_connections_of_a_user_are_refused(settings: Settings) -> None:
     async with World(msgspec.structs.replace(settings, connections_per_user=2), workers=1) as world:
         who = await world.user("Ada")
         for _ in range(2):
@@ -317,11 +320,11 @@ async def test_too_many_connections_of_one_user(settings: Settings) -> None:
         assert await third.closed() == CloseCode.TOO_MANY_CONNECTIONS
 
 
-async def test_another_path_is_not_a_socket(world: World) -> None:
+async def test_sockets_on_other_paths_are_refused(world: World) -> None:
     with pytest.raises(Exception, match=r"403|404"):
         await connect(world.url.replace("http", "ws") + "/elsewhere", proxy=None)
 
 
-async def test_refused_is_what_the_client_raises(ada: Client) -> None:
+async def test_client_raises_refused(ada: Client) -> None:
     with pytest.raises(Refused, match="Not found, or you may not see it"):
         await ada.call(client.GetMessage(conversation_id=ConversationId(uuid7()), message_id=MessageId(uuid7())))

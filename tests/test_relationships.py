@@ -1,4 +1,4 @@
-"""Relationships: asked, answered, taken back, told on every device; and the list of them."""
+"""Relationships: requested, answered and ended, with events on every device; and their list."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ from tests.world import UserSession, World, refused, sent
 
 
 class Pair:
-    """Two people on two workers."""
+    """Two users on two workers."""
 
     def __init__(self, ada: UserSession, charles: UserSession, one: Client, other: Client) -> None:
         self.ada, self.charles, self.one, self.other = ada, charles, one, other
@@ -38,7 +38,7 @@ async def told(one: Client, status: str) -> Relationship:
     return event.relationship
 
 
-async def test_friends_ask_and_answer(pair: Pair) -> None:
+async def test_friend_request_is_accepted(pair: Pair) -> None:
     await pair.one.call(client.RequestFriend(user_id=pair.charles.id, message="We met at the fair"))
     asked = await told(pair.other, "pending")
     assert (asked.user_id, asked.is_outgoing, asked.request_message) == (pair.ada.id, False, "We met at the fair")
@@ -54,7 +54,7 @@ async def test_friends_ask_and_answer(pair: Pair) -> None:
     assert await pair.kinds(pair.other) == []
 
 
-async def test_who_is_rejected_does_not_ask_again(pair: Pair) -> None:
+async def test_rejected_user_cannot_request_again(pair: Pair) -> None:
     await pair.one.call(client.RequestFriend(user_id=pair.charles.id))
     await pair.other.call(client.AnswerFriend(user_id=pair.ada.id, accept=False, message="Not now"))
     assert (await told(pair.one, "rejected")).response_message == "Not now"
@@ -65,7 +65,7 @@ async def test_who_is_rejected_does_not_ask_again(pair: Pair) -> None:
     assert ("friend", "accepted", True) in await pair.kinds(pair.one)
 
 
-async def test_a_request_is_taken_back(pair: Pair) -> None:
+async def test_friend_request_can_be_withdrawn(pair: Pair) -> None:
     with refused(ErrorCode.NOT_FOUND, "user_id"):
         await pair.one.call(client.Unfriend(user_id=pair.charles.id))
     await pair.one.call(client.RequestFriend(user_id=pair.charles.id))
@@ -75,7 +75,7 @@ async def test_a_request_is_taken_back(pair: Pair) -> None:
         await pair.other.call(client.AnswerFriend(user_id=pair.ada.id, accept=True))
 
 
-async def test_two_who_ask_at_once_are_friends(pair: Pair) -> None:
+async def test_mutual_requests_make_a_friendship(pair: Pair) -> None:
     await asyncio.gather(
         pair.one.call(client.RequestFriend(user_id=pair.charles.id)),
         pair.other.call(client.RequestFriend(user_id=pair.ada.id)),
@@ -83,13 +83,13 @@ async def test_two_who_ask_at_once_are_friends(pair: Pair) -> None:
     assert await pair.kinds(pair.one) == [("friend", "accepted", False), ("friend", "accepted", True)]
 
 
-async def test_who_wants_no_requests_gets_none(pair: Pair) -> None:
+async def test_user_who_allows_no_requests_gets_none(pair: Pair) -> None:
     await pair.other.call(client.UpdateProfile(allow_friend_requests=False))
     with refused(ErrorCode.NOT_FOUND, "user_id"):
         await pair.one.call(client.RequestFriend(user_id=pair.charles.id))
 
 
-async def test_follow_is_seen_and_mute_is_not(pair: Pair) -> None:
+async def test_follow_is_visible_to_the_other_user_and_mute_is_not(pair: Pair) -> None:
     await pair.one.call(client.Follow(user_id=pair.charles.id))
     await pair.one.call(client.Mute(user_id=pair.charles.id))
     assert (await told(pair.other, "active")).kind == "follow"
@@ -100,7 +100,7 @@ async def test_follow_is_seen_and_mute_is_not(pair: Pair) -> None:
     assert await pair.kinds(pair.one) == []
 
 
-async def test_nobody_has_a_relationship_with_themselves_or_nobody(pair: Pair) -> None:
+async def test_relationship_needs_another_existing_user(pair: Pair) -> None:
     ends = (client.Unblock, client.Unfollow, client.Unmute, client.Unfriend)
     for kind in (client.RequestFriend, client.Block, client.Follow, client.Mute, *ends):
         frames: list[tuple[Frame, ErrorCode]] = [
@@ -111,7 +111,7 @@ async def test_nobody_has_a_relationship_with_themselves_or_nobody(pair: Pair) -
                 await pair.one.call(frame)
 
 
-async def test_the_list_says_how_much_two_have_written_to_each_other(pair: Pair) -> None:
+async def test_list_has_the_number_of_direct_messages(pair: Pair) -> None:
     await pair.one.call(client.Follow(user_id=pair.charles.id))
     made = await pair.one.call(client.CreateDirect(user_id=pair.charles.id), server.OneConversation)
     for one in (pair.one, pair.other, pair.one):
@@ -123,7 +123,7 @@ async def test_the_list_says_how_much_two_have_written_to_each_other(pair: Pair)
     assert entry.last_interaction_at is not None
 
 
-async def test_relationships_in_pages(world: World, pair: Pair) -> None:
+async def test_relationships_are_listed_in_pages(world: World, pair: Pair) -> None:
     others = [await world.user(f"Person {number}") for number in range(5)]
     for other in others:
         await pair.one.call(client.Follow(user_id=other.id))
@@ -141,11 +141,13 @@ async def test_relationships_in_pages(world: World, pair: Pair) -> None:
     assert none.relationships == []
 
 
-async def test_nobody_reaches_somebody_again_and_again(
+async def test_repeated_approaches_to_a_user_are_limited(
     pair: Pair, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests, follows and invitations that are taken back are counted by pair and day, and are not told again. So are
-    blocks, mutes and switches. Neither a frame that is refused or changes nothing nor a mute waits for the other's row.
+    """Withdrawn requests, follows and invitations are counted per pair and day, as are blocks, mutes and switches.
+
+    Over the limit they cause no events. A frame that is refused or changes nothing does not wait for the other's row,
+    nor does a mute.
     """
     monkeypatch.setattr(approaches, "MAX_APPROACHES_A_DAY", 3)
     them = pair.charles.id
@@ -178,13 +180,13 @@ async def test_nobody_reaches_somebody_again_and_again(
         assert answer.code == ErrorCode.RATE_LIMITED
         assert answer.retry_after_ms is not None
         assert 80_000_000 < answer.retry_after_ms <= 86_400_000
-        # What ended, and bans of somebody who is gone, are not told again.
+        # Ended relationships, and bans of users who are gone, cause no events.
         await owner.ask(end)
         for frame in (client.RemoveParticipant(conversation_id=about, user_id=them, ban=True),
                       client.Unban(conversation_id=about, user_id=them)):  # fmt: skip
             await owner.ask(frame)
         assert await world.db.fetchval(clock, them) == before
-    # Others are not counted with her, and the next day she may again.
+    # Other users have their own count, and the count ends after a day.
     mary = await world.connect(await world.user("Mary"))
     await mary.call(client.Follow(user_id=them))
     async with world.db.transaction(), asyncio.timeout(5):

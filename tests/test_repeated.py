@@ -1,4 +1,4 @@
-"""Doing it twice is doing it once (promise 5): a frame that is sent again reaches nobody again, and counts nowhere."""
+"""A frame that is sent again has no further effect: it reaches no user again and is not counted again (promise 5)."""
 
 from datetime import timedelta
 from typing import Any
@@ -23,11 +23,11 @@ SELECT json_build_object(
     'noted', (SELECT count(*) FROM audit_entry)
 )::text
 """
-ANEW: set[type[Any]] = {client.SetInviteCode}
-"""Frames that make something new each time, which only the caller is told of."""
+NOT_IDEMPOTENT: set[type[Any]] = {client.SetInviteCode}
+"""Frames that create something new each time, of which only the sender learns."""
 
 
-async def test_a_frame_that_is_sent_again_reaches_nobody_again(world: World) -> None:
+async def test_repeated_frame_has_no_further_effect(world: World) -> None:
     twin = Twin(world, "é0")
     await twin.begin(have_met=True, are_friends=False)
     viewer = twin.id(VIEWER)
@@ -40,10 +40,10 @@ async def test_a_frame_that_is_sent_again_reaches_nobody_again(world: World) -> 
         before = await world.db.fetchval(STATE, viewer)
         await twin.viewer.ask(frame)
         after = await world.db.fetchval(STATE, viewer)
-        if before != after and type(frame) not in ANEW:
+        if before != after and type(frame) not in NOT_IDEMPOTENT:
             again.append(f"{type(frame).__name__}: {before} became {after}")
     assert not again, "\n".join(again)
-    assert done > 50, "most frames are not refused"
+    assert done > 50, "too many frames were refused"
 
 
 WORDS = """
@@ -57,8 +57,8 @@ SELECT json_build_object(
 """
 
 
-async def test_a_copy_that_comes_late_undoes_nothing_that_was_done_since(world: World) -> None:
-    """Each frame with an id of its own: acknowledged, undone or done otherwise by another device, and repeated."""
+async def test_late_copy_of_a_frame_does_not_undo_later_changes(world: World) -> None:
+    """Each frame with an id is acknowledged, undone or overwritten by another device, and sent again."""
     ada = await world.user("Ada")
     one, two = await world.connect(ada), await world.connect(ada, 1)
     other = await world.channel(one)
@@ -78,7 +78,7 @@ async def test_a_copy_that_comes_late_undoes_nothing_that_was_done_since(world: 
         (said, client.Delete(**at(said.message_id))),
         (forward, client.Delete(**at(again))),
         (client.Edit(**at(words), content="A1", edit_id=EditId(uuid7())), client.Edit(**at(words), content="A2")),
-        # An edit that changes nothing.
+        # An edit without a change.
         (client.Edit(**at(same), content="B", edit_id=EditId(uuid7())), client.Edit(**at(same), content="B2")),
         (at_noon, client.CancelScheduled(**at(later))),
     ]
@@ -95,8 +95,8 @@ async def test_a_copy_that_comes_late_undoes_nothing_that_was_done_since(world: 
             assert answer.result == first
     with refused(ErrorCode.CONFLICT, "edit_id"):
         await one.call(client.Edit(**at(same), content="B3", edit_id=pairs[-2][0].edit_id))
-    assert (await one.call(client.Edit(**at(same), content="B2"))) is not None, "without an id, nothing happens"
+    assert (await one.call(client.Edit(**at(same), content="B2"))) is not None, "an edit without an id changes nothing"
     assert await world.db.fetchval("SELECT count(*) FROM message_edit WHERE message_id = $1", same) == 2
-    # A frame whose id names something of another conversation makes nothing there.
+    # A frame whose id belongs to another conversation is refused.
     with refused(ErrorCode.CONFLICT, "message_id"):
         await one.call(msgspec.structs.replace(said, conversation_id=other))

@@ -1,4 +1,4 @@
-"""A reconnect costs the difference: exactly what was missed, in order, or a clear "start over"."""
+"""A reconnect transfers only the difference: the missed changes, in order, or `start_over`."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ from tests.world import UserSession, World, message, sent, until
 
 
 class Away:
-    """Charles, who is away while Ada acts."""
+    """Charles, who is away while Ada changes things."""
 
     def __init__(self, world: World, ada: Client, charles: UserSession, group: ConversationId) -> None:
         self.world = world
@@ -48,7 +48,7 @@ class Away:
     async def back(
         self, versions: dict[ConversationId, int] | None = None, epoch: str | None = None
     ) -> list[ServerFrame]:
-        """Come back at the other worker, and return what is said between `ready` and the reply."""
+        """Reconnect to the other worker, and return the events between `ready` and the reply."""
         phone = await self.world.connect(self.who, 1, query="?resume=1")
         frame = client.Resume(
             epoch=epoch or self.epoch, versions={self.group: self.version} if versions is None else versions
@@ -64,11 +64,11 @@ async def away(world: World) -> Away:
     return Away(world, ada, charles, await world.group(ada, charles))
 
 
-async def test_nothing_missed_is_nothing_said(away: Away) -> None:
+async def test_no_events_are_sent_if_none_were_missed(away: Away) -> None:
     assert await away.back() == []
 
 
-async def test_exactly_the_difference_in_order(away: Away) -> None:
+async def test_missed_events_are_sent_in_order(away: Away) -> None:
     old = await sent(away.ada, away.group, "Old")
     away.version = 4
     new = await sent(away.ada, away.group, "New", parent_message_id=old)
@@ -88,14 +88,14 @@ async def test_exactly_the_difference_in_order(away: Away) -> None:
         (7, server.MessageReacted),
         (9, server.MessageDeleted),
         (10, server.ConversationUpdated),
-        (11, server.MessageSent),  # the system says so
+        (11, server.MessageSent),  # a system message
         (12, server.ParticipantChanged),
         (13, server.MessageSent),
     ]
-    assert changes.unread_count == 1, "a reply is unread in its thread"
+    assert changes.unread_count == 1, "a reply counts as unread in its thread only"
 
 
-async def test_receipts_and_ones_own_position_come_along(away: Away) -> None:
+async def test_resume_includes_receipts_and_the_own_position(away: Away) -> None:
     first, second = await sent(away.ada, away.group, "One"), await sent(away.ada, away.group, "Two")
     await away.ada.call(client.Read(conversation_id=away.group, message_id=second))
     async with Client(away.world.url, away.who.token) as other_device:
@@ -113,7 +113,7 @@ async def test_receipts_and_ones_own_position_come_along(away: Away) -> None:
     assert resumed.read_positions == {away.group: first}
 
 
-async def test_live_events_follow_without_a_hole(away: Away) -> None:
+async def test_live_events_follow_without_a_gap(away: Away) -> None:
     await sent(away.ada, away.group, "Missed")
     phone = await away.world.connect(away.who, 1, query="?resume=1")
     await phone.call(client.Resume(epoch=away.epoch, versions={away.group: away.version}), server.Resumed)
@@ -122,10 +122,10 @@ async def test_live_events_follow_without_a_hole(away: Away) -> None:
     assert (event.version, event.message.content) == (5, "Live")
 
 
-async def test_conversation_that_was_let_go_during_a_long_resume_is_followed_again(
+async def test_conversation_unfollowed_during_a_long_resume_is_followed_again(
     away: Away, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those before it may take longer than a conversation without sockets is followed."""
+    """Earlier conversations may take longer than a worker follows a conversation without sockets."""
     kept = away.world.workers[1].app.hub.topics
 
     async def late(*args: Any, **options: Any) -> Any:
@@ -148,11 +148,11 @@ async def test_conversation_that_was_let_go_during_a_long_resume_is_followed_aga
         assert (await phone.event(server.MessageSent)).message.content == "Live"
 
 
-@pytest.mark.parametrize("bound", [topics.MAX_EARLY, 2], ids=["kept", "too many to keep"])
-async def test_conversation_where_something_is_said_during_each_read_is_caught_up_with(
+@pytest.mark.parametrize("bound", [topics.MAX_EARLY, 2], ids=["kept", "overflow"])
+async def test_conversation_with_new_messages_during_each_read_is_caught_up(
     away: Away, monkeypatch: pytest.MonkeyPatch, bound: int
 ) -> None:
-    """And nothing is said twice. A backlog that is full has the conversation read again."""
+    """No message arrives twice. If the backlog is full, the conversation is read again."""
     here = away.world.workers[1].app.hub.topics
     reads = 0
 
@@ -174,7 +174,7 @@ async def test_conversation_where_something_is_said_during_each_read_is_caught_u
     await sent(away.ada, away.group, "Live")
     await phone.event(server.MessageSent, lambda event: event.message.content == "Live")
     said = [event.events if isinstance(event, Changes) else [event] for event in phone.events]
-    # Nothing is counted twice, by `changes` and by an event.
+    # No message is counted by both `changes` and an event.
     assert [event.unread_count for event in phone.events if isinstance(event, Changes)] == (
         [1] if bound > 3 else [1, 4]
     )
@@ -183,7 +183,7 @@ async def test_conversation_where_something_is_said_during_each_read_is_caught_u
     assert versions == [away.version + number for number in range(1, 6 if bound > 3 else 8)]
 
 
-async def test_who_is_banned_while_they_catch_up_follows_nothing(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_user_banned_during_a_resume_follows_nothing(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
     async def late(*args: Any, **options: Any) -> Any:
         found = await missed(*args, **options)
         if not banned:
@@ -202,7 +202,7 @@ async def test_who_is_banned_while_they_catch_up_follows_nothing(away: Away, mon
     assert left == server.ConversationLeft(conversation_id=away.group)
 
 
-async def test_new_and_lost_conversations(away: Away) -> None:
+async def test_resume_reports_joined_and_left_conversations(away: Away) -> None:
     other = await away.world.group(away.ada, away.who, title="Other")
     await away.ada.call(client.RemoveParticipant(conversation_id=away.group, user_id=away.who.id))
     left, joined = await away.back()
@@ -211,7 +211,7 @@ async def test_new_and_lost_conversations(away: Away) -> None:
     assert joined.view.conversation.id == other
 
 
-async def test_a_strangers_conversation_is_left_like_one_that_is_not(away: Away) -> None:
+async def test_hidden_and_missing_conversations_are_both_reported_as_left(away: Away) -> None:
     strange = await away.world.channel(away.ada)
     nowhere = ConversationId(uuid7())
     said = await away.back({away.group: away.version, strange: 1, nowhere: 1})
@@ -229,7 +229,7 @@ SELECT id, $1, 1, 1 FROM made RETURNING conversation_id
 """
 
 
-async def test_a_resume_of_thousands_lets_others_have_their_turn_between_pages(
+async def test_resume_of_thousands_of_conversations_yields_between_pages(
     away: Away, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = [row[0] for row in await away.world.db.fetch(MAKE_MORE, away.who.id)]
@@ -257,8 +257,8 @@ async def test_a_resume_of_thousands_lets_others_have_their_turn_between_pages(
     assert max(in_turn.values()) <= sync.PAGE
 
 
-async def test_a_resume_ends_with_its_connection(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its client's places are free at once: it could have much more read for nobody."""
+async def test_resume_ends_with_its_connection(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The places of its client are free immediately. Otherwise the resume would read on for a closed connection."""
     app = away.world.workers[1].app
     own = [row[0] for row in await away.world.db.fetch(MAKE_MORE, away.who.id)]
     reads = 0
@@ -278,8 +278,8 @@ async def test_a_resume_ends_with_its_connection(away: Away, monkeypatch: pytest
     assert reads == 3
 
 
-async def test_what_a_resume_says_takes_tokens_by_its_size(settings: Settings) -> None:
-    """Reads at 10 a second, 40 at once. A frame takes 30 at most, and 415 KiB of answers 12."""
+async def test_answers_of_a_resume_take_tokens_by_their_size(settings: Settings) -> None:
+    """Reads have a rate of 10 and a burst of 40. The frame takes at most 30 tokens, and 415 KiB of answers take 12."""
     async with World(msgspec.structs.replace(settings, read_rate=10.0), workers=1) as world:
         ada = await world.connect(await world.user("Ada"))
         versions = {ConversationId(uuid7()): 1 for _ in range(MAX_RESUMED)}
@@ -287,12 +287,12 @@ async def test_what_a_resume_says_takes_tokens_by_its_size(settings: Settings) -
         began = time.monotonic()
         await ada.call(frame, server.Resumed)
         answer = await ada.ask(client.GetMe())
-        # On a busy machine, tokens come back meanwhile.
+        # On a busy machine, tokens refill meanwhile.
         assert isinstance(answer, server.Error) or time.monotonic() - began > 0.2
 
 
-async def test_what_a_resume_reads_and_does_not_say_takes_tokens(settings: Settings) -> None:
-    """Reads as above. Changes of 2.6 MiB, of which 2 MiB are read, take 60 tokens."""
+async def test_unsent_reads_of_a_resume_take_tokens(settings: Settings) -> None:
+    """Reads as above. Of changes of 2.6 MiB, 2 MiB are read and take 60 tokens."""
     async with World(msgspec.structs.replace(settings, read_rate=10.0), workers=1) as world:
         ada = await world.connect(await world.user("Ada"))
         group = await world.channel(ada)
@@ -312,7 +312,9 @@ SELECT $1, $3, $4, c.version + n, c.version + n FROM conversation c, generate_se
 """
 
 
-async def test_too_much_missed_starts_over_and_is_not_read(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_many_missed_changes_start_over_without_being_read(
+    away: Away, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await away.world.db.execute(MISS, away.group, MAX_CHANGES, away.ada.ready.user.id, "Many")
     (changes,) = await away.back()
     assert isinstance(changes, Changes)
@@ -324,20 +326,20 @@ async def test_too_much_missed_starts_over_and_is_not_read(away: Away, monkeypat
     assert (over.reason, over.view.version) == ("too_many_changes", 4 + MAX_CHANGES)
 
 
-async def test_from_the_future_starts_over(away: Away) -> None:
+async def test_version_ahead_of_the_server_starts_over(away: Away) -> None:
     away.version = 1000
     (over,) = await away.back()
     assert isinstance(over, server.StartOver)
     assert over.reason == "ahead_of_server"
 
 
-async def test_another_epoch_starts_over(away: Away) -> None:
+async def test_different_epoch_starts_over(away: Away) -> None:
     (over,) = await away.back(epoch="another")
     assert isinstance(over, server.StartOver)
     assert over.reason == "other_epoch"
 
 
-async def test_resume_on_a_living_connection(away: Away) -> None:
+async def test_resume_on_an_open_connection(away: Away) -> None:
     await sent(away.ada, away.group, "One")
     await away.ada.event(server.MessageSent)
     await away.ada.call(client.Resume(epoch=away.epoch, versions={away.group: away.version}), server.Resumed)
@@ -346,7 +348,7 @@ async def test_resume_on_a_living_connection(away: Away) -> None:
     await sent(away.ada, away.group, "Two")
     event = await away.ada.event(server.MessageSent, lambda event: event.message.content == "Two")
     assert event.version == 5
-    # Conversations that the connection follows and the client does not name are followed on, and not said again.
+    # The connection keeps following conversations that the frame does not name, and does not get them again.
     seen = len(away.ada.events)
     resumed = await away.ada.call(client.Resume(epoch=away.epoch, versions={}), server.Resumed)
     assert (resumed.conversations, away.ada.events[seen:]) == (1, [])
@@ -355,7 +357,7 @@ async def test_resume_on_a_living_connection(away: Away) -> None:
     assert event.version == 6
 
 
-async def test_heartbeats_carry_the_clocks_of_what_is_active(settings: Settings) -> None:
+async def test_heartbeats_have_the_versions_of_active_conversations(settings: Settings) -> None:
     async with World(msgspec.structs.replace(settings, heartbeat_seconds=0.5)) as world:
         ada = await world.connect(await world.user("Ada"))
         assert ada.ready.heartbeat_ms == 500
@@ -367,12 +369,12 @@ async def test_heartbeats_carry_the_clocks_of_what_is_active(settings: Settings)
         assert still.server_time > beat.server_time
 
 
-async def test_a_busy_crowd_hears_everything_in_order_and_heartbeats_never_run_ahead_of_it(
+async def test_crowd_receives_events_in_order_and_heartbeats_never_run_ahead(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Long rests, so that heartbeats come while events wait.
+    # Long rests, so that heartbeats are sent while events wait.
     monkeypatch.setattr(topics, "REST", 300.0)
-    # The test beats: a slow machine, which reads late, is not taken for a silent client.
+    # The test sends heartbeats itself, so that a slow machine is not closed as silent.
     async with World(msgspec.structs.replace(settings, heartbeat_seconds=600.0)) as world:
         ada, charles = await world.users("Ada", "Charles")
         first = await world.connect(ada)
@@ -399,7 +401,7 @@ async def test_a_busy_crowd_hears_everything_in_order_and_heartbeats_never_run_a
                 elif isinstance(event, server.Heartbeat):
                     assert event.versions.get(group, 0) <= heard
                     early += before < event.versions.get(group, 0) < before + 12 * 25
-        assert early > len(crowd), "heartbeats came while others talked"
+        assert early > len(crowd), "heartbeats arrived while others wrote"
 
 
 ACTIONS = st.lists(
@@ -440,10 +442,10 @@ async def watched(world: World) -> tuple[World, Client, UserSession]:
 
 @examples(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=ACTIONS)
-async def test_old_state_plus_events_is_fresh_state(
+async def test_old_state_plus_events_equals_new_state(
     watched: tuple[World, Client, UserSession], actions: list[tuple[str, int]]
 ) -> None:
-    """Whatever happens, and wherever the connection drops in between, what was told adds up to what is."""
+    """This holds for any actions, and wherever the connection drops in between."""
     world, ada, charles = watched
     group = await world.group(ada, charles)
     mirror = Mirror()
@@ -508,8 +510,8 @@ def to_do(action: str, group: ConversationId, message_id: MessageId | None) -> F
     }[action]
 
 
-async def test_missed_changes_that_are_large_start_over(away: Away) -> None:
-    """And the hub, which cannot start over, reads them in pieces."""
+async def test_large_missed_changes_start_over(away: Away) -> None:
+    """The hub, which cannot start over, reads them in parts."""
     say = """WITH bumped AS (UPDATE conversation SET version = version + $2 WHERE id = $1)
         INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
         SELECT $1, $3, repeat(U&'\\0001', 10000), 3 + n, 3 + n FROM generate_series(1, $2) n"""
@@ -530,7 +532,7 @@ async def test_missed_changes_that_are_large_start_over(away: Away) -> None:
     assert pieces > 3
 
 
-async def test_the_first_version_that_was_missed_is_read_whole_however_large(away: Away) -> None:
+async def test_first_missed_version_is_read_whole_at_any_size(away: Away) -> None:
     await away.world.db.execute(
         """WITH bumped AS (UPDATE conversation SET version = 5 WHERE id = $1)
         INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
@@ -542,11 +544,11 @@ async def test_the_first_version_that_was_missed_is_read_whole_however_large(awa
     assert undecoded is not None
     found = await undecoded.decoded()
     assert (found.changes.version, len(found.changes.events), found.is_whole) == (4, 59, False)
-    assert found.parts(MAX_PAGE_BYTES) is None, "no frame holds them"
+    assert found.parts(MAX_PAGE_BYTES) is None, "the changes do not fit into a frame"
 
 
-async def test_client_of_the_guide_reads_what_it_missed_in_frames_of_the_default_size(away: Away) -> None:
-    """`websockets` refuses frames of more than 1 MiB, unless it is told otherwise."""
+async def test_client_of_the_guide_resumes_with_default_frame_size(away: Away) -> None:
+    """`websockets` refuses frames over 1 MiB by default."""
     say = """WITH bumped AS (UPDATE conversation SET version = version + 45 WHERE id = $1)
         INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
         SELECT $1, $2, repeat('😀', 10000), 3 + n, 3 + n FROM generate_series(1, 45) n"""

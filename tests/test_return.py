@@ -1,4 +1,4 @@
-"""Workers go, clients come back: told when, with a ticket that is good for one return."""
+"""When a worker drains, its clients reconnect elsewhere, with a delay and a ticket that is valid once."""
 
 import asyncio
 import contextlib
@@ -19,22 +19,22 @@ from tests.world import UserSession, World, message, sent, until
 __all__ = ["folder", "program"]
 
 
-async def sent_away(world: World, who: UserSession) -> tuple[Client, server.GoingAway]:
-    """Connect somebody to the first worker, and drain that."""
+async def drained(world: World, who: UserSession) -> tuple[Client, server.GoingAway]:
+    """Connect a user to the first worker, and drain that worker."""
     one = await world.connect(who)
     await world.workers[0].app.drain()
     assert await one.closed() == CloseCode.GOING_AWAY
     return one, await one.event(server.GoingAway)
 
 
-async def test_a_ticket_brings_one_back_once_and_a_token_always(world: World) -> None:
+async def test_ticket_is_valid_once_and_token_always(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     other = await world.connect(charles, 1)
     channel = await world.channel(other, is_public=True)
     first = await world.connect(ada)
     await first.call(client.Join(conversation_id=channel))
     version = (await first.call(client.GetConversation(conversation_id=channel), server.OneConversation)).view.version
-    _, word = await sent_away(world, ada)
+    _, word = await drained(world, ada)
     assert word.ticket is not None
     assert 0 <= word.reconnect_after_ms <= 10_000
     missed = await sent(other, channel, "Missed")
@@ -44,7 +44,7 @@ async def test_a_ticket_brings_one_back_once_and_a_token_always(world: World) ->
     await back.call(client.Resume(epoch=back.ready.epoch, versions={channel: version}))
     changes = await back.event(server.Changes)
     assert [event.message.id for event in changes.events if isinstance(event, server.MessageSent)] == [missed]
-    # The user's own clock has moved since they logged in, which is no reason to say all conversations anew.
+    # The user version changed after the login, which must not send all conversations again.
     await back.synced()
     assert not [event for event in back.events if isinstance(event, (server.ConversationJoined, server.StartOver))]
     with pytest.raises(InvalidStatus, match="401"):
@@ -52,16 +52,16 @@ async def test_a_ticket_brings_one_back_once_and_a_token_always(world: World) ->
     await world.connect(ada, 1)
 
 
-async def test_a_ticket_of_a_revoked_session_is_worth_nothing(world: World) -> None:
+async def test_ticket_of_a_revoked_session_is_refused(world: World) -> None:
     ada = await world.user("Ada")
-    _, word = await sent_away(world, ada)
+    _, word = await drained(world, ada)
     await world.db.execute("DELETE FROM session WHERE user_id = $1", ada.id)
     assert word.ticket is not None
     with pytest.raises(InvalidStatus, match="401"):
         await Client(world.workers[1].url, word.ticket).open()
 
 
-async def test_what_changes_while_one_is_about_to_resume_is_said_after_that(world: World) -> None:
+async def test_changes_before_a_resume_are_sent_after_it(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     other = await world.connect(charles, 1)
     first = await world.connect(ada)
@@ -69,7 +69,7 @@ async def test_what_changes_while_one_is_about_to_resume_is_said_after_that(worl
     version = (await first.call(client.GetConversation(conversation_id=channel), server.OneConversation)).view.version
     await first.close()
     back = await world.connect(ada, query="?resume=1")
-    group = await world.group(other, ada)  # of which this worker is told, and looks
+    group = await world.group(other, ada)  # this worker is notified, and rechecks the user
     await other.synced()
     await back.call(client.Resume(epoch=back.ready.epoch, versions={channel: version}))
     joined = await back.event(server.ConversationJoined)
@@ -78,8 +78,8 @@ async def test_what_changes_while_one_is_about_to_resume_is_said_after_that(worl
     assert said == [joined.view.conversation.id] == [group]
 
 
-async def test_a_ticket_is_stored_as_its_hash_alone(world: World) -> None:
-    _, word = await sent_away(world, await world.user("Ada"))
+async def test_only_the_hash_of_a_ticket_is_stored(world: World) -> None:
+    _, word = await drained(world, await world.user("Ada"))
     assert word.ticket is not None
     async with Redis.from_url(world.settings.redis_url) as redis:
         keys = [key async for key in redis.scan_iter("*openchat:return:*")]
@@ -89,10 +89,10 @@ async def test_a_ticket_is_stored_as_its_hash_alone(world: World) -> None:
         assert not [one for one in keys + stored if bare.encode() in one]
 
 
-async def test_a_refused_ticket_tells_the_client_to_keep_its_token(world: World) -> None:
-    """Made up, used, and that of an ended session, in a header and in a frame. A refused token says otherwise."""
+async def test_refused_ticket_does_not_invalidate_the_token(world: World) -> None:
+    """An invented or used ticket is refused, in a header and in a frame. The error for a refused token differs."""
     ada = await world.user("Ada")
-    _, word = await sent_away(world, ada)
+    _, word = await drained(world, ada)
     assert word.ticket is not None
     async with Client(world.workers[1].url, word.ticket):
         pass
@@ -122,7 +122,7 @@ async def test_a_refused_ticket_tells_the_client_to_keep_its_token(world: World)
         pass
 
 
-async def test_workers_are_replaced_one_after_the_other_while_people_talk(program: Program) -> None:
+async def test_workers_are_replaced_one_by_one_while_users_write(program: Program) -> None:
     logged_in = await registered(program.url)
     before = set(workers_of(program))
     one = Client(program.url, logged_in.token)
@@ -140,13 +140,13 @@ async def test_workers_are_replaced_one_after_the_other_while_people_talk(progra
         frame = message(channel)
         while frame.message_id not in acknowledged:
             if one.is_over:
-                one = await again()  # at once: there is always a worker that lets people in
-            await asyncio.sleep(0.001)  # or a closing connection, which refuses at once, is never seen to be closed
+                one = await again()  # without delay, since another worker always accepts connections
+            await asyncio.sleep(0.001)  # or a closing connection, which refuses immediately, is never seen as closed
             with contextlib.suppress(ConnectionError):
                 try:
                     await one.call(frame)
                 except Refused as refused:
-                    # A busy machine takes longer to replace workers than a user's burst lasts.
+                    # On a busy machine, replacing the workers takes longer than a user's burst lasts.
                     assert refused.code is ErrorCode.RATE_LIMITED, refused
                     await asyncio.sleep((refused.retry_after_ms or 0) / 1000)
                     continue

@@ -1,4 +1,4 @@
-"""The matrix of roles, cell by cell: as data, as the database has it, and as frames are answered."""
+"""The table of roles, cell by cell: as data, in the database, and in the answers to frames."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ GRANTS = ("can_add_members", "can_remove_members", "can_edit_conversation", "can
 
 
 def frames(about: ConversationId, said: MessageId, guest: UserId, other: UserId) -> dict[Act, list[client.Frame]]:
-    """Return what takes each right, in an order in which one does not end the next."""
+    """Return frames that require each right, in an order in which none prevents the next."""
     place: dict[str, Any] = {"conversation_id": about}
     return {
         Act.TAKE_PART: [message(about), client.React(**place, message_id=said, emoji="👍"), client.History(**place)],
@@ -50,7 +50,7 @@ def frames(about: ConversationId, said: MessageId, guest: UserId, other: UserId)
 
 
 class Room:
-    """A channel of an owner, somebody, a guest, and a user who is not there."""
+    """A channel with an owner, another participant, a guest, and a user who does not take part."""
 
     def __init__(self, world: World, owner: Client, about: ConversationId) -> None:
         self.world, self.owner, self.about = world, owner, about
@@ -70,14 +70,14 @@ class Room:
 
 
 @pytest.mark.parametrize("role", ["guest", "member", "moderator", "admin"])
-async def test_each_cell_of_the_privacy_table(world: World, role: Role) -> None:
+async def test_each_cell_of_the_table_of_roles(world: World, role: Role) -> None:
     for grant in (None, *GRANTS):
         await try_each_act(world, role, grant)
     assert await recount(world.db) == []
 
 
 async def try_each_act(world: World, role: Role, grant: str | None) -> None:
-    """Have somebody with a role and a permission do everything, in a room of its own."""
+    """Let a user with a role and a permission try every act, in a new channel."""
     room = await Room.make(world)
     guest, other, somebody = await world.users("Guest", "Other", "UserSession")
     lowest = await room.enter(guest, "guest")
@@ -89,13 +89,13 @@ async def try_each_act(world: World, role: Role, grant: str | None) -> None:
             answer = await actor.ask(frame)
             code = answer.code if isinstance(answer, Error) else None
             is_allowed = may(got.view.me, act)
-            # A guest has nobody below, whatever they are granted.
+            # No role is below a guest, whatever permissions the guest has.
             if act is Act.REMOVE_MEMBERS and role == "guest":
                 is_allowed = False
             assert code == (None if is_allowed else ErrorCode.FORBIDDEN), (grant, act, frame, answer)
 
 
-async def test_the_database_has_the_same_matrix(world: World) -> None:
+async def test_database_has_the_same_table_of_roles(world: World) -> None:
     rules = {act.value.permission: act for act in Act if act.value.permission not in {None, "can_delete_messages"}}
     rules["can_delete_messages"] = Act.DELETE_MESSAGES
     assert rules.keys() == set(GRANTS)
@@ -114,7 +114,7 @@ async def test_the_database_has_the_same_matrix(world: World) -> None:
                 assert has is (granted or rank(role) >= rank(act.value.least)), (role, grant, granted)
 
 
-async def test_nobody_acts_on_someone_of_the_same_role(world: World) -> None:
+async def test_no_act_on_a_participant_of_the_same_role_is_allowed(world: World) -> None:
     room = await Room.make(world)
     one, other = await world.users("One", "Other")
     actor = await room.enter(one, "admin")
@@ -129,7 +129,7 @@ async def test_nobody_acts_on_someone_of_the_same_role(world: World) -> None:
             await actor.call(frame)
 
 
-async def test_ownership_is_handed_on_and_never_lost(world: World) -> None:
+async def test_ownership_is_transferred_and_never_lost(world: World) -> None:
     room = await Room.make(world)
     admin, member = await world.users("Admin", "Member")
     second, third = await room.enter(admin, "admin"), await room.enter(member)
@@ -144,7 +144,7 @@ async def test_ownership_is_handed_on_and_never_lost(world: World) -> None:
     await second.event(server.ParticipantChanged, lambda event: event.participant.role == "owner")
     await second.call(client.Leave(conversation_id=room.about))
     await room.owner.call(client.Leave(conversation_id=room.about))
-    # Nobody is left who could own it: it is over.
+    # No participant is left to own it, so the conversation ends.
     with refused(ErrorCode.NOT_FOUND, "conversation_id"):
         await third.call(client.Join(conversation_id=room.about))
     assert await recount(world.db) == []
@@ -156,22 +156,22 @@ ACCOUNTS_GONE = (
     "is_active = false, is_deleted = true, deleted_at = now()",
 )
 NAMING: dict[type[client.Frame], tuple[dict[str, Any], ErrorCode | None]] = {
-    # A higher right is for accounts that are active.
+    # More rights are only for active accounts.
     client.TransferOwnership: ({}, ErrorCode.CONFLICT), client.SetRole: ({"role": "admin"}, ErrorCode.CONFLICT),
     client.SetPermissions: ({"can_pin_messages": True}, ErrorCode.CONFLICT),
-    # For those who are not there, nobody is found.
+    # Inactive accounts are not found.
     client.CreateDirect: ({}, ErrorCode.NOT_FOUND), client.CreateGroup: ({}, ErrorCode.NOT_FOUND),
     client.AddParticipants: ({}, ErrorCode.NOT_FOUND), client.Invite: ({}, ErrorCode.NOT_FOUND),
     client.RequestFriend: ({}, ErrorCode.NOT_FOUND), client.Follow: ({}, ErrorCode.NOT_FOUND),
-    # Nothing is given.
+    # These give no rights.
     client.RemoveParticipant: ({}, None), client.Unban: ({}, None), client.AnswerFriend: ({"accept": True}, None),
     client.Block: ({}, None), client.Mute: ({}, None), client.SetSwitches: ({}, None), client.Unfriend: ({}, None),
     client.Unblock: ({}, None), client.Unfollow: ({}, None), client.Unmute: ({}, None),
 }  # fmt: skip
-"""Every frame that writes and names a user: what it needs, and how it is refused if that account is not active."""
+"""Every writing frame that names a user, with its fields and the error for an account that is not active."""
 
 
-async def test_whose_account_is_not_active_gets_no_right_and_no_ownership(world: World) -> None:
+async def test_inactive_account_gets_no_rights_and_no_ownership(world: World) -> None:
     assert NAMING.keys() == {
         frame for frame, route in ROUTES.items()
         if route.rate is Rate.WRITE and {"user_id", "participants"} & set(frame.__struct_fields__)
@@ -196,13 +196,13 @@ async def test_whose_account_is_not_active_gets_no_right_and_no_ownership(world:
             answer = await room.owner.ask(frame(**where, **named, **fields))
             assert isinstance(answer, Error), frame
             assert (answer.code, answer.path) == (code, next(iter(named))), frame
-    # A lower right is taken from them all the same.
+    # Rights can still be removed from them.
     where = {"conversation_id": room.about, "user_id": gone[2].id}
     await room.owner.call(client.SetPermissions(**where, can_pin_messages=False))
     await room.owner.call(client.SetRole(**where, role="guest"))
     await room.owner.call(client.Leave(conversation_id=room.about))
     assert await role_of(last, room.about) == "owner"
-    # Where no account is active, there still is an owner, who may come back.
+    # If no account is active, the owner remains, and may come back.
     await last.call(client.Leave(conversation_id=room.about))
     roles = "SELECT user_id, role FROM conversation_participant WHERE conversation_id = $1 AND status = 'active'"
     left = {row[0]: row[1] for row in await world.db.fetch(roles, room.about)}
@@ -213,7 +213,7 @@ async def role_of(one: Client, about: ConversationId) -> Role:
     return (await one.call(client.GetConversation(conversation_id=about), server.OneConversation)).view.me.role
 
 
-async def test_only_some_may_send_where_the_settings_say_so(world: World) -> None:
+async def test_setting_restricts_who_may_send(world: World) -> None:
     room = await Room.make(world)
     member, moderator = await world.users("Member", "Moderator")
     quiet, loud = await room.enter(member), await room.enter(moderator, "moderator")
@@ -229,8 +229,8 @@ async def test_only_some_may_send_where_the_settings_say_so(world: World) -> Non
     await sent(loud, room.about, "More")
 
 
-async def test_a_guest_stays_one_by_leaving_and_coming_back(world: World) -> None:
-    """And makes nobody a member, also with the permission to add people."""
+async def test_guest_is_still_a_guest_after_leaving_and_rejoining(world: World) -> None:
+    """A guest with the permission to add people cannot give the role of a member."""
     ada, charles, mary = await world.users("Ada", "Charles", "Mary")
     owner, guest, friend = [await world.connect(one) for one in (ada, charles, mary)]
     await world.befriend(charles, mary)
@@ -256,7 +256,7 @@ async def test_a_guest_stays_one_by_leaving_and_coming_back(world: World) -> Non
     await owner.call(client.AddParticipants(conversation_id=about, participants=[charles.id]))
 
 
-async def test_slow_mode(world: World) -> None:
+async def test_slow_mode_limits_messages(world: World) -> None:
     room = await Room.make(world)
     member, moderator = await world.users("Member", "Moderator")
     slow, free = await room.enter(member), await room.enter(moderator, "moderator")
@@ -270,13 +270,13 @@ async def test_slow_mode(world: World) -> None:
     assert isinstance(refusal, Error)
     assert refusal.code == ErrorCode.RATE_LIMITED
     assert 3_500_000 < (refusal.retry_after_ms or 0) <= 3_600_000
-    # What was stored is answered again, however soon.
+    # A repeated send gets the stored answer, even within the interval.
     assert await slow.call(first, server.Sent) == answer
     await world.db.execute("UPDATE conversation_participant SET last_sent_at = now() - interval '2 hours'")
     await sent(slow, room.about, "Second")
 
 
-def test_a_participant_who_left_may_nothing() -> None:
+def test_former_participant_has_no_rights() -> None:
     fields: dict[str, Any] = {"conversation_id": None, "user_id": None, "joined_at": None, "version": 1}
     for status in ("invited", "declined", "left", "removed", "banned"):
         gone = Participant(role="owner", status=status, **fields)

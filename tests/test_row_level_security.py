@@ -1,4 +1,4 @@
-"""Row-level security: whoever reads PostgreSQL directly sees what the server shows them, and nothing else."""
+"""Row-level security: direct readers of PostgreSQL see what the server shows the user, and nothing else."""
 
 import json
 import random
@@ -24,7 +24,7 @@ PEOPLE = 8
 
 
 async def crowd(world: World, seed: int) -> tuple[list[UserSession], list[Client], list[ConversationId]]:
-    """Make people who do random things to each other; return also everything there is to see."""
+    """Let users act on each other at random. Return also all ids there are."""
     chance = random.Random(seed)
     people = [await world.user(f"Person {number}") for number in range(PEOPLE)]
     clients = [await world.connect(who, number % 2) for number, who in enumerate(people)]
@@ -68,13 +68,13 @@ async def crowd(world: World, seed: int) -> tuple[list[UserSession], list[Client
 
 
 async def polls(owner: Client, others: list[Client], about: ConversationId) -> None:
-    """Have polls of both kinds voted in, and then left, closed, deleted, or hidden by a moderator."""
+    """Make polls of both kinds with votes, then left, closed, deleted, or hidden by a moderator."""
     for is_anonymous in (True, False):
         for end in (None, "close", "delete", "moderate"):
             poll = Poll(options=["Yes", "No"], is_anonymous=is_anonymous)
             asked = message(about, "Tea?", payload=poll)
             if isinstance(await owner.ask(asked), Error):
-                return  # somebody has removed them
+                return  # a moderator removed them
             place: dict[str, Any] = {"conversation_id": about, "message_id": asked.message_id}
             for one in (owner, *others):
                 await one.ask(client.Join(conversation_id=about))
@@ -89,7 +89,7 @@ async def polls(owner: Client, others: list[Client], about: ConversationId) -> N
 
 
 async def votes(one: Client, who: UserId, messages: list[Message]) -> set[str]:
-    """Return who has voted for what, as far as the server tells: by the list of votes, and with a message one's own."""
+    """Return the votes that the server shows: those in lists of votes, and the user's own with a message."""
     found = set()
     for poll in messages:
         if poll.is_moderated or poll.content_type != "poll":
@@ -105,7 +105,7 @@ async def votes(one: Client, who: UserId, messages: list[Message]) -> set[str]:
 
 
 async def edits(one: Client, messages: list[Message]) -> set[UUID]:
-    """Return the ids of the earlier wordings that the server lists; a deleted message keeps some and lists none."""
+    """Return the ids of the edits that the server lists. A deleted message keeps some and lists none."""
     found: set[UUID] = set()
     for each in messages:
         if each.edited_at is not None or each.is_deleted:
@@ -117,7 +117,7 @@ async def edits(one: Client, messages: list[Message]) -> set[UUID]:
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
-async def test_a_reader_sees_what_the_server_shows(world: World, reader: Reader, seed: int) -> None:
+async def test_reader_sees_what_the_server_shows(world: World, reader: Reader, seed: int) -> None:
     people, clients, conversations = await crowd(world, seed)
     everyone = [one.id for one in people]
     totals = {"messages": 0, "hidden": 0, "faces": 0, "votes": 0, "edits": 0}
@@ -182,7 +182,10 @@ async def test_a_reader_sees_what_the_server_shows(world: World, reader: Reader,
 
 
 async def told(one: Client, about: ConversationId, reader: Reader) -> dict[str, list[MessageId | None]]:
-    """Return about which messages somebody reads in reports and the log, on pages of one row. The policies agree."""
+    """Return the messages that a user reads about in reports and in the log, in pages of one row.
+
+    Asserts that the policies give the same rows.
+    """
     found: dict[str, list[MessageId | None]] = {"open": [], "dismissed": [], "upheld": [], "noted": []}
     statuses: list[ReportStatus] = ["open", "dismissed", "upheld"]
     for status in statuses:
@@ -207,13 +210,13 @@ async def told(one: Client, about: ConversationId, reader: Reader) -> dict[str, 
     return found
 
 
-async def test_reports_and_entries_about_messages_of_before_are_for_who_saw_them(world: World, reader: Reader) -> None:
+async def test_newcomer_sees_no_reports_or_log_entries_about_earlier_messages(world: World, reader: Reader) -> None:
     ada, charles, mary = await world.users("Ada", "Charles", "Mary")
     owner, rude, newcomer = await world.connect(ada), await world.connect(charles), await world.connect(mary, 1)
     about = await world.group(owner, charles, settings=ConversationSettings(history="from_joining"))
 
     async def reported(reason: str) -> dict[str, list[MessageId]]:
-        """Have messages reported and moderated, and return what was done about which."""
+        """Have messages reported and moderated, and return the messages by what was done."""
         said = [await sent(rude, about, f"{reason} {number}") for number in range(4)]
         for message_id in said[:3]:
             place: dict[str, Any] = {"conversation_id": about, "message_id": message_id}
@@ -242,7 +245,7 @@ async def test_reports_and_entries_about_messages_of_before_are_for_who_saw_them
 
 
 async def everything(reader: Reader, who: UserId) -> dict[str, list[Any]]:
-    """Return all columns that a reader reads for a user, by `table.column`."""
+    """Return all columns that a reader sees for a user, by `table.column`."""
     found: dict[str, list[Any]] = {}
     for table, names in granted().items():
         rows = [json.loads(row) for row in await reader.seen(
@@ -252,7 +255,7 @@ async def everything(reader: Reader, who: UserId) -> dict[str, list[Any]]:
     return found
 
 
-async def test_newcomer_reads_of_messages_of_before_what_frames_show(world: World, reader: Reader) -> None:
+async def test_newcomer_reads_of_earlier_messages_only_what_frames_show(world: World, reader: Reader) -> None:
     ada, mary, charles = await world.users("Ada", "Mary", "Charles")
     owner, newcomer, other = await world.connect(ada), await world.connect(mary, 1), await world.connect(charles)
     settings = ConversationSettings(history="from_joining", system_messages=False)
@@ -282,7 +285,7 @@ async def test_newcomer_reads_of_messages_of_before_what_frames_show(world: Worl
     assert after["conversation.settings_version"] == [now.conversation.version] != [view[0].conversation.version]
 
 
-async def test_who_says_nothing_about_themselves_sees_nobody_s(world: World, reader: Reader) -> None:
+async def test_reader_without_a_user_id_sees_no_rows(world: World, reader: Reader) -> None:
     ada = await world.connect(await world.user("Ada"))
     await sent(ada, await world.channel(ada, is_public=True))
     for table in ('"user"', "session", "conversation", "conversation_participant", "message", "audit_entry"):
@@ -320,7 +323,7 @@ ATTACKS = [
 ]
 
 
-async def test_a_reader_cannot_reach_further(world: World, reader: Reader) -> None:
+async def test_reader_cannot_exceed_its_grants(world: World, reader: Reader) -> None:
     ada = await world.user("Ada")
     one = await world.connect(ada)
     kept = await sent(one, await world.channel(one), "Kept")
@@ -331,8 +334,8 @@ async def test_a_reader_cannot_reach_further(world: World, reader: Reader) -> No
     assert await world.db.fetchval("SELECT content FROM message WHERE id = $1", kept) == "Kept"
 
 
-async def test_no_error_tells_what_a_grant_withholds(world: World, reader: Reader) -> None:
-    """A column of the reader's own row, named where a permission is asked for, is not looked at."""
+async def test_errors_reveal_no_column_that_is_not_granted(world: World, reader: Reader) -> None:
+    """A column of the reader's own row that is given in place of a permission is not read."""
     ada = await world.user("Ada")
     one = await world.connect(ada)
     channel = await world.channel(one)
@@ -345,8 +348,8 @@ async def test_no_error_tells_what_a_grant_withholds(world: World, reader: Reade
         assert await reader.seen(ada.id, asked) in ([False], [None]), column
 
 
-async def test_a_reader_who_tries_every_row_finds_what_leaks_nowhere(world: World, reader: Reader) -> None:
-    """A function that tells what it is given is not run before the policy has been asked."""
+async def test_leaking_functions_run_after_the_policy(world: World, reader: Reader) -> None:
+    """A function that reveals its arguments does not run on rows that the policy hides."""
     ada, mary = await world.users("Ada", "Mary")
     one = await world.connect(ada)
     await sent(one, await world.channel(one), "Secret")
@@ -356,9 +359,10 @@ async def test_a_reader_who_tries_every_row_finds_what_leaks_nowhere(world: Worl
         await reader.seen(ada.id, leaking)
 
 
-async def test_policies_are_asked_before_anything_that_a_reader_compares(world: World, reader: Reader) -> None:
-    """Comparisons are leakproof: asked before a policy, they tell by EXPLAIN (ANALYZE) what a hidden row holds, since
-    the policy reads blocks for those rows alone that pass them.
+async def test_policies_are_evaluated_before_comparisons_of_a_reader(world: World, reader: Reader) -> None:
+    """Comparisons are leakproof. Evaluated before a policy, they would reveal hidden values by EXPLAIN (ANALYZE).
+
+    The policy would read blocks only for rows that pass them.
     """
     columns = await world.db.fetch("""
         SELECT p.tablename, a.attname, format_type(a.atttypid, NULL) AS type FROM pg_policies p
@@ -386,8 +390,8 @@ async def test_policies_are_asked_before_anything_that_a_reader_compares(world: 
     assert {"draft", "scheduled_message", "session", "message_star", "thread_follow"} <= asked
 
 
-async def test_each_policy_is_one_call_that_costs_less_than_an_operator(world: World) -> None:
-    """PostgreSQL splits a policy at each AND, and asks the parts, and what a reader compares, by their costs."""
+async def test_each_policy_is_one_call_that_is_cheaper_than_an_operator(world: World) -> None:
+    """PostgreSQL splits a policy at each AND, and orders the parts and the reader's comparisons by cost."""
     calls = await world.db.fetch(r"""
         SELECT p.tablename, p.qual, f.procost, f.prosecdef FROM pg_policies p
         LEFT JOIN pg_proc f ON f.pronamespace = 'public'::regnamespace
@@ -396,5 +400,5 @@ async def test_each_policy_is_one_call_that_costs_less_than_an_operator(world: W
     """)
     assert len(calls) > 15
     assert [row["tablename"] for row in calls if not (row["procost"] and row["procost"] <= 0.0001)] == []
-    # What is not run as its owner may be put into the query in place of the call.
+    # A function that does not run as its owner may be inlined into the query.
     assert all(row["prosecdef"] for row in calls)

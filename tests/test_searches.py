@@ -1,4 +1,4 @@
-"""Search: all that matches, of what one may see, and nothing else; in pages that do not shift."""
+"""Search finds all matches that the user may see, and nothing else, in stable pages."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -29,7 +29,7 @@ async def found(one: Client, text: str | None = None, **fields: Any) -> list[str
     return [hit.message.content for hit in page.hits]
 
 
-async def test_words_and_beginnings_of_words(room: Room) -> None:
+async def test_search_finds_words_and_prefixes(room: Room) -> None:
     for content in ("The Analytical Engine", "An engine of difference", "Looms"):
         await sent(room.ada, room.group, content)
     assert await found(room.charles, "engine") == ["An engine of difference", "The Analytical Engine"]
@@ -42,7 +42,7 @@ async def test_words_and_beginnings_of_words(room: Room) -> None:
         await found(room.charles, sender_id=room.users[0].id)
 
 
-async def test_only_what_one_may_see(room: Room, world: World) -> None:
+async def test_search_finds_only_visible_messages(room: Room, world: World) -> None:
     message_id = await sent(room.ada, room.group, "Secret engine")
     stranger = await world.connect(await world.user("Stranger"))
     assert await found(stranger, "engine") == []
@@ -64,7 +64,7 @@ async def test_only_what_one_may_see(room: Room, world: World) -> None:
     assert await found(room.charles, "engine") == ["After he came: engine"]
 
 
-async def test_each_filter(room: Room, world: World) -> None:
+async def test_each_filter_restricts_the_results(room: Room, world: World) -> None:
     other = await world.channel(room.ada)
     root = await sent(room.ada, room.group, "engine root #loom")
     await sent(room.charles, room.group, "engine reply", parent_message_id=root)
@@ -87,7 +87,7 @@ async def test_each_filter(room: Room, world: World) -> None:
     assert await found(room.ada, mentions_me=True) == ["engine @ada"]
     assert await found(room.ada, is_pinned=True, **here) == ["engine root #loom"]
     assert await found(room.ada, "wheel") == ["engine file"], "the name of a file"
-    assert await found(room.ada, "steel") == ["engine poll"], "what one can vote for"
+    assert await found(room.ada, "steel") == ["engine poll"], "the options of a poll"
     at = (await room.ada.call(client.GetMessage(**room.at(root)), server.OneMessage)).message.created_at
     assert await found(room.ada, "engine", sent_before=at) == []
     assert "engine root #loom" not in await found(room.ada, "engine", sent_after=at)
@@ -95,7 +95,7 @@ async def test_each_filter(room: Room, world: World) -> None:
 
 
 @pytest.mark.parametrize("order", ["newest", "relevance"])
-async def test_pages_do_not_shift_when_more_is_said(room: Room, order: str) -> None:
+async def test_pages_do_not_shift_when_messages_are_added(room: Room, order: str) -> None:
     for number in range(7):
         await sent(room.ada, room.group, "engine " * (1 + number % 3) + str(number))
     everything = await found(room.charles, "engine", order=order)
@@ -115,7 +115,7 @@ async def test_pages_do_not_shift_when_more_is_said(room: Room, order: str) -> N
     assert (seen, after) == (everything, None)
 
 
-async def test_what_matches_is_marked(room: Room) -> None:
+async def test_matches_are_highlighted(room: Room) -> None:
     await sent(room.ada, room.group, "Before \x02 it, the engine; after it, engines")
     page = await room.charles.call(client.Search(text="engine"), server.SearchPage)
     (hit,) = page.hits
@@ -132,18 +132,18 @@ class TestInEnglish:
     def settings(self, settings: Settings) -> Settings:
         return msgspec.structs.replace(settings, search_language="english")
 
-    async def test_words_of_one_stem(self, room: Room) -> None:
+    async def test_words_with_the_same_stem_match(self, room: Room) -> None:
         await sent(room.ada, room.group, "They were weaving")
         assert await found(room.charles, "weaves") == ["They were weaving"]
         assert await found(room.charles, "the weaver") == []
-        assert await found(room.charles, "the") == [], "which is no word to search for"
+        assert await found(room.charles, "the") == [], "a stop word matches nothing"
 
 
-# ------------------------------------------------------------------------- searches do not take the database away
+# ------------------------------------------------------------------------- searches do not block other queries
 
 
 class TestSearchesThatTakeLong:
-    """The index of words is held by the test, so that no search ends before it lets go."""
+    """The test locks the table of words, so that no search ends before the lock is released."""
 
     @pytest.fixture
     async def holding(self, world: World, settings: Settings) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
@@ -162,19 +162,19 @@ class TestSearchesThatTakeLong:
         await holding.execute("ROLLBACK")
         answers = await asyncio.gather(*searching)
         refusals = {one.code for one in answers if isinstance(one, server.Error)}
-        assert refusals <= {ErrorCode.UNAVAILABLE}, "who waited for too long is told so"
+        assert refusals <= {ErrorCode.UNAVAILABLE}, "a search that waited too long is refused"
         assert any(isinstance(one, server.Reply) for one in answers)
 
-    async def test_a_badge_is_not_refused_because_others_search(self, world: World, holding: Any) -> None:
+    async def test_badge_is_available_while_others_search(self, world: World, holding: Any) -> None:
         askers = [await world.connect(await world.user(f"User {number}")) for number in range(12)]
         searching = [asyncio.create_task(one.ask(client.Search(text="engine"))) for one in askers[:11]]
-        await until(lambda: any(one.done() for one in searching))  # the line of searches is full
+        await until(lambda: any(one.done() for one in searching))  # the queue of searches is full
         counting = asyncio.create_task(askers[11].ask(client.GetBadge()))
         await holding.execute("ROLLBACK")
         assert isinstance(await counting, server.Reply)
         await asyncio.gather(*searching)
 
-    async def test_one_search_of_a_user_at_a_time(self, world: World, holding: Any) -> None:
+    async def test_user_can_run_one_search_at_a_time(self, world: World, holding: Any) -> None:
         who, other = await world.users("Ada", "Charles")
         one, two = await world.connect(who), await world.connect(who)
         searching = asyncio.create_task(one.ask(client.Search(text="engine")))
@@ -189,7 +189,7 @@ class TestSearchesThatTakeLong:
         await two.call(client.Search(text="engine"))
         await (await world.connect(other)).call(client.Search(text="engine"))
 
-    async def test_a_search_that_takes_too_long_is_refused(self, world: World, holding: Any) -> None:
+    async def test_search_that_takes_too_long_is_refused(self, world: World, holding: Any) -> None:
         one = await world.connect(await world.user("Ada"))
         answer = await one.ask(client.Search(text="engine"))
         assert isinstance(answer, server.Error)
@@ -199,7 +199,7 @@ class TestSearchesThatTakeLong:
         other = await world.connect(await world.user("Charles"))
         await other.call(client.Search(text="engine"))
 
-    async def test_who_waits_in_a_full_line_is_told_when_to_come_back(self) -> None:
+    async def test_full_queue_refuses_with_a_retry_time(self) -> None:
         share = Share(1, waiting=1, patience=60.0)
         async with share.hold(nullcontext()):
             waiting = asyncio.create_task(share.hold(nullcontext()).__aenter__())
@@ -209,7 +209,7 @@ class TestSearchesThatTakeLong:
         await waiting
 
 
-async def test_searches_have_a_rate_of_their_own(settings: Settings) -> None:
+async def test_searches_have_their_own_rate(settings: Settings) -> None:
     async with World(msgspec.structs.replace(settings, search_rate=0.5), workers=1) as world:
         one = await world.connect(await world.user("Ada"))
         for frame in (client.Search(text="engine"), client.SearchUsers(text="charles")):
@@ -219,8 +219,8 @@ async def test_searches_have_a_rate_of_their_own(settings: Settings) -> None:
         await one.call(client.GetMe())
 
 
-async def test_a_user_whose_searches_are_slow_waits_between_them(settings: Settings) -> None:
-    """The time at the database counts, and not the time in line for a turn or a connection."""
+async def test_user_with_slow_searches_waits_between_them(settings: Settings) -> None:
+    """Only the time at the database counts, not the wait for a turn or a connection."""
     async with World(msgspec.structs.replace(settings, search_rate=2.0), workers=1) as world:
         app = world.workers[0].app
         ada, charles, dora = await world.users("Ada", "Charles", "Dora")
@@ -247,7 +247,7 @@ async def test_a_user_whose_searches_are_slow_waits_between_them(settings: Setti
             await third.call(client.Search(text="engine"))
 
 
-async def test_a_word_of_two_letters_does_not_find_longer_ones(room: Room) -> None:
+async def test_word_of_two_letters_is_not_a_prefix(room: Room) -> None:
     await sent(room.ada, room.group, "An engine")
     assert await found(room.charles, "an engi") == ["An engine"]
     assert await found(room.charles, "en") == []
@@ -255,34 +255,34 @@ async def test_a_word_of_two_letters_does_not_find_longer_ones(room: Room) -> No
     assert await found(room.charles, "日") == ["日本語"]
 
 
-async def test_a_snippet_of_a_long_message_shows_where_the_word_is(room: Room) -> None:
+async def test_snippet_of_a_long_message_contains_the_match(room: Room) -> None:
     await sent(room.ada, room.group, "loom " * 1_500 + "the Engine " + "loom " * 400)
     page = await room.charles.call(client.Search(text="engi"), server.SearchPage)
     assert "Engine" in page.hits[0].snippet[1::2]
 
 
-async def test_words_are_found_whatever_stands_between_them(room: Room) -> None:
+async def test_words_are_found_between_any_punctuation(room: Room) -> None:
     said = "See report-v2.pdf, ada@example.org, src/engines/loom_card.py; <b>3.14</b>"
     await sent(room.ada, room.group, said)
     for text in ("pdf", "report v2", "report-v2.pdf", "example.org", "ada@example.org", "loom_card.py", "3.14"):
         assert await found(room.charles, text) == [said], text
 
 
-async def test_words_are_divided_as_the_texts_are_in_every_script(room: Room) -> None:
-    """Accents, vowel signs and joiners belong to words; a superscript does not."""
+async def test_queries_and_messages_are_split_into_the_same_words(room: Room) -> None:
+    """Accents, vowel signs and joiners are part of words; a superscript is not."""
     for said in ("e\u0301tude", "हिन्दी भाषा", "می\u200cخو", "กินข้าว", "x²y", "loom_card_a"):
         await sent(room.ada, room.group, said)
         assert await found(room.charles, said) == [said], said
 
 
-async def test_a_word_with_underscores_is_several(room: Room) -> None:
-    """Or 255 characters would ask for more than `MAX_WORDS` words, and for beginnings of one letter."""
+async def test_word_with_underscores_is_split(room: Room) -> None:
+    """Otherwise 255 characters could hold more than `MAX_WORDS` words, and prefixes of one letter."""
     await sent(room.ada, room.group, "apple banana")
     assert await found(room.charles, "a_b") == []
     assert search_text.query("a_b_" * 60, prefix=3) == " & ".join("ab" * 5)
 
 
-async def test_a_snippet_shows_punctuation_and_marks_the_words_between(room: Room) -> None:
+async def test_snippet_keeps_punctuation_and_highlights_words(room: Room) -> None:
     said = "<b>See</b> report-v2.pdf \x01& ada@example.org/loom_card &amp; <!-- the rest --> \\1 \\\\& it's"
     await sent(room.ada, room.group, said)
     page = await room.charles.call(client.Search(text="see pdf card it"), server.SearchPage)

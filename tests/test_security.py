@@ -1,4 +1,4 @@
-"""What SECURITY.md promises, beside the refusals that every other file tests."""
+"""Promises of SECURITY.md that other files do not test."""
 
 import ast
 import logging
@@ -38,7 +38,7 @@ def sources(*folders: str) -> list[Path]:
     return [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
 
 
-# ----------------------------------------------------------------------------------------------- who may do what
+# ----------------------------------------------------------------------------------------------- authorization
 
 OK, NO, NOTHING = None, ErrorCode.FORBIDDEN, ErrorCode.NOT_FOUND
 IN, OUT = ("owner", "admin", "moderator", "member", "guest"), ("left", "removed", "banned", "outsider")
@@ -62,7 +62,7 @@ LEAST: dict[type[Frame], str | None] = {
     client.ListAudit: "admin",
     client.ListParticipants: "guest",
     client.Send: "guest",
-    client.Edit: None,  # only who sent it
+    client.Edit: None,  # only its sender
     client.Forward: "guest",
     client.Pin: "moderator",
     client.Unpin: "moderator",
@@ -94,10 +94,10 @@ LEAST: dict[type[Frame], str | None] = {
     client.DismissReport: "moderator",
     client.DeleteConversation: "owner",
 }
-"""The least role that may do each frame about somebody else's message, or to somebody of the lowest role."""
+"""The lowest role for each frame about another user's message, or about a participant of the lowest role."""
 
 
-def test_the_matrix_has_every_frame() -> None:
+def test_table_of_roles_has_every_frame() -> None:
     assert LEAST.keys() == set(filter(is_for_participants, ROUTES))
 
 
@@ -109,7 +109,7 @@ async def world(settings: Settings) -> AsyncIterator[World]:
 
 
 @pytest.mark.parametrize("role", [*IN, *OUT])
-async def test_every_frame_as_every_role(world: World, role: str) -> None:
+async def test_every_frame_is_tried_in_every_role(world: World, role: str) -> None:
     ada, charles, mary, grace = await world.users("Ada", "Charles", "Mary", "Grace")
     await world.befriend(ada, mary)
     owner = await world.connect(ada)
@@ -145,7 +145,7 @@ async def test_every_frame_as_every_role(world: World, role: str) -> None:
 
 
 async def become(world: World, owner: Client, channel: ConversationId, who: UserSession, role: str) -> None:
-    """Give somebody a role, or have them be out in one of the ways there are."""
+    """Give a user a role, or put them outside in one of the possible ways."""
     if role in {"admin", "moderator", "member", "guest"}:
         frame = client.SetRole(conversation_id=channel, user_id=who.id, role=role)  # type: ignore[arg-type]
         await owner.call(frame)
@@ -158,7 +158,7 @@ async def become(world: World, owner: Client, channel: ConversationId, who: User
 
 
 def frame(kind: type[Frame], about: ConversationId, said: MessageId, other: UserId) -> Frame:
-    """Return a frame of a kind about a conversation, somebody's message in it, and somebody in it."""
+    """Return a frame of a type about a conversation, a message of another user, and a participant."""
     fields: dict[str, Any] = {
         "conversation_id": about, "message_id": said, "user_id": other, "participants": [other], "content": "Words",
         "emoji": "👍", "role": "guest", "title": "A title", "reason": "Rude", "can_pin_messages": True,
@@ -180,7 +180,7 @@ def frame(kind: type[Frame], about: ConversationId, said: MessageId, other: User
 # ------------------------------------------------------------------------------------------------- over HTTP
 
 
-async def test_answers_carry_security_headers(world: World) -> None:
+async def test_answers_have_security_headers(world: World) -> None:
     async with http_client(world.url) as http:
         for path in ("/healthz", "/nowhere", "/v1/auth/sessions"):
             headers = (await http.get(path)).headers
@@ -190,23 +190,23 @@ async def test_answers_carry_security_headers(world: World) -> None:
             assert "server" not in headers
 
 
-async def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites(world: World) -> None:
+async def test_cookie_is_inaccessible_to_scripts_and_other_sites(world: World) -> None:
     async with http_client(world.url) as http:
         cookie = (await http.post("/v1/auth/register", json=ADA)).headers["set-cookie"].lower()
     assert "httponly" in cookie
     assert "samesite=lax" in cookie
     assert "path=/" in cookie
-    assert f"max-age={400 * 86_400};" in cookie, "a session that is used outlasts its first OPENCHAT_SESSION_DAYS"
+    assert f"max-age={400 * 86_400};" in cookie, "a session in use outlasts its first OPENCHAT_SESSION_DAYS"
 
 
 BEHIND_TLS = {"X-Forwarded-For": "198.51.100.1", "X-Forwarded-Proto": "https"}
 
 
 HOST_COOKIE = "__Host-openchat_session"
-"""A name that browsers take from this host alone, by TLS, and never from a page of another one (RFC 6265bis)."""
+"""A prefix with which browsers accept the cookie only from this host and over TLS (RFC 6265bis)."""
 
 
-async def test_the_cookie_behind_tls_comes_from_this_host_alone(settings: Settings) -> None:
+async def test_cookie_behind_tls_is_bound_to_this_host(settings: Settings) -> None:
     async with (
         World(msgspec.structs.replace(settings, trusted_proxies="1"), workers=1) as world,
         http_client(world.url) as http,
@@ -225,7 +225,7 @@ async def test_the_cookie_behind_tls_comes_from_this_host_alone(settings: Settin
         assert not [one for one in attributes if one.startswith("domain")]
         token = made.json()["token"]
         http.cookies.clear()
-        # A page on a sibling subdomain has set one that it knows.
+        # A page on a sibling subdomain has set a cookie that it knows.
         for planted in (
             f"openchat_session={eve.token}",
             f"openchat_session={token}",
@@ -233,18 +233,18 @@ async def test_the_cookie_behind_tls_comes_from_this_host_alone(settings: Settin
         ):
             assert await seen(planted, **BEHIND_TLS) == "unauthenticated", planted
             assert await seen(f"{planted}; {HOST_COOKIE}={token}", **BEHIND_TLS) == ["hers"]
-        # Without TLS the name is the plain one.
+        # Without TLS, the name has no prefix.
         assert await seen(f"{HOST_COOKIE}={token}") == "unauthenticated"
         assert await seen(f"openchat_session={token}; {HOST_COOKIE}={ada.token}") == ["hers"]
-        # The answer that takes it away is one that a browser obeys.
+        # The answer that deletes the cookie has the attributes that a browser requires.
         page = {"Origin": world.url.replace("http:", "https:"), "Cookie": f"{HOST_COOKIE}={token}"}
         gone = (await http.post("/v1/auth/logout", headers=BEHIND_TLS | page)).headers["set-cookie"].lower()
         assert gone.startswith(f'{HOST_COOKIE.lower()}="";')
         assert {"secure", "path=/", "max-age=0"} <= set(gone.split("; "))
 
 
-async def test_of_two_cookies_of_one_name_none_is_taken(world: World) -> None:
-    """A browser sends the one with the longer path first, the one that was set earlier first, and tells of neither."""
+async def test_two_different_session_cookies_are_refused(world: World) -> None:
+    """Browsers send the one with the longer path first, then the older one, and send no attributes."""
     ada, eve = await world.users("Ada", "Eve")
     one, other = (f"openchat_session={who.token}" for who in (ada, eve))
     async with http_client(world.url) as http:
@@ -261,7 +261,7 @@ async def test_of_two_cookies_of_one_name_none_is_taken(world: World) -> None:
     assert refused.value.response.status_code == 401
 
 
-async def test_logging_in_begins_a_new_session_whatever_the_browser_brought(world: World) -> None:
+async def test_login_always_creates_a_new_session(world: World) -> None:
     async with http_client(world.url) as http:
         await http.post("/v1/auth/register", json=ADA)
         planted = http.cookies["openchat_session"]
@@ -272,14 +272,14 @@ async def test_logging_in_begins_a_new_session_whatever_the_browser_brought(worl
         assert (await http.post("/v1/auth/login", json=login)).json()["token"] not in {planted, token}
 
 
-async def test_paths_lead_nowhere_but_where_they_say(world: World) -> None:
+async def test_path_traversal_is_not_possible(world: World) -> None:
     async with http_client(world.url) as http:
         for path in ("/../schema.sql", "/%2e%2e/%2e%2e/etc/passwd", "/v1/..%2f..%2fetc/passwd", "//etc/passwd"):
             assert (await http.get(path)).status_code == HTTPStatus.NOT_FOUND
 
 
 async def test_tokens_and_passwords_are_never_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)  # as server/core/log.py sets it
+    caplog.set_level(logging.INFO)  # as in server/core/log.py
     async with http_client(world.url) as http:
         token = (await http.post("/v1/auth/register", json=ADA)).json()["token"]
         await http.post("/v1/auth/login", json={"email": ADA["email"], "password": "wrong horse"})
@@ -292,11 +292,11 @@ async def test_tokens_and_passwords_are_never_logged(world: World, caplog: pytes
         assert secret not in said
 
 
-# ------------------------------------------------------------------------------------------------- in the code
+# ------------------------------------------------------------------------------------------------- the source code
 
 
 def test_statements_are_constants_and_values_are_parameters() -> None:
-    """What is asked of the database is a name in capitals, or a literal without anything put in."""
+    """Each statement is a constant in capitals, or a literal without interpolation."""
     found = []
     for path in sources("server"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -330,11 +330,11 @@ KNOWN_STATEMENTS = {
     "server/queries/messages.py: query",
     "server/queries/checks.py: check.FINDS",
 }
-"""Our own files, a constant, one of two constants, one of a list, and what `make docs` asks of its own database."""
+"""Statements from our own files, constants, items of a list, and statements of `make docs` on its own database."""
 
 
-def test_the_server_asks_other_servers_in_one_place() -> None:
-    """Which asks nobody on this machine and its network: tests/test_outbound.py."""
+def test_server_sends_http_requests_in_one_module() -> None:
+    """The module does not connect to private addresses, see tests/test_outbound.py."""
     for path in sources("server"):
         if path.name == "safe_http.py":
             continue
@@ -348,11 +348,11 @@ def test_the_server_asks_other_servers_in_one_place() -> None:
 
 EXAMPLES = {"correct horse", PUSH_POINT}
 WORDS = re.compile(r"[a-z_]+( [a-z_]+)*")
-"""What a test types as a password: a real one would look different."""
+"""Passwords that tests use. A real one would look different."""
 
 
 @pytest.mark.more
-def test_there_are_no_secrets_in_the_code() -> None:
+def test_code_contains_no_secrets() -> None:
     found = SecretsCollection(root=str(ROOT))
     files = sources(*CODE, "tests")
     files += [
@@ -362,7 +362,7 @@ def test_there_are_no_secrets_in_the_code() -> None:
         path
         for folder in ("docs", "deploy", "migrations")
         for path in (ROOT / folder).rglob("*.*")
-        if path.name not in DOCUMENTS  # from code, which is looked at
+        if path.name not in DOCUMENTS  # from code, which is checked itself
     ]
     with default_settings():
         for path in files:

@@ -41,7 +41,7 @@ ELSEWHERE = re.compile(r"server/(?:ops/transfer|queries/transfers|queries/cursor
 
 
 def _text(node: ast.expr) -> str | None:
-    """Return a sentence in the code, with the source of what is put into it; None for what is no text."""
+    """Return the text of an expression, with the source of interpolated parts, or None if it is not text."""
     match node:
         case ast.Constant(value=str(text)):
             return text
@@ -53,7 +53,7 @@ def _text(node: ast.expr) -> str | None:
 
 
 def sentences() -> Iterator[tuple[str, str]]:
-    """Return all texts of refusals in the code, each with its place."""
+    """Yield all texts of refusals in the code, each with its place."""
     for path in sorted([*(ROOT / "protocol").rglob("*.py"), *(ROOT / "server").rglob("*.py")]):
         if ELSEWHERE.match(str(path.relative_to(ROOT))):
             continue
@@ -70,11 +70,11 @@ def sentences() -> Iterator[tuple[str, str]]:
 
 
 OF_OTHERS = re.compile(r"server/(?:ops/transfer|cli|queries)/")
-"""Where Fatal and log texts are not rewritten yet."""
+"""Rooms whose `Fatal` and log texts are not rewritten yet."""
 
 
 def entries() -> Iterator[tuple[str, str]]:
-    """Return all texts of fatal errors and of entries of the log in the code, each with its place."""
+    """Yield all texts of fatal errors and log entries in the code, each with its place."""
     for path in sorted((ROOT / "server").rglob("*.py")):
         if OF_OTHERS.match(str(path.relative_to(ROOT))):
             continue
@@ -103,7 +103,7 @@ def test_every_sentence_of_a_refusal_says_what_to_do_or_names_the_bound() -> Non
 
 
 def test_messages_are_short_sentences_that_begin_with_their_subject() -> None:
-    """In refusals, fatal errors and entries of the log."""
+    """The rule holds for refusals, fatal errors and log entries."""
     found = dict(sentences()) | dict(entries())
     tables = [*OBSTACLES.values(), *(one[1] for one in CONSTRAINTS.values()), *limits.RULES.values(), UNFIT]
     found |= {f"a table: {one}": one for one in (*tables, INTERNAL.message, NotFound().message, NotActive().message)}
@@ -134,7 +134,7 @@ def test_messages_are_short_sentences_that_begin_with_their_subject() -> None:
         ('{"type": "list_stars", "limit": 1000}', ErrorCode.INVALID, "Give a number of at most 100."),
     ],
 )
-def test_what_cannot_be_decoded_is_told_with_what_to_send(frame: str, code: ErrorCode, message: str) -> None:
+def test_error_about_an_undecodable_frame_says_what_to_send(frame: str, code: ErrorCode, message: str) -> None:
     with pytest.raises(Refused) as told:
         decode_client(frame)
     assert told.value.code is code
@@ -144,7 +144,7 @@ def test_what_cannot_be_decoded_is_told_with_what_to_send(frame: str, code: Erro
 NOT_OF_THE_WIRE = re.compile(
     r"Expected|\bgot\b|regex|out of range|`(?:str|int|float|bool|array|object|null|uuid|datetime|time)\b"
 )
-"""Words of the decoder that a client author does not know."""
+"""Words of the decoder that client developers do not know."""
 WRONG = (
     "null", "true", "1", "-5", "1.5", '"x"', '""', "[]", "[[]]", "{}", '{"x": {}}', '"\\u0000"', "1" * 20, "1" * 40,
     "1e400",
@@ -153,8 +153,9 @@ UNKNOWN = ("x", "conversationId", "größe", "a`b", "$", "x" * 100_000)
 
 
 def refusals() -> Iterator[tuple[str, Refused]]:
-    """Yield how frames and bodies are refused that have a wrong value, one beyond a bound, or a field too many or too
-    few, in each place.
+    """Yield the refusals of invalid frames and bodies, with their places.
+
+    Each has a wrong value, a value beyond a bound, a missing field or an unknown field.
     """
     for bound in BOUNDS:
         if (refused := answer(bound, bound.beyond)) is not None:
@@ -174,7 +175,7 @@ def refusals() -> Iterator[tuple[str, Refused]]:
                 yield f"{kind.__name__} {place}", refused
 
 
-def test_every_refusal_of_a_value_is_a_sentence_in_the_words_of_the_wire_and_has_a_path() -> None:
+def test_refusals_of_values_are_sentences_in_terms_of_the_protocol_with_a_path() -> None:
     found = list(refusals())
     assert len(found) > 5_000
     assert {one.message for _, one in found if NOT_OF_THE_WIRE.search(one.message)} == set()
@@ -193,7 +194,7 @@ def test_every_refusal_of_a_value_is_a_sentence_in_the_words_of_the_wire_and_has
 
 
 def lists_of_values(kind: inspect.Type) -> Iterator[tuple[str, list[str]]]:
-    """Yield JSON with `?` in the place of each value, within a value of a type, that has to be one of a list."""
+    """Yield JSON with `?` for each value of a type that must be one of a list, and that list."""
     match kind:
         case inspect.LiteralType(values=values):
             yield "?", [str(value) for value in values]
@@ -211,7 +212,7 @@ def lists_of_values(kind: inspect.Type) -> Iterator[tuple[str, list[str]]]:
                 yield from ((f'{{{head}"{name}": {text}}}', values) for text, values in lists_of_values(field.type))
 
 
-def test_refusal_of_a_value_names_those_that_are_allowed() -> None:
+def test_refusal_of_a_value_lists_the_allowed_ones() -> None:
     found = [one for frame in get_args(client.ClientFrame) for one in lists_of_values(inspect.type_info(frame))]
     assert len(found) > 20
     for text, values in found:
@@ -233,10 +234,10 @@ NO_FIELD = re.compile(
     r"|^UNFIT$|path does not exist|Registration is closed|changing the account"
     r"|^This path|body (?:has|is)\b|nested too deeply"
 )
-"""Refusals of what is asked for, in which no field is at fault."""
+"""Refusals that are not about a field."""
 
 
-def test_every_refusal_for_a_field_has_its_path() -> None:
+def test_every_refusal_about_a_field_has_its_path() -> None:
     codes = {"INVALID", "FORBIDDEN", "CONFLICT", "NOT_FOUND"}
     without = []
     for path in sorted([*(ROOT / "protocol").rglob("*.py"), *(ROOT / "server").rglob("*.py")]):
@@ -256,12 +257,12 @@ OF_EVERYTHING = {
     "Too many requests of this connection are unanswered. Read the responses first.": "the connection",
     "Too many connections from this address. Close one, or retry after `retry_after_ms`.": "the address",
 }
-"""Refusals that hold back all of a kind that the user, connection or address sends."""
+"""Refusals that apply to all frames of a kind from the user, connection or address."""
 HOLDS_BACK = re.compile(r"(?:of (?:your|this) (?:user|session|connection|address)\b.*|^notifications)$")
 
 
-def test_every_refusal_by_a_rate_that_is_not_of_the_whole_user_names_what_has_to_wait() -> None:
-    """Else a client holds back everything for hours, because one conversation is in slow mode."""
+def test_rate_limit_refusals_name_their_scope() -> None:
+    """Otherwise a client would hold back all frames for hours because one conversation is in slow mode."""
     without, allowances = set(), {}
     for path in sorted((ROOT / "server").rglob("*.py")):
         tree = parsed(path)
@@ -273,7 +274,7 @@ def test_every_refusal_by_a_rate_that_is_not_of_the_whole_user_names_what_has_to
                 case ast.Call(func=ast.Name(id="TokenBuckets"), args=[what, *_]):
                     allowances[_text(what) or ""] = path.name
     assert without == set(OF_EVERYTHING)
-    # The test of new endpoints expects their path.
+    # The test of new endpoints covers their path.
     assert {what for what in allowances if not HOLDS_BACK.search(what)} == {"new push endpoints"}
 
 
@@ -286,17 +287,17 @@ WHO_MAY = {
     "A moderator has hidden this message.": Act.MODERATE,
     "Only the sender and moderators may trace a message.": Act.MODERATE,
 }
-"""What a role is named for, by how the sentence begins."""
+"""The act whose lowest role a sentence names, by the beginning of the sentence."""
 
 
-def test_every_refusal_that_names_a_role_names_the_lowest_that_may() -> None:
+def test_refusals_name_the_lowest_permitted_role() -> None:
     found = {one for one in (*OBSTACLES.values(), *dict(sentences()).values()) if A_ROLE.search(one)}
     named = {one: [act.value.least for begins, act in WHO_MAY.items() if one.startswith(begins)] for one in found}
     assert {one: A_ROLE.findall(one) for one in found} == named
     assert len(found) == len(WHO_MAY)
 
 
-def test_every_type_is_suggested_for_a_slip_in_it() -> None:
+def test_nearest_type_is_suggested_for_a_misspelt_one() -> None:
     for frame in get_args(client.ClientFrame):
         name = str(frame.__struct_config__.tag)
         if len(name) > 4:
@@ -327,7 +328,7 @@ async def test_refusals_over_http_are_json_that_says_what_to_do(world: World) ->
         assert (answer.json()["path"], "such as ada@example.org" in answer.json()["message"]) == ("email", True)
 
 
-async def test_frames_that_do_not_fit_are_refused_with_what_does(room: Room) -> None:
+async def test_refusals_of_unsuitable_frames_name_the_suitable_one(room: Room) -> None:
     text = room.at(await sent(room.ada, room.group))
     for frame in (client.Vote(**text, options=[0]), client.ClosePoll(**text), client.ListVotes(**text)):
         with refused(ErrorCode.CONFLICT, "message_id"):
@@ -343,7 +344,7 @@ async def test_frames_that_do_not_fit_are_refused_with_what_does(room: Room) -> 
     await room.ada.call(client.UpdateProfile(quiet_from=None, quiet_until=None))
 
 
-async def test_refusals_name_the_setting_and_the_block_that_can_be_changed(room: Room, world: World) -> None:
+async def test_refusals_name_the_setting_or_block_that_the_user_can_change(room: Room, world: World) -> None:
     said = room.at(await sent(room.ada, room.group))
     settings = ConversationSettings(edit_window_seconds=0)
     await room.ada.call(client.UpdateConversation(conversation_id=room.group, settings=settings))
@@ -356,7 +357,7 @@ async def test_refusals_name_the_setting_and_the_block_that_can_be_changed(room:
         with pytest.raises(Refused, match="Unblock them first") as told:
             await room.ada.call(frame(user_id=mary.id))
         assert (told.value.code, told.value.path) == (ErrorCode.CONFLICT, "user_id")
-    # A block of somebody else's is not told.
+    # A block by the other user is not revealed.
     other = await world.connect(mary)
     for frame in (client.CreateDirect, client.RequestFriend, client.Follow):
         with refused(ErrorCode.NOT_FOUND, "user_id"):

@@ -1,4 +1,4 @@
-"""The settings: each has bounds, and whatever is beyond them ends the start in one sentence that says so."""
+"""Each setting has bounds, and a value beyond them stops the start with one sentence."""
 
 import asyncio
 import os
@@ -30,7 +30,7 @@ WRONG = {
     "metrics_hosts": ["*", "chat-1:8000", "http://chat-1", "a b", "ä.example"],
     "trusted_proxies": ["true", "-1", "11", "1.5", "10.0.0.0/33", "10.0.0.1/8", "1,", "example.org", "*"],
 }
-"""Values that are refused, of each setting that is a text."""
+"""Invalid values of each text setting."""
 
 
 @pytest.fixture(autouse=True)
@@ -47,11 +47,11 @@ def refusal(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> str:
     return str(caught.value)
 
 
-def test_every_setting_has_bounds_or_a_form() -> None:
+def test_every_setting_has_bounds_or_a_format() -> None:
     for name, field in FIELDS.items():
         if name in NUMBERS:
             assert isinstance(field.type, (IntType, FloatType))
-            assert field.type.ge is not None and field.type.le is not None, name  # noqa: PT018 - one thing
+            assert field.type.ge is not None and field.type.le is not None, name  # noqa: PT018 - one condition
             assert field.type.ge <= field.default <= field.type.le
         else:
             assert isinstance(field.type, (BoolType, LiteralType)) or name in TEXTS, name
@@ -60,7 +60,7 @@ def test_every_setting_has_bounds_or_a_form() -> None:
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_beyond_their_bounds_are_refused_with_the_bounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_out_of_bounds_are_refused_with_the_bounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = FIELDS[name].type
     assert isinstance(kind, (IntType, FloatType))
     least, most = kind.ge, kind.le
@@ -79,7 +79,7 @@ def test_numbers_beyond_their_bounds_are_refused_with_the_bounds(name: str, monk
 
 
 @pytest.mark.parametrize(("name", "good"), [("host", "::1"), ("port", 8099), ("workers", 1), ("data_dir", "/x")])
-def test_value_that_an_argument_overrides_is_refused_too(
+def test_invalid_value_is_refused_even_if_an_argument_overrides_it(
     name: str, good: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for value in WRONG.get(name, ["-1", "99999"]):
@@ -90,7 +90,7 @@ def test_value_that_an_argument_overrides_is_refused_too(
     assert getattr(config.read(**{name: good}), name) == good
 
 
-def test_what_is_said_of_a_url_names_every_scheme_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_about_a_url_names_every_accepted_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in config.SECRET:
         taken = [f"{one}://" for one in ("postgresql", "postgres", "redis", "rediss", "unix", "mysql", "http")]
         for scheme in taken:
@@ -104,7 +104,7 @@ def test_what_is_said_of_a_url_names_every_scheme_that_is_taken(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in NUMBERS])
-def test_other_values_are_refused_with_what_is_allowed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_values_are_refused_with_the_allowed_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for value in WRONG.get(name, ["", "perhaps", "2", "True ", "on;"]):
         said = refusal(monkeypatch, variable(name), value)
         assert said.startswith(f"{variable(name)} must be {allowed(name)}"), (value, said)
@@ -112,7 +112,7 @@ def test_other_values_are_refused_with_what_is_allowed(name: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("name", ["metrics_from", "trusted_proxies"])
-def test_address_in_the_place_of_a_network_is_refused_with_both(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_address_with_host_bits_is_refused_with_both_corrections(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for value, network, address in (
         ("10.0.0.1/8", "10.0.0.0/8", "10.0.0.1/32"), ("127.0.0.0/8, fd00::1/8", "fd00::/8", "fd00::1/128"),
     ):  # fmt: skip
@@ -159,22 +159,26 @@ SERVICE = {
     "PORT_9_SCTP": "sctp://10.0.0.1:9",
     "PORT_9_SCTP_PORT": "9",
 }
-"""What Kubernetes sets for one Service, after its name."""
+"""The variables that Kubernetes sets for one Service, without its prefix."""
 
 
 @pytest.mark.parametrize("service", ["OPENCHAT", "OPENCHAT_BALANCER", "OPENCHAT_PORT_80"])
-def test_variables_of_a_kubernetes_service_are_no_settings(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_a_kubernetes_service_are_not_settings(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SERVICE.items():
         monkeypatch.setenv(f"{service}_{name}", value)
     if service == "OPENCHAT":
         with pytest.raises(Fatal, match="enableServiceLinks"):
             config.read()
-        monkeypatch.setenv("OPENCHAT_PORT", "9000")  # a pod may override the one that collides
+        monkeypatch.setenv("OPENCHAT_PORT", "9000")  # a pod may override the colliding variable
         assert config.read() == Settings(port=9000)
     else:
         assert config.read() == Settings()
-    assert "is not a setting" in refusal(monkeypatch, f"{service}_WORKRS", "3"), "a link hides no other name"
-    assert "is not a setting" in refusal(monkeypatch, f"{service}_X_SERVICE_HOST", "10.0.0.1"), "nor another Service's"
+    assert "is not a setting" in refusal(monkeypatch, f"{service}_WORKRS", "3"), (
+        "service variables do not hide misspelt settings"
+    )
+    assert "is not a setting" in refusal(monkeypatch, f"{service}_X_SERVICE_HOST", "10.0.0.1"), (
+        "variables of another Service are not accepted"
+    )
 
 
 @pytest.mark.parametrize("name", SERVICE)
@@ -185,7 +189,7 @@ def test_names_of_a_kubernetes_service_without_its_links_are_refused(
         assert "is not a setting" in refusal(monkeypatch, f"OPENCHAT_HTTP_{name}", value)
 
 
-def test_a_refused_setting_ends_every_command_in_one_line(
+def test_invalid_setting_stops_every_command_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPENCHAT_WRITE_RATE", "0")
@@ -193,7 +197,7 @@ def test_a_refused_setting_ends_every_command_in_one_line(
     assert re.fullmatch(r"openchat: OPENCHAT_WRITE_RATE must be [^\n]*\n", capsys.readouterr().err)
 
 
-def test_a_host_that_is_no_name_is_refused() -> None:
+def test_invalid_host_name_is_refused() -> None:
     for host in ("a..b", "x" * 70, "no.such.name.invalid"):
         with pytest.raises(Fatal, match="--host"):
             listen(host, 0, 1)
@@ -207,7 +211,7 @@ def test_a_host_that_is_no_name_is_refused() -> None:
         ({"database_url": "postgresql://ada:se@cret@host:port/x"}, "DATABASE_URL is invalid"),
     ],
 )
-async def test_what_only_the_servers_can_tell_is_one_sentence_too(
+async def test_error_detected_by_a_database_is_one_sentence(
     settings: Settings, changes: dict[str, str], said: str
 ) -> None:
     with pytest.raises(Fatal, match=rf"^{said if changes.keys() != {'search_language'} else '.*' + said}") as caught:
@@ -223,7 +227,7 @@ def test_the_table_of_settings_has_a_row_for_each_with_its_default_and_its_bound
     assert f"besides {SENDING_CONNECTIONS} for messages" in config.meaning("database_connections")
 
 
-def test_settings_are_printed_with_meaning_default_value_and_source(
+def test_settings_command_prints_meaning_default_value_and_source(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPENCHAT_PORT", "9000")
@@ -238,7 +242,7 @@ def test_settings_are_printed_with_meaning_default_value_and_source(
     assert rows["OPENCHAT_LINK_PREVIEWS"]["default"] == "false"
     assert main.run(["settings"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(FIELDS) + 1, "a title, and a line for each"
+    assert len(lines) == len(FIELDS) + 1, "a heading and a line per setting"
     (port,) = (line for line in lines if line.startswith("OPENCHAT_PORT "))
     assert re.fullmatch(r"OPENCHAT_PORT +9000 +environment +8000 +a whole number from 0 to 65535 +TCP port .*", port)
     assert main.run(["settings", "write"]) == 0
@@ -264,7 +268,7 @@ def test_settings_are_printed_with_meaning_default_value_and_source(
         ("postgresql://ada:secret", "postgresql://***"),
     ],
 )  # fmt: skip
-def test_no_password_is_shown(
+def test_passwords_are_never_shown(
     url: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in config.SECRET:
