@@ -22,7 +22,7 @@ MANY = 30
 SMALL = {
     server.OneConversation: "ids of at most 100 users",
     server.Added: "ids of at most 100 users",
-    server.UserList: "at most 100 faces",
+    server.UserList: "at most 100 users",
     server.InvitationList: "at most 100 invitations of 7 KB",
     server.PublicConversationList: "at most 100 conversations of 7 KB",
     server.Readers: "at most 100 participants",

@@ -237,7 +237,7 @@ async def test_slow_mode_applies_to_edits_and_exempts_moderators(world: World) -
     on = await stage(world, is_direct=False)
     settings = ConversationSettings(slow_mode_seconds=3_600)
     await on.keeper.call(client.UpdateConversation(conversation_id=on.about, settings=settings))
-    await on.member.call(client.Edit(**on.at(), content="Said anew"))
+    await on.member.call(client.Edit(**on.at(), content="Said again"))
     with refused(ErrorCode.RATE_LIMITED, "conversation_id"):
         await sent(on.member, on.about, "And more")
     await on.keeper.call(client.SetRole(conversation_id=on.about, user_id=on.who.id, role="moderator"))

@@ -28,12 +28,12 @@ HAZARDS = {
     "a constraint without NOT VALID or USING INDEX": r"ADD CONSTRAINT (?!.*(NOT VALID|USING INDEX))",
     "a column with a constraint": r"ADD (COLUMN )?(?!CONSTRAINT)\S+ \S.*"
     "(CHECK|REFERENCES|UNIQUE|PRIMARY KEY|GENERATED|SERIAL)",
-    "a column with a default of its own for each row": r"ADD (COLUMN )?\S+ \S.*DEFAULT (?!now\(\))\S*\w\(",
-    "a column that takes another type": r"ALTER (COLUMN )?\S+ (SET DATA )?TYPE ",
-    "a column that is looked through for nulls": r"SET NOT NULL",
-    "what older workers use": r"ALTER TABLE .*(DROP (?!CONSTRAINT|NOT NULL|DEFAULT)|RENAME )"
+    "a column with a default that differs per row": r"ADD (COLUMN )?\S+ \S.*DEFAULT (?!now\(\))\S*\w\(",
+    "a column whose type changes": r"ALTER (COLUMN )?\S+ (SET DATA )?TYPE ",
+    "a column that is scanned for nulls": r"SET NOT NULL",
+    "an object that older workers use": r"ALTER TABLE .*(DROP (?!CONSTRAINT|NOT NULL|DEFAULT)|RENAME )"
     r"|(DROP|ALTER (?=.* RENAME )) ?(TABLE|VIEW|FUNCTION|TYPE)",
-    "a table that is written anew": r"\bCLUSTER\b|VACUUM FULL|SET (UN)?LOGGED|TABLESPACE|REINDEX (?!.*CONCURRENTLY)",
+    "a table that is rewritten": r"\bCLUSTER\b|VACUUM FULL|SET (UN)?LOGGED|TABLESPACE|REINDEX (?!.*CONCURRENTLY)",
 }
 SAMPLES = [
     "CREATE UNIQUE INDEX one ON message (id);", "ALTER TABLE message ADD CONSTRAINT one CHECK (true);",
@@ -121,11 +121,11 @@ async def test_invalid_index_of_a_failed_build_is_rebuilt(db: Db, database_url: 
 MEETS_ROWS = {
     ("0003", "SET NOT NULL"): "the foreign key to the message gives each row a value",
     ("0003", "ADD CONSTRAINT"): "the value is that of another foreign key",
-    ("0004", "ADD CONSTRAINT"): "the constraint before allowed fewer values",
+    ("0004", "ADD CONSTRAINT"): "the previous constraint allowed fewer values",
     ("0005", "SET NOT NULL"): "the foreign key to the message gives each row a value",
     ("0005", "INSERT INTO"): "the tables are new, and the rows are grouped by their keys, or have the ids of messages",
-    ("0073", "ADD CONSTRAINT"): "it is not valid yet",
-    ("0074", "VALIDATE CONSTRAINT"): "the constraint before allowed fewer values",
+    ("0073", "ADD CONSTRAINT"): "the constraint is not valid yet",
+    ("0074", "VALIDATE CONSTRAINT"): "the previous constraint allowed fewer values",
     ("0025", "CREATE UNIQUE INDEX"): "test_error_about_a_unique_index_names_the_conflicting_rows",
 }
 """Statements that rows of an older database could violate, with the reason why they do not or the test of the error."""

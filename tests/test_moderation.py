@@ -211,7 +211,7 @@ ACTORS: dict[str, Role] = {
     "guest, permitted": "guest",
 }  # fmt: skip
 SENDERS: dict[str, Role] = {
-    "a guest": "guest", "a member": "member", "a moderator": "moderator", "an admin": "admin", "who left": "admin",
+    "a guest": "guest", "a member": "member", "a moderator": "moderator", "an admin": "admin", "ex-admin": "admin",
 }  # fmt: skip
 ROLES = {**ACTORS, **SENDERS}
 OWN = {
@@ -254,7 +254,7 @@ class RolesChannel:
                 await reporter.call(client.ReportMessage(conversation_id=self.about, message_id=said, reason="Rude"))
             if act == "unmoderate" and sender != "owner":
                 await self.of["owner"].call(self.frame("moderate", said))
-        await self.of["who left"].call(client.Leave(conversation_id=self.about))
+        await self.of["ex-admin"].call(client.Leave(conversation_id=self.about))
         reports = "SELECT message_id, id FROM report WHERE conversation_id = $1"
         self.reports = {row[0]: row[1] for row in await self.world.db.fetch(reports, self.about)}
 
@@ -313,7 +313,7 @@ async def test_moderators_cannot_act_on_their_own_messages_or_those_of_higher_ro
         answer = await roles_channel.of[actor].ask(roles_channel.frame(act, said))
         found = (answer.code, answer.path) if isinstance(answer, server.Error) else None
         expected = OWN[act] if actor == sender else None
-        if sender != "who left" and rank(ROLES[sender]) > rank(ROLES[actor]):
+        if sender != "ex-admin" and rank(ROLES[sender]) > rank(ROLES[actor]):
             expected = (ErrorCode.FORBIDDEN, "report_id" if act == "dismiss" else "message_id")
         if found != expected:
             wrong.append((actor, sender, act, found, expected))

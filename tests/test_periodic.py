@@ -117,7 +117,7 @@ def test_outage_is_logged_in_one_line_and_defect_with_one_traceback(
     failures = Failures(logging.getLogger("test"), "the job", clock=lambda: at)
     for _ in range(50):
         failures.add(error)
-        failures.add(Away("logged by whoever raised it"))
+        failures.add(Away("logged where it was raised"))
     assert [bool(record.exc_info) for record in caplog.records] == [is_defect]
     assert caplog.records[0].levelno == (logging.ERROR if is_defect else logging.WARNING)
     at = AGAIN_SECONDS

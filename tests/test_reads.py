@@ -32,14 +32,14 @@ FEED = (
     "message_reaction(author_id) cut 2"
 )
 WHY = {
-    "one row, two of one pair, or the first that there is": {
+    "one row, the two rows of a pair, or the first row": {
         "audit.LOCK_SERVER": "database_epoch()",
         "push.ANY": "push_endpoint()",
         "relationships.SET": "user()",
         "relationships.BETWEEN": "user_relationship(from_user_id, to_user_id)",
         "relationships.SWITCH": "user_relationship(from_user_id, to_user_id)",
     },
-    "a user's own, or of one conversation, which has a highest number (docs/limits.md)": {
+    "rows of one user or conversation, whose number is limited (docs/limits.md)": {
         "accounts.HASH": "account(provider_id, user_id)",
         "accounts.CHANGE": "account(provider_id, user_id); session(user_id)",
         "accounts.NEW_HASH": "account(provider_id, user_id)",
@@ -62,7 +62,7 @@ WHY = {
         "sessions.LIST": "session(user_id) cut 1",
         "sessions.REVOKE": "session(user_id)",
     },
-    "5,000 conversations of a user, which have to be sorted to be read in pages, or are compared with each": {
+    "5,000 conversations of a user, sorted for pages, or compared with each": {
         "conversation_views.PAGE": "conversation_participant(user_id) cut 1",
         "conversation_views.ORDER": "conversation_participant(user_id)",
         "conversations.OPEN": "conversation_participant(user_id)",
@@ -74,7 +74,7 @@ WHY = {
         "threads.CHANGE": "conversation_participant(user_id)",
         "unread.BADGE": "conversation_participant(user_id) cut 2",
     },
-    "matches of words, a user's conversations, reactions of those whom they mute: rate and share of searches, 2 s": {
+    "matches of words, conversations of a user, reactions of muted users: rate and share of searches, 2 s": {
         "conversations.FIND": "conversation() cut 1",
         "feed.NAMED": "message_search() cut 1",
         "feed.ROWS": FEED,
@@ -84,7 +84,7 @@ WHY = {
         "search.RELEVANT": "conversation_participant(user_id) cut 3; message_search() cut 2",
         "users.SEARCH": "user() cut 2",
     },
-    "participants of a conversation, by name in those of up to 100 or 1,000, and who hides from one user": {
+    "participants of a conversation of up to 100 or 1,000, and users who hide from one user": {
         "changes.MISSED": (
             "conversation_participant(conversation_id); 2 x user_relationship(from_user_id); "
             "2 x user_relationship(to_user_id)"
@@ -99,7 +99,7 @@ WHY = {
             "user_relationship(to_user_id) cut 1"
         ),
     },
-    "participants of a conversation, which are counted, told or asked once": {
+    "participants of a conversation, read once to count or notify them": {
         "push.DUE": "conversation_participant() cut 1; conversation_participant(conversation_id) cut 1; "
         "push_endpoint(user_id)",
         "push.NOTICES": "conversation_participant()",
@@ -109,7 +109,7 @@ WHY = {
             "user_relationship(to_user_id); user_relationship(to_user_id) cut 1"
         ),
     },
-    "what one message may have: 1,000 edits, emoji, votes and reports of its participants": {
+    "parts of one message: 1,000 edits, emoji, votes and reports of its participants": {
         "edits.COUNT": "message_edit(message_id)",
         "edits.DELETE": "message_reaction(message_id); poll_vote(message_id)",
         "edits.FORGET": "message_edit(conversation_id, message_id)",
@@ -120,7 +120,7 @@ WHY = {
         "reactions.REACT": "message_reaction(message_id, user_id)",
         "reactions.STORED": "message_reaction(message_id, user_id) cut 1",
     },
-    "in the background, a page at a time": {
+    "a job, page by page": {
         "participants.END_INVITATIONS": "conversation_participant(conversation_id)",
         "erasure.TAKES_PART": "conversation_participant(user_id)",
         "audit.FORGET": "audit_entry(chain)",
@@ -132,7 +132,7 @@ WHY = {
             "thread_follow(user_id); user_relationship()"
         ),
     },
-    "asked by an operator, or for one's own export: one a minute and worker": {
+    "a command, or an export: one per minute and worker": {
         "accounts.CARD": "conversation_participant(user_id); session(user_id); user()",
         "audit.BROKEN": "audit_entry(chain) cut 1",
         "conversation_cards.LIST": "conversation_participant(user_id) cut 1",

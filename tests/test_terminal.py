@@ -33,10 +33,10 @@ ROOT = Path(__file__).parent.parent
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\n\x9b31m\x7f\u202eevil\u2066\u2028\u2029\u200b\U000e0041"
 CONTROL = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 MAY_WRITE = {
-    "core.terminal": "it makes lines visible",
-    "cli.tables": "it draws what it has made visible, for core.terminal to print",
+    "core.terminal": "it escapes lines",
+    "cli.tables": "it draws escaped text, which core.terminal prints",
     "ops.progress": "it moves the cursor itself",
-    "processes.worker": "a pipe to the supervisor, who makes it visible",
+    "processes.worker": "a pipe to the supervisor, which escapes the text",
     "describe.__main__": "names of our own files",
 }
 
