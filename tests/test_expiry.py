@@ -1,4 +1,4 @@
-"""Whose messages expire first, when many are due."""
+"""Order of expiry when many messages are due."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -11,7 +11,7 @@ from server.jobs.expiry import expire_due
 from server.queries import expiry
 from tests.world import World, sent
 
-# All of Ada's are due before Bob's.
+# All messages of Ada are due before the message of Bob.
 EXPIRE = """
 UPDATE message SET expires_at = now() - CASE WHEN sender_id = $1 THEN interval '2 hours' ELSE interval '1 hour' END
 """
@@ -30,7 +30,7 @@ async def world(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
 
 
 @pytest.mark.parametrize("conversations", [1, 40])
-async def test_senders_of_messages_that_expire_take_turns(world: World, conversations: int) -> None:
+async def test_senders_of_expired_messages_take_turns(world: World, conversations: int) -> None:
     who, other = await world.users("Ada", "Bob")
     ada, bob = await world.connect(who), await world.connect(other)
     places = [await world.channel(ada) for _ in range(conversations)]

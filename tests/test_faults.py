@@ -1,4 +1,4 @@
-"""Real faults: Valkey stopped, PostgreSQL restarted, a reader that stops reading. Nothing is lost."""
+"""No event is lost when Valkey stops or hangs, PostgreSQL restarts or hangs, or a client stops reading."""
 
 import asyncio
 import gc
@@ -40,13 +40,13 @@ from tests.conftest import TEMPLATE, Servers, make_template, scratch
 from tests.test_batches import counted
 from tests.world import UserSession, World, http_client, message, sent, until
 
-ROOM = 100
+MEMBERS = 100
 OUTBOX_BYTES = 256 * 1024
 
 
 @pytest.fixture
 async def own(settings: Settings) -> AsyncIterator[tuple[Settings, Servers]]:
-    """A PostgreSQL and a Valkey that a test may hurt."""
+    """A PostgreSQL and a Valkey of its own, which a test may stop."""
     path = Path(tempfile.mkdtemp(prefix="openchat-tests-", dir=scratch()))
     folder = DataFolder(path)
     postgres, valkey = Postgres(folder, max_connections=50), Valkey(folder)
@@ -69,7 +69,7 @@ async def own(settings: Settings) -> AsyncIterator[tuple[Settings, Servers]]:
 
 
 class Talk:
-    """Two people on two workers who send until told to stop, each with a mirror of what they hear."""
+    """Two users on two workers who send until `end`, each with a mirror of the received events."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -104,11 +104,11 @@ class Talk:
     async def _talk(self, one: Client) -> None:
         while not self._is_over:
             frame = message(self.channel, "Still there")
-            await self._surely(one, frame)
+            await self._call_until_accepted(one, frame)
             self.acknowledged.append(frame.message_id)
             await asyncio.sleep(0.01)
 
-    async def _surely(self, one: Client, frame: Frame) -> None:
+    async def _call_until_accepted(self, one: Client, frame: Frame) -> None:
         while True:
             try:
                 await one.call(frame)
@@ -121,7 +121,7 @@ class Talk:
             return
 
     async def assert_nothing_lost(self) -> None:
-        """Each heard each version once and in order (or the mirror had refused it), up to the last."""
+        """Assert that each user received each version once and in order, which the mirror checks, up to the last."""
         async with asyncio.timeout(10):
             truth = await read_conversation(self.world.db, self.channel)
             for one, mirror in zip(self.clients, self.mirrors, strict=True):
@@ -140,7 +140,7 @@ async def readiness(world: World, wanted: int) -> None:
 
 
 @pytest.mark.long
-async def test_valkey_stops_for_ten_seconds(own: tuple[Settings, Servers]) -> None:
+async def test_valkey_stopped_for_ten_seconds_loses_no_event(own: tuple[Settings, Servers]) -> None:
     settings, servers = own
     async with World(settings) as world:
         talk = Talk(world)
@@ -153,8 +153,8 @@ async def test_valkey_stops_for_ten_seconds(own: tuple[Settings, Servers]) -> No
             began = time.monotonic()
             message_id = await sent(talk.clients[0], talk.channel, "Over PostgreSQL")
             talk.acknowledged.append(message_id)
-            heard = talk.mirrors[1].copies[talk.channel].messages
-            await until(lambda: message_id in heard)  # noqa: B023 - awaited in this turn
+            received = talk.mirrors[1].copies[talk.channel].messages
+            await until(lambda: message_id in received)  # noqa: B023 - awaited in this turn
             slowest = max(slowest, time.monotonic() - began)
         assert slowest < 2.0
         await asyncio.to_thread(servers.valkey.start)
@@ -167,7 +167,7 @@ async def test_valkey_stops_for_ten_seconds(own: tuple[Settings, Servers]) -> No
 CLOSED = 'SELECT last_close FROM "user" WHERE id = $1 AND NOT is_online'
 
 
-async def test_valkey_hangs(own: tuple[Settings, Servers], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hanging_valkey_loses_no_event(own: tuple[Settings, Servers], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.0)
     settings, servers = own
     async with World(settings) as world:
@@ -197,8 +197,8 @@ async def test_valkey_hangs(own: tuple[Settings, Servers], monkeypatch: pytest.M
         await talk.assert_nothing_lost()
 
 
-def assert_an_outage_is_told_in_lines(records: list[logging.LogRecord], *, workers: int) -> None:
-    """One line of each worker for PostgreSQL, one when it is back, and one for each job that was in the middle."""
+def assert_outage_is_logged_briefly(records: list[logging.LogRecord], *, workers: int) -> None:
+    """Assert that each worker logs one line for the outage, one for its end, and at most one per interrupted job."""
     lines = [record.getMessage() for record in records if record.name.startswith("server")]
     assert [record.getMessage() for record in records if record.exc_info] == []
     assert lines.count("PostgreSQL can be reached again") == workers, lines
@@ -210,7 +210,7 @@ def assert_an_outage_is_told_in_lines(records: list[logging.LogRecord], *, worke
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-async def test_postgres_restarts(
+async def test_restart_of_postgres_loses_no_message(
     own: tuple[Settings, Servers], how: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings, servers = own
@@ -232,9 +232,9 @@ async def test_postgres_restarts(
         await talk.end()
         world.db = await asyncpg.connect(settings.database_url)
         await talk.assert_nothing_lost()
-        gc.collect()  # a task that failed is reported when it is deleted
-        assert_an_outage_is_told_in_lines(caplog.records, workers=len(world.workers))
-    # The start that recovers asks nothing before there is an answer: each question would be an error in the log.
+        gc.collect()  # an unhandled exception of a task is reported when the task is deleted
+        assert_outage_is_logged_briefly(caplog.records, workers=len(world.workers))
+    # A start with recovery opens no connection before PostgreSQL is ready, since each would log an error.
     log = servers.postgres.log.path
     size = log.stat().st_size
     os.kill(servers.postgres.pid, how)
@@ -247,12 +247,14 @@ async def test_postgres_restarts(
 
 SENDERS = 64
 MAX_RUNS = 4
-"""Max statements in which the messages of these senders are tried: the first one alone, and what came meanwhile."""
+"""Max statements for the messages of these senders: one for the first message, others for those that arrive later."""
 
 
 @pytest.mark.long
-async def test_postgres_hangs_while_many_send(own: tuple[Settings, Servers], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without closing a connection: what waits is tried once, together, and not one by one."""
+async def test_hanging_postgres_fails_waiting_sends_together(
+    own: tuple[Settings, Servers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections stay open. Waiting messages are tried once in shared statements, not one by one."""
     settings, servers = own
     monkeypatch.setattr(database, "STATEMENT_SECONDS", 1.0)
     monkeypatch.setattr(database, "CONNECT_SECONDS", 1.0)
@@ -264,9 +266,9 @@ async def test_postgres_hangs_while_many_send(own: tuple[Settings, Servers], mon
             await sender.call(client.Join(conversation_id=about))
         await asyncio.gather(*(sent(sender, about) for sender in senders))
         runs: list[int] = []
-        sends: Any = world.workers[0].app._sends  # noqa: SLF001 - how often what waits is tried is seen inside
-        for gather in (sends._light, sends._heavy):  # noqa: SLF001
-            gather._work = counted(gather._work, runs)  # noqa: SLF001
+        sends: Any = world.workers[0].app._sends  # noqa: SLF001 - statements are only visible in private attributes
+        for batcher in (sends._light, sends._heavy):  # noqa: SLF001
+            batcher._work = counted(batcher._work, runs)  # noqa: SLF001
         frames = [message(about, "Frozen") for _ in senders]
         pids = [servers.postgres.pid, *(row[0] for row in await world.db.fetch("SELECT pid FROM pg_stat_activity"))]
         for pid in pids:
@@ -278,7 +280,7 @@ async def test_postgres_hangs_while_many_send(own: tuple[Settings, Servers], mon
                 os.kill(pid, signal.SIGCONT)
         assert [getattr(answer, "code", None) for answer in answers] == [ErrorCode.UNAVAILABLE] * SENDERS
         assert (sum(runs), len(runs) <= MAX_RUNS) == (SENDERS, True), runs
-        # What was in flight may have been stored; each is there once, and was told once, when all have tried again.
+        # Messages in flight may have been stored. After all retries, each is stored and delivered once.
         async with asyncio.timeout(TIMEOUT_SECONDS):
             for sender, frame in zip(senders, frames, strict=True):
                 while isinstance(answer := await sender.ask(frame), Error):
@@ -295,7 +297,7 @@ async def test_postgres_hangs_while_many_send(own: tuple[Settings, Servers], mon
             assert sorted(told) == sorted(frame.message_id for frame in frames)
 
 
-async def test_a_connection_made_while_the_database_is_away_is_told_to_come_back(
+async def test_connection_during_a_database_outage_gets_503(
     own: tuple[Settings, Servers],
 ) -> None:
     settings, servers = own
@@ -312,10 +314,10 @@ async def test_a_connection_made_while_the_database_is_away_is_told_to_come_back
 
 
 @pytest.mark.long
-async def test_a_client_with_many_frames_in_flight_that_repeats_them_as_told_is_not_closed(
+async def test_client_that_repeats_many_frames_after_retry_after_ms_is_not_closed(
     own: tuple[Settings, Servers],
 ) -> None:
-    """PostgreSQL is away, and each frame is repeated after its own `retry_after_ms`."""
+    """PostgreSQL is stopped, and each frame is repeated after its `retry_after_ms`."""
     settings, servers = own
     settings = msgspec.structs.replace(settings, write_rate=100.0, frame_rate=200.0)
     async with World(settings, workers=1) as world:
@@ -334,7 +336,7 @@ async def test_a_client_with_many_frames_in_flight_that_repeats_them_as_told_is_
         servers.postgres.stop()
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             delivering = [group.create_task(deliver()) for _ in range(400)]
-            await asyncio.sleep(4)  # for as long it is away
+            await asyncio.sleep(4)  # length of the outage
             await asyncio.to_thread(servers.postgres.start)
         delivered = {task.result() for task in delivering}
         assert codes[ErrorCode.UNAVAILABLE] > 400
@@ -347,26 +349,27 @@ async def test_a_client_with_many_frames_in_flight_that_repeats_them_as_told_is_
 
 @pytest.fixture
 async def narrow(settings: Settings) -> AsyncIterator[World]:
-    """A worker that lets little wait."""
+    """A worker with a small outbox per connection."""
     settings = msgspec.structs.replace(settings, outbox_bytes=OUTBOX_BYTES)
     async with World(settings, workers=1) as world:
         yield world
 
 
-async def test_a_slow_reader_is_closed_and_nobody_else_notices(narrow: World) -> None:
+async def test_slow_reader_is_closed_and_others_are_unaffected(narrow: World) -> None:
     world = narrow
     owner = await world.connect(await world.user("Ada"))
     channel = await world.channel(owner, is_public=True)
     readers = []
-    for number in range(ROOM - 1):
+    for number in range(MEMBERS - 1):
         one = await world.connect(await world.user(f"Reader{number}"))
         await one.call(client.Join(conversation_id=channel))
         readers.append(one)
     owner.on_event = lambda _: None
 
     async def seconds(meanwhile: Callable[[], Awaitable[object]] | None) -> float:
-        """Send for a while, and return the time from a message's sending until all have it: the lower quartile, since
-        other programs on the machine delay some of them, and a reader that is waited for would delay all.
+        """Send messages, and return the lower quartile of the time until all readers have a message.
+
+        Other programs delay some messages, while waiting for a slow reader would delay all.
         """
         spans = []
         for number in range(60):
@@ -382,7 +385,7 @@ async def test_a_slow_reader_is_closed_and_nobody_else_notices(narrow: World) ->
         return statistics.quantiles(spans, n=4)[0]
 
     without = await seconds(None)
-    # A client's kernel would take megabytes in its stead.
+    # With default buffers, the client's kernel would receive megabytes.
     with socket.socket() as small:
         small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
         small.connect(("127.0.0.1", int(world.url.rpartition(":")[2])))
@@ -395,13 +398,13 @@ async def test_a_slow_reader_is_closed_and_nobody_else_notices(narrow: World) ->
     async def stall() -> None:
         slow.socket.transport.pause_reading()
 
-    # The slow client reads nothing until all have all messages: whoever waited for it would wait for ever.
+    # The slow client reads nothing until the others have all messages, so waiting for it would never end.
     with_one = await seconds(stall)
     assert world.workers[0].app.sockets.closed == {str(int(CloseCode.SLOW)): 1}
     assert held.socket.transport.get_write_buffer_size() < OUTBOX_BYTES + MAX_FRAME_BYTES
     slow.socket.transport.resume_reading()
     assert await slow.closed() == CloseCode.SLOW
-    # The machine is others' too: what it does without a slow reader is measured before and after.
+    # Measure without a slow reader before and after, since other programs use the machine.
     without = max(without, await seconds(None))
     assert with_one < 2 * without, (with_one, without)
     await readers[0].synced()

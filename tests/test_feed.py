@@ -1,4 +1,4 @@
-"""The feed: the same entries as a slow and obvious recount, on whatever pages, and pages that do not shift."""
+"""The feed has the same entries as a simple slow query, in pages of any size, and pages stay consistent."""
 
 import random
 from collections.abc import AsyncIterator, Sequence
@@ -23,7 +23,7 @@ USERS, CONVERSATIONS, MESSAGES = 8, latest.SEARCHED + 40, 700
 @pytest.fixture
 async def db(database_url: str) -> "AsyncIterator[asyncpg.Connection[asyncpg.Record]]":
     connection = await asyncpg.connect(database_url, server_settings=SESSION)
-    # Rows are made as they are needed, without what they refer to.
+    # Foreign keys are not checked, so that tests insert only the rows that they need.
     await connection.execute("SET session_replication_role = replica")
     async with connection.transaction():
         await connection.execute(SEARCHING)
@@ -52,7 +52,7 @@ FROM message WHERE NOT is_deleted AND NOT is_moderated
 
 
 async def fill(db: "asyncpg.Connection[asyncpg.Record]", chance: random.Random) -> None:
-    """Fill the tables with rows that are in the feed of one user, and with others that are not for one reason each."""
+    """Insert rows that belong in the feed of a user, and rows that do not, each for one reason."""
 
     def often(share: float) -> bool:
         return chance.random() < share
@@ -90,7 +90,7 @@ async def fill(db: "asyncpg.Connection[asyncpg.Record]", chance: random.Random) 
             [uid(1, ME)] if often(0.2) else [], loud, often(0.05), often(0.05),
             None if root is None else uid(3, root), 0 if root is None else n, at(n), n,
         ))  # fmt: skip
-    # A thread with more replies than are looked at.
+    # A thread with more replies than the feed reads.
     rows += [
         (uid(3, MESSAGES + n), uid(2, 0), uid(1, 3), [], [], False, False, uid(3, MESSAGES) if n else None, n,
          at(2_000 + n), 2_000 + n)
@@ -118,10 +118,10 @@ async def fill(db: "asyncpg.Connection[asyncpg.Record]", chance: random.Random) 
     )  # fmt: skip
 
 
-async def recounted(
+async def expected_entries(
     db: "asyncpg.Connection[asyncpg.Record]", kinds: Sequence[FeedKind]
 ) -> list[tuple[str, datetime, UUID]]:
-    """Return the kind, time and id of all entries, the latest first, from whole tables and one row at a time."""
+    """Return the kind, time and id of all entries, newest first, by checking each row of the tables."""
     me = uid(1, ME)
     conversations = {row["id"]: row for row in await db.fetch("SELECT * FROM conversation")}
     mine = {
@@ -180,7 +180,7 @@ async def recounted(
     return sorted((one for one in entries if one[0] in kinds), key=lambda one: (one[1], one[2].int), reverse=True)
 
 
-def told(entry: FeedEntry) -> tuple[str, datetime, UUID]:
+def key_of(entry: FeedEntry) -> tuple[str, datetime, UUID]:
     key: Any = {"friend_request": entry.user_id, "invitation": entry.conversation_id}.get(entry.kind)
     if entry.message is not None:
         key = entry.message.id
@@ -195,18 +195,18 @@ async def listed(
     while True:
         asked = ListFeed(kinds=list(kinds), limit=limit, after=after)
         page = await (await feed.page(db, UserId(uid(1, ME)), asked)).decoded()
-        found += [told(entry) for entry in page.entries]
+        found += [key_of(entry) for entry in page.entries]
         if (after := page.after) is None:
             return found
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
-async def test_feed_is_that_of_a_slow_and_obvious_recount(db: "asyncpg.Connection[asyncpg.Record]", seed: int) -> None:
+async def test_feed_equals_that_of_a_simple_slow_query(db: "asyncpg.Connection[asyncpg.Record]", seed: int) -> None:
     chance = random.Random(seed)
     await fill(db, chance)
     expected = []
     for kinds in (*((kind,) for kind in feed.KINDS), feed.KINDS):
-        expected = await recounted(db, kinds)
+        expected = await expected_entries(db, kinds)
         assert len(expected) > 2, kinds
         assert await listed(db, kinds, chance.choice([7, 20, 99])) == expected, kinds
     assert await feed.count_unseen(db, UserId(uid(1, ME))) == 100
@@ -228,7 +228,9 @@ ORDER BY m.created_at DESC
 """
 
 
-async def test_search_of_mentions_finds_everyone_and_roles_one_has(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+async def test_search_for_mentions_finds_those_of_everyone_and_of_the_users_role(
+    db: "asyncpg.Connection[asyncpg.Record]",
+) -> None:
     await fill(db, random.Random(4))
     expected = [row[0] for row in await db.fetch(MENTIONED, uid(1, ME))]
     found: list[UUID] = []
@@ -242,8 +244,8 @@ async def test_search_of_mentions_finds_everyone_and_roles_one_has(db: "asyncpg.
     assert found == expected
 
 
-async def test_pages_keep_to_the_conversations_of_the_first_one(db: "asyncpg.Connection[asyncpg.Record]") -> None:
-    """Others that become active in between do not push any of them out."""
+async def test_further_pages_use_the_conversations_of_the_first_page(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    """Conversations that become active between pages do not displace them."""
     me = uid(1, ME)
     many = latest.SEARCHED + 50
     await db.execute('INSERT INTO "user" (id, name, email) VALUES ($1, $2, $2)', me, "u@example.org")
@@ -278,9 +280,9 @@ async def test_pages_keep_to_the_conversations_of_the_first_one(db: "asyncpg.Con
             else:
                 page = await (await search.find(db, UserId(me), again, frame.text, limit=frame.limit)).decoded()
                 found += [hit.message.id for hit in page.hits]
-            assert page.is_partial, "every page says so"
+            assert page.is_partial, "on every page"
             after, pages = page.after, pages + 1
-            # The oldest become the latest.
+            # The oldest conversations become the most recently active.
             await db.execute(
                 "UPDATE conversation SET last_activity_at = now() WHERE last_activity_at < $1", at(50 + 20 * pages)
             )

@@ -1,4 +1,4 @@
-"""Frames that cost the sender nothing: pings, fragments, empty ones. The flooder is closed, memory stays as it was."""
+"""Floods of pings, fragments or empty frames close the connection, and memory does not grow."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ from tests.world import UserSession, World, until
 
 PATIENCE = 10.0
 GROWTH = 8 * 1024
-"""Kilobytes that a worker may grow by; without bounds it is hundreds of times that."""
+"""Max growth of a worker, kilobytes. Without bounds, it would be hundreds of times as much."""
 HEAD = (
     b"GET /v1/ws HTTP/1.1\r\nHost: here\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: " + SUBPROTOCOL.encode() + b"\r\n"
@@ -42,7 +42,7 @@ FLOODS = {
     "empty binary messages": frame(b"", Opcode.BINARY),
     "messages of two fragments": frame(b"", Opcode.TEXT, fin=False) + frame(b"", Opcode.CONT),
 }
-"""Frame by frame; those that go on with a message come after its beginning."""
+"""Frames by kind of flood. Continuation frames are sent after the first frame of a message."""
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ async def alone(settings: Settings) -> AsyncIterator[World]:
 
 
 async def shake(url: str, who: UserSession | None) -> Wire:
-    """Return a WebSocket, of somebody or of nobody yet."""
+    """Open a WebSocket, with the token of a user or without one."""
     host, _, port = url.removeprefix("http://").rpartition(":")
     wire = Wire(*await asyncio.open_connection(host, int(port)))
     token = b"" if who is None else b"Authorization: Bearer " + who.token.encode() + b"\r\n"
@@ -62,17 +62,17 @@ async def shake(url: str, who: UserSession | None) -> Wire:
 
 
 def memory(process: int) -> int:
-    """Return the kilobytes that a process holds."""
+    """Return the resident memory of a process, kilobytes."""
     (line,) = [line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmRSS:")]
     return int(line.split()[1])
 
 
-# Before login there is one message, and the rest is not read.
+# Before login, only one message is read.
 @pytest.mark.parametrize(
     ("name", "is_known"),
     [(name, is_known) for is_known in (True, False) for name in FLOODS if is_known or "messages" not in name],
 )
-async def test_a_flood_is_abuse_and_the_log_names_who(
+async def test_flood_is_closed_as_abuse_and_the_log_names_the_sender(
     alone: World,
     caplog: pytest.LogCaptureFixture,
     name: str,
@@ -97,17 +97,17 @@ ENDS = {
     "a reserved bit": (b"\xc1" + frame(b"{}")[1:] + LARGE, 1002),
     "a flood": (PING * 25_000, CloseCode.ABUSE),
 }
-"""What a client may not send, with much behind it, and the code that the connection is closed with."""
+"""Forbidden data with megabytes behind it, and the close code."""
 
 
 @pytest.mark.parametrize("is_known", [True, False])
-async def test_who_sends_all_before_reading_is_told_why_it_was_closed(
+async def test_client_that_sends_everything_before_reading_gets_the_close_code(
     alone: World,
     monkeypatch: pytest.MonkeyPatch,
     is_known: bool,  # noqa: FBT001
 ) -> None:
-    """A socket that is closed with unread bytes is reset, and the client loses the close frame."""
-    monkeypatch.setattr(websocket, "CLOSE_SECONDS", 600.0)  # the client is told that no more comes, and goes
+    """If the server closed a socket with unread bytes, TCP would reset it and the client would lose the close frame."""
+    monkeypatch.setattr(websocket, "CLOSE_SECONDS", 600.0)  # the client ends the connection after the close frame
     host, _, port = alone.url.removeprefix("http://").rpartition(":")
     ada = await alone.user("Ada")
     token = b"Authorization: Bearer " + ada.token.encode() + b"\r\n" if is_known else b""
@@ -132,7 +132,7 @@ async def test_who_sends_all_before_reading_is_told_why_it_was_closed(
 
 
 @pytest.mark.parametrize("more", [b"", b"x"])
-async def test_who_was_closed_and_does_not_go_makes_room_and_is_cut(
+async def test_closed_client_that_stays_connected_frees_its_place_and_is_disconnected(
     alone: World, monkeypatch: pytest.MonkeyPatch, more: bytes
 ) -> None:
     monkeypatch.setattr(websocket, "CLOSE_SECONDS", 0.3)
@@ -155,9 +155,7 @@ async def test_who_was_closed_and_does_not_go_makes_room_and_is_cut(
     wire.writer.transport.abort()
 
 
-async def test_a_bounded_number_of_bytes_is_dropped_after_a_close(
-    alone: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_number_of_bytes_dropped_after_a_close_is_bounded(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(websocket, "CLOSE_SECONDS", 600.0)
     ada = await alone.user("Ada")
     sockets = alone.workers[0].app.sockets
@@ -176,7 +174,7 @@ async def test_a_bounded_number_of_bytes_is_dropped_after_a_close(
         wire.writer.transport.abort()
 
 
-async def test_the_newest_ping_of_many_is_answered(alone: World) -> None:
+async def test_only_the_newest_of_many_pings_is_answered(alone: World) -> None:
     wire = await shake(alone.url, await alone.user("Ada"))
     wire.writer.write(b"".join(frame(str(number).encode(), Opcode.PING) for number in range(300)))
     answered: list[bytes] = []
@@ -189,7 +187,7 @@ async def test_the_newest_ping_of_many_is_answered(alone: World) -> None:
     wire.writer.transport.abort()
 
 
-async def test_a_message_has_a_bounded_number_of_fragments(alone: World) -> None:
+async def test_number_of_fragments_of_a_message_is_bounded(alone: World) -> None:
     ada = await alone.user("Ada")
     pieces = [b'{"type":"ping","id":7}'] + [b""] * (MAX_FRAGMENTS - 1)
     for more, is_answered in ((0, True), (1, False)):
@@ -219,9 +217,9 @@ async def test_a_message_has_a_bounded_number_of_fragments(alone: World) -> None
         (frame(b" " * MAX_EARLY_BYTES, fin=False) + frame(b" ", Opcode.CONT), CloseCode.TOO_BIG),
         (frame(b" " * (MAX_EARLY_BYTES + 1))[:100], CloseCode.TOO_BIG),
     ],
-    ids=["too long", "just right, but nonsense", "no text", "too long in all", "too long, as it begins"],
+    ids=["too long", "longest allowed, but invalid", "not UTF-8", "too long in total", "too long by its header"],
 )
-async def test_before_login_a_message_is_small(alone: World, data: bytes, code: int) -> None:
+async def test_size_of_a_message_before_login_is_bounded(alone: World, data: bytes, code: int) -> None:
     wire = await shake(alone.url, None)
     wire.writer.write(data)
     assert await wire.closed() == code
@@ -229,7 +227,7 @@ async def test_before_login_a_message_is_small(alone: World, data: bytes, code: 
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
-async def test_what_comes_together_with_the_login_is_not_lost(alone: World, size: int) -> None:
+async def test_frames_sent_together_with_the_login_are_not_lost(alone: World, size: int) -> None:
     ada = await alone.user("Ada")
     wire = await shake(alone.url, None)
     login = frame(encode(Authenticate(token=ada.token)))
@@ -246,7 +244,7 @@ async def test_what_comes_together_with_the_login_is_not_lost(alone: World, size
     assert alone.workers[0].app.sockets.unread.taken == 0
 
 
-async def test_nothing_is_read_before_the_handshake_is_answered(alone: World) -> None:
+async def test_frames_before_the_handshake_response_are_not_read(alone: World) -> None:
     app = alone.workers[0].app
     host, _, port = alone.url.removeprefix("http://").rpartition(":")
     _, writer = await asyncio.open_connection(host, int(port))
@@ -260,14 +258,14 @@ async def test_nothing_is_read_before_the_handshake_is_answered(alone: World) ->
             writer.write(PING * 500)
             await writer.drain()
     await until(lambda: len(app.sockets) == 0)
-    assert await alone.db.fetchval(WAITS), "it ended for what came, and not for an answer"
+    assert await alone.db.fetchval(WAITS), "closed because of the frames, not after the response"
     await holding.close()
     writer.transport.abort()
 
 
 @pytest.mark.parametrize("is_known", [True, False], ids=["logged in", "before login"])
 @pytest.mark.parametrize("name", ["pings", "empty fragments"])
-async def test_a_flood_leaves_a_worker_as_it_was(
+async def test_flood_does_not_grow_the_memory_of_a_worker(
     settings: Settings,
     tmp_path: Path,
     name: str,

@@ -1,4 +1,4 @@
-"""Rows of a user's own that are deleted: a device that was away drops them, or is told to start over."""
+"""Deletion of rows of a user: devices that were offline drop them, or get `own_start_over`."""
 
 import re
 from collections.abc import Awaitable, Callable
@@ -23,7 +23,7 @@ from tests.world import Room, World, refused, sent
 
 
 class Device:
-    """A device of Charles that keeps all of its lists, and reads them again when it has to start over."""
+    """A device of Charles that keeps its lists, and reads them again when it has to start over."""
 
     def __init__(self, room: Room, world: World) -> None:
         self.room, self.world = room, world
@@ -48,7 +48,7 @@ class Device:
         self.mirror.relationships = {one.relationship.id: one.relationship for one in page.relationships}
 
     async def back(self, epoch: str | None = None) -> list[str]:
-        """Come back; return why the device started over."""
+        """Reconnect and resume. Return the reasons of `own_start_over`."""
         phone = await self.world.connect(self.room.users[1], 1, query="?resume=1")
         frame = client.Resume(epoch=epoch or self.mirror.epoch, versions={}, user_version=self.mirror.user_version)
         resumed = await phone.call(frame, server.Resumed)
@@ -61,7 +61,7 @@ class Device:
         return list(why)
 
     def state(self) -> dict[str, set[Any]]:
-        """Return what is on the device, without what has ended."""
+        """Return the lists of the device, without ended entries."""
         return {
             "stars": set(self.mirror.stars),
             "follows": {one for one, is_following in self.mirror.follows.items() if is_following},
@@ -70,7 +70,7 @@ class Device:
         }
 
     async def assert_current(self) -> None:
-        """Compare with a device that reads everything anew."""
+        """Assert that the lists equal those of a device that has just read everything."""
         fresh = Device(self.room, self.world)
         await fresh.begin()
         assert self.state() == fresh.state()
@@ -100,43 +100,43 @@ async def stars(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> No
         assert await world.db.fetchval("SELECT count(*) FROM message_star WHERE is_removed") == 1
 
 
-async def aged(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Delete what is over, as if it were old enough."""
+async def delete_ended(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Delete ended rows as if they were old enough."""
     monkeypatch.setattr(scheduled, "KEPT", timedelta())
     monkeypatch.setattr(relationships, "KEPT", timedelta())
     await world.workers[0].app.background.forget_scheduled()
     await world.workers[0].app.background.forget_relationships()
 
 
-async def cancelled(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def cancel_scheduled(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     old = await world.db.fetchval("SELECT id FROM scheduled_message")
     await room.charles.call(client.CancelScheduled(**room.at(MessageId(old))))
     await world.db.execute("UPDATE scheduled_message SET send_at = now() - interval '1 day'")
-    await aged(world, monkeypatch)
+    await delete_ended(world, monkeypatch)
     assert await world.db.fetchval("SELECT count(*) FROM scheduled_message") == 0
 
 
-async def ended(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def end_relationship(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await room.charles.call(client.Unmute(user_id=room.users[0].id))
-    await aged(world, monkeypatch)
+    await delete_ended(world, monkeypatch)
     assert await world.db.fetchval("SELECT count(*) FROM user_relationship WHERE type = 'mute'") == 0
 
 
-async def ended_by_the_other(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def end_relationship_of_the_other(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await room.ada.call(client.Unfollow(user_id=room.users[1].id))
-    await aged(world, monkeypatch)
+    await delete_ended(world, monkeypatch)
     assert await world.db.fetchval("SELECT count(*) FROM user_relationship WHERE type = 'follow'") == 0
 
 
-DEEDS: dict[str, Act] = {
-    "threads": threads, "stars": stars, "a scheduled message": cancelled, "a relationship": ended,
-    "a relationship of the other one": ended_by_the_other,
+DELETIONS: dict[str, Act] = {
+    "threads": threads, "stars": stars, "a scheduled message": cancel_scheduled, "a relationship": end_relationship,
+    "a relationship of the other user": end_relationship_of_the_other,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("deed", DEEDS)
-async def test_device_that_was_away_drops_rows_that_were_deleted(
-    room: Room, world: World, monkeypatch: pytest.MonkeyPatch, deed: str
+@pytest.mark.parametrize("deletion", DELETIONS)
+async def test_device_that_was_offline_drops_deleted_rows(
+    room: Room, world: World, monkeypatch: pytest.MonkeyPatch, deletion: str
 ) -> None:
     root = await sent(room.ada, room.group)
     await sent(room.ada, room.group, parent_message_id=root)
@@ -152,7 +152,7 @@ async def test_device_that_was_away_drops_rows_that_were_deleted(
     device = Device(room, world)
     await device.begin()
     assert [len(rows) for rows in device.state().values()] == [1, 1, 1, 2]
-    await DEEDS[deed](room, world, monkeypatch)
+    await DELETIONS[deletion](room, world, monkeypatch)
     assert await device.back() == ["forgotten"]
     await device.assert_current()
     assert await device.back() == []
@@ -161,7 +161,7 @@ async def test_device_that_was_away_drops_rows_that_were_deleted(
     await device.assert_current()
 
 
-async def test_device_drops_relationships_with_who_was_erased(room: Room, world: World) -> None:
+async def test_device_ends_relationships_with_an_erased_user(room: Room, world: World) -> None:
     mary, blocked = await world.users("Mary", "Blocked")
     other = await world.connect(mary)
     await room.charles.call(client.Follow(user_id=mary.id))
@@ -171,19 +171,19 @@ async def test_device_drops_relationships_with_who_was_erased(room: Room, world:
     await device.begin()
     assert len(device.mirror.relationships) == 2
     await erase(world.workers[0].app._database, mary.id, lambda _: None)  # noqa: SLF001
-    # Told of the end of each, and not made to read all of its own rows.
+    # The device gets the end of each relationship, and does not start over.
     assert await device.back() == []
     await device.assert_current()
     assert {one.status for one in device.mirror.relationships.values()} == {"inactive"}
-    # Nobody is told of a block by its end.
+    # The blocked user gets no event, which would reveal the block.
     assert await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', blocked.id) == 0
 
 
-TOLD_OF_ERASED = {"id", "type", "created_at", "updated_at", "from_version", "to_version"}
-"""Columns of a relationship with somebody who was erased that say something, beside the two ids."""
+KEPT_COLUMNS = {"id", "type", "created_at", "updated_at", "from_version", "to_version"}
+"""Columns of a relationship with an erased user that keep their values, besides the two ids and the status."""
 
 
-async def test_relationship_with_who_was_erased_says_two_ids_and_when_and_is_deleted_after_90_days(
+async def test_relationship_with_an_erased_user_keeps_ids_and_times_and_is_deleted_after_90_days(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ada, charles = room.users
@@ -199,20 +199,20 @@ async def test_relationship_with_who_was_erased_says_two_ids_and_when_and_is_del
     assert rows
     blank = {"request_message": None, "response_message": None, "accepted_at": None, "can_see_online_status": True,
              "can_send_messages": True, "can_see_profile": True, "notifications_enabled": True}  # fmt: skip
-    said = TOLD_OF_ERASED | {"from_user_id", "to_user_id", "status"}
+    kept = KEPT_COLUMNS | {"from_user_id", "to_user_id", "status"}
     for row in rows:
-        assert {key: value for key, value in row.items() if key not in said} == blank
+        assert {key: value for key, value in row.items() if key not in kept} == blank
     days = relationships.KEPT.days
     assert days == 90
     await world.workers[0].app.background.forget_relationships()
     assert await world.db.fetchval("SELECT count(*) FROM user_relationship") == len(rows)
-    await aged(world, monkeypatch)
+    await delete_ended(world, monkeypatch)
     assert await world.db.fetchval("SELECT count(*) FROM user_relationship") == 0
 
 
 @pytest.mark.parametrize("why", ["other_epoch", "ahead_of_server"])
-async def test_own_lists_start_over_where_the_database_is_another(room: Room, world: World, why: str) -> None:
-    """Rows that only the lost database had are on the device."""
+async def test_own_lists_start_over_with_another_database(room: Room, world: World, why: str) -> None:
+    """The device has rows that only the lost database had."""
     device = Device(room, world)
     await device.begin()
     await room.charles.call(client.Star(**room.at(await sent(room.ada, room.group))))
@@ -226,7 +226,7 @@ async def test_own_lists_start_over_where_the_database_is_another(room: Room, wo
     assert await device.back() == []
 
 
-def test_the_documents_name_the_same_rows_to_drop_at_a_start_over() -> None:
+def test_documents_name_the_same_lists_to_drop_at_own_start_over() -> None:
     guide = " ".join((Path(__file__).parent.parent / "docs" / "clients.md").read_text().split())
     listed = [
         re.search(
@@ -237,7 +237,7 @@ def test_the_documents_name_the_same_rows_to_drop_at_a_start_over() -> None:
     ]
     names = {one[1] if one else None for one in listed}
     assert names == {"relationships, invitations, stars, drafts, scheduled messages and followed threads"}
-    # Each event of the user's own is about one of these, or about what has to be read again.
+    # Each event of `OwnEvent` is about one of these lists, or about data that has to be read again.
     about = {
         server.RelationshipChanged, server.Invited, server.InvitationEnded, server.StarChanged, server.DraftChanged,
         server.ScheduledChanged, server.ThreadFollowChanged, server.MeChanged, server.PreferencesChanged,
@@ -247,16 +247,16 @@ def test_the_documents_name_the_same_rows_to_drop_at_a_start_over() -> None:
         assert read_again in (server.OwnStartOver.__doc__ or "")
 
 
-async def test_device_that_is_here_is_told_of_rows_that_were_deleted_before_it_knew_of_their_change(
+async def test_connected_device_starts_over_if_a_changed_row_was_deleted_before_its_event(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The row of an unfollowed thread is gone before the worker reads it for the device's event."""
+    """The row of an unfollowed thread is deleted before the worker reads it for the event."""
     place = room.at(await sent(room.ada, room.group))
     await room.charles.call(client.FollowThread(**place))
     other = await sent(room.ada, room.group)
     phone = await world.connect(room.users[1], 1)
     monkeypatch.setattr(bounds, "MAX_THREAD_FOLLOWS", 1)
-    # Unfollowed at a worker whose news are late.
+    # Unfollow by SQL, as on a worker whose event is late.
     await world.db.execute(
         """WITH moved AS (UPDATE "user" SET version = version + 1 WHERE id = $1 RETURNING version)
         UPDATE thread_follow t SET is_following = false, user_version = m.version FROM moved m
@@ -267,7 +267,7 @@ async def test_device_that_is_here_is_told_of_rows_that_were_deleted_before_it_k
     assert (await phone.event(server.OwnStartOver)).reason == "forgotten"
 
 
-async def test_rows_that_still_say_something_are_not_deleted(
+async def test_rows_that_are_still_in_use_are_not_deleted(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ada, charles = room.users[0], room.users[1]
@@ -292,23 +292,23 @@ async def test_rows_that_still_say_something_are_not_deleted(
     assert await world.db.fetchval("SELECT count(*) FROM scheduled_message") == 1
 
 
-async def test_relationship_that_was_deleted_tells_the_other_one_nothing(
+async def test_deletion_of_a_relationship_is_hidden_from_the_other_user(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who was blocked or muted does not start over, which would tell of the block."""
+    """A blocked or muted user does not start over, which would reveal the block."""
     for begin, finish in ((client.Block, client.Unblock), (client.Mute, client.Unmute)):
         await room.ada.call(begin(user_id=room.users[1].id))
         await room.ada.call(finish(user_id=room.users[1].id))
-    await aged(world, monkeypatch)
+    await delete_ended(world, monkeypatch)
     assert await world.db.fetchval("SELECT count(*) FROM user_relationship") == 0
     versions = 'SELECT forgotten_version > 0 FROM "user" WHERE id = $1'
     assert [await world.db.fetchval(versions, one.id) for one in room.users[:2]] == [True, False]
 
 
-async def test_scheduled_message_whose_row_was_deleted_is_not_sent_again(
+async def test_scheduled_message_with_a_deleted_row_is_not_sent_again(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However late a frame comes once more."""
+    """This holds however late the frame is repeated."""
     frame = client.Schedule(
         conversation_id=room.group, message_id=MessageId(uuid7()), content="Once", send_at=now() + timedelta(hours=1)
     )
@@ -316,7 +316,7 @@ async def test_scheduled_message_whose_row_was_deleted_is_not_sent_again(
     await world.db.execute("UPDATE scheduled_message SET send_at = now()")
     await room.ada.event(server.MessageSent, lambda event: event.message.id == frame.message_id)
     await room.charles.event(server.ScheduledChanged, lambda event: event.scheduled.status == "sent")
-    await aged(world, monkeypatch)
+    await delete_ended(world, monkeypatch)
     assert await world.db.fetchval("SELECT count(*) FROM scheduled_message") == 0
     again = await room.charles.call(frame, server.OneScheduled)
     assert (again.scheduled.status, again.scheduled.words.content) == ("sent", "Once")
@@ -335,5 +335,5 @@ async def test_scheduled_message_whose_row_was_deleted_is_not_sent_again(
         await room.charles.call(old)
 
 
-def test_rows_of_scheduled_messages_outlive_every_frame_that_could_repeat_them() -> None:
+def test_rows_of_scheduled_messages_are_kept_longer_than_frames_may_be_repeated() -> None:
     assert scheduled.KEPT >= drafts.LATEST + 2 * drafts.OLDEST

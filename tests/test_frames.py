@@ -1,4 +1,4 @@
-"""Frames however they arrive: in pieces, many at once, fragmented, with pings in between."""
+"""WebSocket frames that arrive in parts, several in one read, fragmented, or with pings in between."""
 
 import asyncio
 import random
@@ -16,20 +16,20 @@ PATIENCE = 10.0
 
 
 class Wire:
-    """A WebSocket without a library that would put the frames together nicely."""
+    """A WebSocket without a client library, to control the bytes on the wire."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
 
     @classmethod
-    async def open(cls, world: World, somebody: UserSession) -> "Wire":
+    async def open(cls, world: World, who: UserSession) -> "Wire":
         host, _, port = world.url.removeprefix("http://").rpartition(":")
         wire = cls(*await asyncio.open_connection(host, int(port)))
         wire.writer.write(
             f"GET /v1/ws?resume=1 HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-            f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\nAuthorization: Bearer {somebody.token}\r\n\r\n".encode()
+            f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\nAuthorization: Bearer {who.token}\r\n\r\n".encode()
         )
         assert b" 101 " in await wire.reader.readuntil(b"\r\n\r\n")
         assert (await wire.hear())["type"] == "ready"
@@ -61,7 +61,7 @@ def frame(payload: bytes, opcode: Opcode = Opcode.TEXT, *, fin: bool = True, mas
 
 
 def pings(rng: random.Random, count: int) -> Iterator[bytes]:
-    """The frames of `count` pings: some long, some in fragments, some with control frames in between."""
+    """Yield the frames of `count` pings, some long, some fragmented, some with control frames in between."""
     for number in range(count):
         payload = msgspec.json.encode({"type": "ping", "id": number}) + b" " * rng.choice((0, 0, 200, 70_000))
         if rng.random() < 0.3:
@@ -85,7 +85,7 @@ async def wire(world: World) -> AsyncIterator[Wire]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_frames_may_arrive_in_any_pieces(wire: Wire, seed: int) -> None:
+async def test_frames_may_arrive_in_any_parts(wire: Wire, seed: int) -> None:
     rng = random.Random(seed)
     count = 25
     data = b"".join(pings(rng, count))
@@ -94,7 +94,7 @@ async def test_frames_may_arrive_in_any_pieces(wire: Wire, seed: int) -> None:
         end = start + rng.choice((1, 2, 3, 5, 30, 1_000, 50_000, 200_000))
         wire.writer.write(data[start:end])
         await wire.writer.drain()
-        # Give the other side a turn now and then, so that pieces arrive as pieces.
+        # Let the server read from time to time, so that parts arrive separately.
         await asyncio.sleep(0)
         start = end
     answered: list[object] = []
@@ -118,8 +118,16 @@ async def test_frames_may_arrive_in_any_pieces(wire: Wire, seed: int) -> None:
         (b"\xc1" + frame(b"{}")[1:], 1002),
         (frame(b"", Opcode.CLOSE), 1005),
     ],
-    ids=["unmasked", "too big", "too big by its head", "text in text", "rest of nothing", "unknown bits", "close"],
+    ids=[
+        "unmasked",
+        "too big",
+        "too big by its header",
+        "text within a message",
+        "continuation without a message",
+        "reserved bits",
+        "close",
+    ],
 )
-async def test_frames_that_break_the_rules_end_the_connection(wire: Wire, data: bytes, code: int) -> None:
+async def test_invalid_frames_close_the_connection(wire: Wire, data: bytes, code: int) -> None:
     wire.writer.write(data)
     assert await wire.closed() == (code if code != 1005 else 0)

@@ -1,4 +1,4 @@
-"""Events that come early, behind a gap, while another gap is being fetched."""
+"""Events that arrive before missing ones, while other missing events are being fetched."""
 
 import pytest
 
@@ -13,9 +13,11 @@ EVENT = text_frame(encode(Error(code=ErrorCode.INTERNAL, message="This stands fo
 BUMP = "UPDATE conversation SET version = version + 1, settings_version = version + 1 WHERE id = $1 RETURNING version"
 
 
-@pytest.mark.parametrize("came", [[4], [5, 1, 2], [7, 5, 1], [3, 6, 2, 1], []], ids=str)
-async def test_no_gap_waits_for_the_comparison(world: World, monkeypatch: pytest.MonkeyPatch, came: list[int]) -> None:
-    """The second change is heard of first. Those that `came` are heard of while its answer is on the way."""
+@pytest.mark.parametrize("early", [[4], [5, 1, 2], [7, 5, 1], [3, 6, 2, 1], []], ids=str)
+async def test_missing_events_are_fetched_without_waiting_for_the_comparison(
+    world: World, monkeypatch: pytest.MonkeyPatch, early: list[int]
+) -> None:
+    """The second event arrives first. The versions in `early` arrive while the missing events are being read."""
     one = await world.connect(await world.user("Ada"))
     about = await world.channel(one)
     topics = world.workers[0].app.hub.topics
@@ -28,9 +30,9 @@ async def test_no_gap_waits_for_the_comparison(world: World, monkeypatch: pytest
         found = await since(conversation_id, version)
         fetched.append(version - base)
         if len(fetched) == 1:
-            for _ in range(2, max(came, default=2)):
+            for _ in range(2, max(early, default=2)):
                 await world.db.fetchval(BUMP, about)
-            for number in came:
+            for number in early:
                 topics.accept(about, base + number, EVENT, NOBODY)
         return found
 
@@ -42,10 +44,10 @@ async def test_no_gap_waits_for_the_comparison(world: World, monkeypatch: pytest
     for _ in range(2):
         await world.db.fetchval(BUMP, about)
     topics.accept(about, base + 2, EVENT, NOBODY)
-    await until(lambda: topic.delivered == base + max(came, default=2) and topic.fetch is None, seconds=3)
+    await until(lambda: topic.delivered == base + max(early, default=2) and topic.fetch is None, seconds=3)
     assert topic.early == {}
-    assert len(fetched) <= 1 + len(came)
-    # Nor does one that PostgreSQL knows nothing of have it asked again and again.
+    assert len(fetched) <= 1 + len(early)
+    # An event whose version is not in PostgreSQL causes only one query.
     fetched.clear()
     topics.accept(about, topic.delivered + 2, EVENT, NOBODY)
     await until(lambda: topic.fetch is None)

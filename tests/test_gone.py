@@ -1,4 +1,4 @@
-"""A conversation that was deleted, or that one left, was removed or banned from, counts nowhere and notifies nobody."""
+"""Conversations that were deleted, or that the user left or was removed from, have no counts and notifications."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ SELECT user_id, id, 'https://push.example.org/' || id, '', '' FROM session
 """
 
 
-async def told(world: World, one: Client, me: UserSession, message_id: MessageId) -> dict[str, int]:
-    """Return how much each frame that is about all of a user's conversations tells of, and what is pushed."""
+async def count_results(world: World, one: Client, me: UserSession, message_id: MessageId) -> dict[str, int]:
+    """Return the number of results of each frame about all conversations of a user, and of notifications."""
     lists: dict[str, tuple[client.Frame, type[Any], str]] = {
         "search": (client.Search(text="engine"), server.SearchPage, "hits"),
         "search, mentions": (client.Search(mentions_me=True), server.SearchPage, "hits"),
@@ -36,15 +36,15 @@ async def told(world: World, one: Client, me: UserSession, message_id: MessageId
     return counts | {"pushed": sum(post.user_id == me.id for post in found.posts)}
 
 
-async def asked(one: Client) -> dict[str, int]:
-    """Return the same for what somebody is invited to."""
+async def count_invitations(one: Client) -> dict[str, int]:
+    """Return the number of results of each frame about the invitations of a user."""
     page = await one.call(client.ListFeed(), server.FeedPage)
     waiting = await one.call(client.ListInvitations(), server.InvitationList)
     badge = await one.call(client.GetBadge(), server.Badge)
     return {"feed": len(page.entries), "invitations": len(waiting.invitations), "badge": badge.feed}
 
 
-async def test_what_is_gone_counts_nowhere_and_notifies_nobody(world: World) -> None:
+async def test_ended_conversations_have_no_counts_and_no_notifications(world: World) -> None:
     people = await world.users("Ada", "Charles", "Grace")
     ada, charles, grace = [await world.connect(who) for who in people]
     me = people[1].id
@@ -69,14 +69,14 @@ async def test_what_is_gone_counts_nowhere_and_notifies_nobody(world: World) -> 
         lambda there: (ada, client.DeleteConversation(conversation_id=there)),
     ):
         there, last = await filled()
-        before = await told(world, charles, people[1], last)
+        before = await count_results(world, charles, people[1], last)
         assert min(before.values()) > 0, before
-        assert min((await asked(grace)).values()) > 0
+        assert min((await count_invitations(grace)).values()) > 0
         actor, frame = way(there)
         await actor.call(frame)
-        after = await told(world, charles, people[1], last)
+        after = await count_results(world, charles, people[1], last)
         assert after == dict.fromkeys(after, 0), frame
         if not isinstance(frame, client.DeleteConversation):
             await ada.call(client.DeleteConversation(conversation_id=there))
-        invited = await asked(grace)
+        invited = await count_invitations(grace)
         assert invited == dict.fromkeys(invited, 0)

@@ -1,4 +1,4 @@
-"""Everything that a client can grow is bounded: docs/growth.md lists what is kept, and is compared with the code."""
+"""All data that clients can grow is bounded. docs/growth.md, which lists it, is compared with the code."""
 
 import ast
 import asyncio
@@ -54,14 +54,14 @@ BOUNDS = frozenset(
     }
 )
 HISTORY = {"user", "conversation", "message", "report"}
-"""Tables without an end. Another one takes a decision."""
+"""Tables without a bound. A further one needs a decision."""
 NOT_FOR_CLIENTS = ("ops", "describe", "processes", "cli")
-"""What runs once, or for an operator alone."""
+"""Rooms whose code runs once, or only for an operator."""
 MAKERS = frozenset({
     "dict", "set", "list", "deque", "Counter", "defaultdict", "OrderedDict", "WeakKeyDictionary", "WeakValueDictionary",
     "WeakSet", "Queue", "LifoQueue", "PriorityQueue", "bytearray", "fromkeys", "BytesIO", "StringIO", "array",
 })  # fmt: skip
-"""What makes a container that can grow."""
+"""Names that create a container that can grow."""
 CACHES = frozenset({"lru_cache", "cache", "cached_property"})
 
 
@@ -80,7 +80,7 @@ def name_of(called: ast.expr) -> str:
 
 
 def is_empty(value: ast.expr) -> bool:
-    """Whether an expression makes a container that is there to be filled."""
+    """Return whether an expression creates an empty container."""
     match value:
         case ast.Dict(keys=[]) | ast.List(elts=[]):
             return True
@@ -90,7 +90,7 @@ def is_empty(value: ast.expr) -> bool:
 
 
 def makes_container(value: ast.expr) -> bool:
-    """Whether an expression makes a container that can grow."""
+    """Return whether an expression creates a container that can grow."""
     match value:
         case ast.Dict() | ast.List() | ast.Set() | ast.ListComp() | ast.DictComp() | ast.SetComp():
             return True
@@ -107,7 +107,7 @@ def makes_container(value: ast.expr) -> bool:
 
 
 def assigned(node: ast.AST) -> Iterator[ast.expr]:
-    """Return what a statement assigns a container to."""
+    """Yield the targets to which a statement assigns a container."""
     targets: list[ast.expr] = []
     if isinstance(node, ast.AnnAssign | ast.NamedExpr):
         targets = [node.target]
@@ -126,8 +126,9 @@ def begins_empty(node: ast.AST) -> bool:
 
 @functools.cache
 def containers() -> frozenset[str]:
-    """Return the containers of the server's code that outlive a call: attributes, also of classes, caches, and globals
-    that are in lower case or begin empty.
+    """Return the containers in the server's code that outlive a call.
+
+    These are attributes of instances and classes, caches, and globals in lower case or with an empty initial value.
     """
     found: set[str] = set()
     for path in SERVER.rglob("*.py"):
@@ -174,7 +175,7 @@ async def test_every_table_has_a_bound(database_url: str) -> None:
     assert {row[0] for row in rows} == listed("Tables").keys()
 
 
-def test_every_table_that_a_client_fills_has_an_end() -> None:
+def test_bounds_of_tables_are_in_the_code() -> None:
     tables = listed("Tables")
     assert {name for name, (bound, _) in tables.items() if bound == "history"} == HISTORY
     assert {bound for bound, _ in tables.values()} <= {
@@ -187,7 +188,7 @@ def test_every_table_that_a_client_fills_has_an_end() -> None:
         assert [one for one in numbers if not hasattr(limits, one) or f" {one}" not in code] == []
 
 
-async def test_rows_of_others_are_unique_by_what_they_are_of(database_url: str) -> None:
+async def test_tables_bounded_by_other_rows_have_a_unique_key_of_ids(database_url: str) -> None:
     db = await asyncpg.connect(database_url)
     keys: dict[str, list[list[str]]] = {}
     for table, columns in await db.fetch(UNIQUE):
@@ -198,8 +199,8 @@ async def test_rows_of_others_are_unique_by_what_they_are_of(database_url: str) 
         assert ids or bound != "row", name
 
 
-def test_tables_with_an_age_have_a_job_that_deletes() -> None:
-    """Which test_each_job_handles_all_due_rows_despite_rows_that_always_fail runs."""
+def test_tables_bounded_by_age_have_a_job_that_deletes() -> None:
+    """The job is run by test_each_job_handles_all_due_rows_despite_rows_that_always_fail."""
     assert {name for name, (bound, _) in listed("Tables").items() if bound == "age"} == AGED.keys()
     for table, job in AGED.items():
         assert f"self.{job})" in inspect.getsource(Background.__init__)
@@ -215,12 +216,12 @@ def test_every_container_has_a_bound() -> None:
 SHARING = frozenset(
     {"Semaphore", "Share", "SharedBound", "Turns", "FairQueue", "Lanes", "Batcher", "ThreadPoolExecutor"}
 )
-"""What gives out places that clients share."""
+"""Classes that share places among clients."""
 PARTS = ("fairness/lanes.py self._all", "fairness/share.py ", "fairness/turns.py ")
-"""Parts of these themselves."""
+"""Parts of these classes."""
 
 
-def test_every_bound_that_clients_share_is_listed_with_their_share() -> None:
+def test_every_shared_bound_is_listed_with_the_share_of_a_client() -> None:
     made: set[str] = set()
     for path in SERVER.rglob("*.py"):
         for node in ast.walk(parsed(path)):
@@ -265,8 +266,8 @@ class One:
     assert list(filled.values()) == [True, True, True, False]
 
 
-def test_every_kind_of_key_has_a_bound() -> None:
-    """Of the code; the next test asks the server."""
+def test_every_kind_of_redis_key_has_a_bound() -> None:
+    """Check the keys in the code. The next test checks those in Redis."""
     kinds = {
         one for path in SERVER.rglob("*.py") for one in re.findall(r'["\'](openchat:[a-z][\w:]*)', path.read_text())
     }
@@ -278,7 +279,7 @@ def test_every_kind_of_key_has_a_bound() -> None:
 
 
 async def every_frame(world: World) -> None:
-    """Send each frame once, in a new conversation, on a connection of its own, and leave."""
+    """Send each frame once, in a new conversation, on a new connection, and close it."""
     ada, ids = await ids_in(world)
     client = await world.connect(ada)
     for kind in each_frame():
@@ -288,10 +289,10 @@ async def every_frame(world: World) -> None:
 
 
 GONE = -2
-"""What Redis tells of a key that is not there any more, as one of an earlier test."""
+"""The result of Redis for a key that does not exist any more, such as one of an earlier test."""
 
 
-async def test_keys_expire_or_go_with_their_sockets(
+async def test_redis_keys_expire_or_are_deleted_with_their_sockets(
     world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.0)
@@ -320,7 +321,7 @@ async def test_keys_expire_or_go_with_their_sockets(
 
 
 def sizes() -> dict[str, int]:
-    """Return how many items the listed containers of all living objects have, by name."""
+    """Return the number of items in the listed containers of all objects, by name."""
     wanted: dict[str, set[str]] = {}
     for name in containers():
         file, _, attribute = name.partition(" ")
@@ -340,13 +341,13 @@ def sizes() -> dict[str, int]:
 
 @pytest.fixture
 async def lone(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    """One worker that forgets immediately what it keeps for a while for those who come back."""
+    """One worker that does not keep the presence of users who disconnect."""
     monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.0)
     async with World(msgspec.structs.replace(settings, ephemeral_rate=1e6), workers=1) as world:
         yield world
 
 
-async def test_frames_of_all_kinds_leave_containers_as_they_were(lone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_frames_of_all_kinds_do_not_grow_containers(lone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     app = lone.workers[0].app
 
     async def settled() -> dict[str, int]:
@@ -372,8 +373,8 @@ async def test_frames_of_all_kinds_leave_containers_as_they_were(lone: World, mo
             if size > before.get(name, 0) and name not in may_grow
         }
 
-    # Frames' last commands to Redis leave in the next turn of the loop, and a conversation that is just being opened is
-    # closed in a later one.
+    # The last commands to Redis are sent in the next iteration of the loop, and a topic that is being opened is closed
+    # in a later one.
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(20):
             while grown():
@@ -395,7 +396,9 @@ async def test_rechecks_of_a_user_are_coalesced(lone: World) -> None:
     assert await client.closed() == CloseCode.SESSION_ENDED
 
 
-async def test_close_code_of_who_is_elsewhere_is_forgotten(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_close_code_of_a_user_with_another_connection_is_deleted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.0)
     ada = await world.user("Ada")
     here, _ = await world.connect(ada), await world.connect(ada, 1)

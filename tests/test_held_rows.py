@@ -1,4 +1,4 @@
-"""A row that somebody else holds: only those wait whom it concerns."""
+"""A locked row delays only frames and jobs that need it."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -33,7 +33,7 @@ HOLD = {
 }
 LAPSE = "UPDATE scheduled_message SET claimed_at = claimed_at - interval '1 minute' WHERE status = 'waiting'"
 WAITING = "SELECT count(*) FROM scheduled_message WHERE status = 'waiting'"
-SAID = (
+CONTENTS = (
     "SELECT array_agg(content ORDER BY sent_version) FROM message WHERE NOT is_system_message AND conversation_id = $1"
 )
 
@@ -47,7 +47,7 @@ async def schedule(who: Client, about: ConversationId, content: str) -> MessageI
 
 
 @pytest.mark.parametrize("held", HOLD)
-async def test_due_message_waits_for_no_row_that_concerns_another_sender(
+async def test_due_message_does_not_wait_for_rows_of_another_sender(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, held: str
 ) -> None:
     monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
@@ -66,21 +66,21 @@ async def test_due_message_waits_for_no_row_that_concerns_another_sender(
             first = await schedule(mary, free, "Mary 1")
             assert (await received_message(ada, first)).content == "Mary 1"
             assert await world.db.fetchval(WAITING) == 3
-        # Nothing of the same sender overtakes what could not be sent, in any conversation.
+        # No later message of the same sender overtakes those that could not be sent.
         last = await schedule(charles, stuck, "Charles 3")
         await world.db.execute(LAPSE)
         await received_message(ada, last)
         await end([job])
-        assert await world.db.fetchval(SAID, stuck) == [f"Charles {number}" for number in range(4)]
-        assert await world.db.fetchval(SAID, free) == ["Mary 1"]
+        assert await world.db.fetchval(CONTENTS, stuck) == [f"Charles {number}" for number in range(4)]
+        assert await world.db.fetchval(CONTENTS, free) == ["Mary 1"]
         assert await world.db.fetchval(WAITING) == 0
 
 
 @pytest.mark.parametrize("more_due", ["nothing", "another message"])
-async def test_claim_that_meets_another_workers_takes_nothing_and_other_senders_are_next(
+async def test_claim_during_that_of_another_worker_takes_nothing_and_continues_with_other_senders(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, more_due: str
 ) -> None:
-    """A worker that began to look before another one's claim was committed, and goes on after that."""
+    """The worker's statement begins before the other claim is committed, and ends after it."""
     monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     async with World(settings, workers=1) as world:
         scheduler = world.workers[0].app.scheduler
@@ -121,10 +121,10 @@ async def test_claim_that_meets_another_workers_takes_nothing_and_other_senders_
         await world.db.execute("UPDATE scheduled_message SET send_at = now() WHERE id = $1", more)
         await scheduler.send_due()
         await all_sent(scheduler)
-        assert await world.db.fetchval(SAID, group) == ["Mary", "Charles 0", "Charles 1"]
+        assert await world.db.fetchval(CONTENTS, group) == ["Mary", "Charles 0", "Charles 1"]
 
 
-async def test_what_was_put_off_is_not_overtaken_in_its_conversation(
+async def test_postponed_message_is_not_overtaken_in_its_conversation(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
@@ -143,8 +143,8 @@ async def test_what_was_put_off_is_not_overtaken_in_its_conversation(
             assert not await world.db.fetchval(
                 "SELECT count(claimed_at) FROM scheduled_message WHERE status = 'waiting'"
             )
-            # In `free` two senders write, who take turns.
-            return await world.db.fetchval(SAID, slow), sorted(await world.db.fetchval(SAID, free)), put_off
+            # Two senders take turns in `free`.
+            return await world.db.fetchval(CONTENTS, slow), sorted(await world.db.fetchval(CONTENTS, free)), put_off
 
         await sent(sender, slow, "Now")
         for who, about, content in (
@@ -160,7 +160,7 @@ async def test_what_was_put_off_is_not_overtaken_in_its_conversation(
         assert await send_due() == (["Now", "1", "2", "5"], ["3", "4", "6"], 0)
 
 
-async def test_more_held_senders_than_a_worker_sends_for_delay_nobody_else(
+async def test_many_locked_senders_do_not_delay_other_senders(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
@@ -188,7 +188,7 @@ async def test_more_held_senders_than_a_worker_sends_for_delay_nobody_else(
 HELD_UP = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY(pg_blocking_pids(pid))"
 
 
-async def test_scheduled_messages_of_all_users_hold_a_fourth_of_the_connections(
+async def test_scheduled_messages_use_at_most_a_quarter_of_the_connections(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
@@ -203,7 +203,7 @@ async def test_scheduled_messages_of_all_users_hold_a_fourth_of_the_connections(
             await world.db.execute("SELECT FROM conversation FOR UPDATE")
             await scheduler.send_due()
             await senders[-1].call(client.GetMe())
-            assert scheduler._sending, "others are served meanwhile"  # noqa: SLF001
+            assert scheduler._sending, "the messages still wait"  # noqa: SLF001
             while scheduler._sending:  # noqa: SLF001
                 held.append(await world.db.fetchval(HELD_UP))
                 await asyncio.sleep(0.01)
@@ -211,7 +211,7 @@ async def test_scheduled_messages_of_all_users_hold_a_fourth_of_the_connections(
         assert max(held) == settings.database_connections // 4
 
 
-async def test_presence_of_others_is_recorded_while_a_row_is_held(settings: Settings) -> None:
+async def test_presence_of_others_is_recorded_while_a_row_is_locked(settings: Settings) -> None:
     online = """SELECT is_online FROM "user" WHERE id = $1"""
     async with World(settings, workers=1) as world:
         charles, mary = await world.users("Charles", "Mary")
@@ -227,7 +227,7 @@ async def test_presence_of_others_is_recorded_while_a_row_is_held(settings: Sett
                 await asyncio.sleep(0.01)
 
 
-NOTED = """
+COUNT_CALLS = """
 ALTER FUNCTION search_words RENAME TO words_of;
 CREATE SEQUENCE found;
 CREATE FUNCTION search_words(uuid, text, jsonb, uuid[], text[], text[]) RETURNS tsvector LANGUAGE plpgsql AS $$
@@ -236,13 +236,13 @@ BEGIN
     RETURN words_of($1, $2, $3, $4, $5, $6);
 END $$
 """
-"""A sequence tells also what another transaction did."""
+"""Counts calls in a sequence, which also shows those of uncommitted transactions."""
 FOUND = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM found"
 WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
 
 
 async def test_words_of_a_message_are_found_before_its_conversation_is_locked(room: Room, world: World) -> None:
-    """Those of a large one take longer than all the rest. Once is enough."""
+    """Words are found only once, since they take longer than the rest for a large message."""
     said = await sent(room.charles, room.group, "Hello")
     place: Any = {"conversation_id": room.group, "message_id": said}
     frames: tuple[tuple[Client, client.Frame], ...] = (
@@ -251,7 +251,7 @@ async def test_words_of_a_message_are_found_before_its_conversation_is_locked(ro
         (room.ada, client.Unmoderate(**place)),
         (room.ada, message(room.group, content="Hello")),
     )
-    await world.db.execute(NOTED)
+    await world.db.execute(COUNT_CALLS)
     counts = []
     for one, frame in frames:
         async with world.db.transaction():
@@ -263,7 +263,7 @@ async def test_words_of_a_message_are_found_before_its_conversation_is_locked(ro
             before = await world.db.fetchval(FOUND)
         await asked
         counts.append((before, await world.db.fetchval(FOUND)))
-    # A message to a conversation that is held is tried without waiting first.
+    # A message to a locked conversation is first tried without waiting.
     assert counts == [(1, 1), (1, 1), (2, 2), (4, 4)]
     for words in ("engine", "hello"):
         found = await room.ada.call(client.Search(text=words), server.SearchPage)
@@ -279,22 +279,22 @@ async def test_batch_is_bounded_by_weight_unless_one_item_exceeds_it() -> None:
         await may_go_on.wait()
         return items
 
-    gather = Batcher(work, most=4, weigh=len, most_weight=10)
+    batcher = Batcher(work, most=4, weigh=len, most_weight=10)
     items = ["a", "bbbbb", "ccccc", "d", *"efghi", "j" * 20, "k"]
-    tasks = [asyncio.create_task(gather.submit(item)) for item in items]
+    tasks = [asyncio.create_task(batcher.submit(item)) for item in items]
     await asyncio.sleep(0)
     may_go_on.set()
     assert await asyncio.gather(*tasks) == items
     assert batches == [["a"], ["bbbbb", "ccccc"], ["d", "e", "f", "g"], ["h", "i"], ["j" * 20], ["k"]]
 
 
-async def test_list_of_new_words_is_as_large_as_its_job_needs(world: World) -> None:
-    """Whoever finds it full sorts it in, under the lock of a conversation: a second at PostgreSQL's own 4 MiB."""
+async def test_pending_list_of_the_search_index_is_32_mib(world: World) -> None:
+    """A statement that fills the list merges it, which takes a second at the default of 4 MiB, with locks held."""
     options = await world.db.fetchval("SELECT reloptions FROM pg_class WHERE relname = 'message_search_words_idx'")
     assert options == ["gin_pending_list_limit=32768"]
 
 
-# PostgreSQL shows a transaction what it saw first, unless that is cleared.
+# PostgreSQL caches these statistics for a transaction until they are cleared.
 CLEAR = "SELECT pg_stat_clear_snapshot()"
 SENDS_WAIT = """
 SELECT count(*) FROM pg_stat_activity
@@ -302,8 +302,8 @@ WHERE wait_event_type = 'Lock' AND datname = current_database() AND query LIKE '
 """
 
 
-async def test_message_waits_for_no_conversation_that_others_write_to(settings: Settings) -> None:
-    """More conversations are held than may wait at a time; each has several messages from different connections."""
+async def test_message_does_not_wait_for_other_locked_conversations(settings: Settings) -> None:
+    """More conversations are locked than may wait concurrently, each with messages from several connections."""
     held, waiting = settings.database_connections, max(1, settings.database_connections // app.LANES_SHARE)
     async with World(settings, workers=1) as world:
         ada, charles, mary = await world.users("Ada", "Charles", "Mary")
@@ -313,7 +313,7 @@ async def test_message_waits_for_no_conversation_that_others_write_to(settings: 
         async with asyncio.TaskGroup() as group, world.db.transaction():
             await world.db.execute(HOLD["conversation"])
             frames = [message(about, f"{number}") for about in stuck for number in range(3)]
-            sends = world.workers[0].app._sends  # noqa: SLF001 - many at once, as of many connections
+            sends = world.workers[0].app._sends  # noqa: SLF001 - sends concurrently, as many connections do
             tasks = [group.create_task(sends.submit(Outgoing(ada.id, frame))) for frame in frames]
             again = group.create_task(other.ask(message(stuck[0], "Charles")))
             repeated = group.create_task(sends.submit(Outgoing(ada.id, frames[0])))
@@ -324,21 +324,21 @@ async def test_message_waits_for_no_conversation_that_others_write_to(settings: 
                 await world.db.execute(CLEAR)
             await free.call(message(others, "Free 3"), server.Sent)
             await world.db.execute(CLEAR)
-            assert await world.db.fetchval(SENDS_WAIT) == waiting, "they leave connections to others"
+            assert await world.db.fetchval(SENDS_WAIT) == waiting, "other sends keep their connections"
             assert not any(task.done() for task in (*tasks, again))
-            # What is refused is refused as ever.
+            # Refused messages are refused as usual.
             with refused(ErrorCode.NOT_FOUND, "conversation_id"):
                 await free.call(message(ConversationId(uuid7())))
         outcomes = [task.result() for task in (tasks[0], repeated)]
         assert are_stored(task.result() for task in tasks[1:])
-        assert are_stored(outcomes[:1]) != are_stored(outcomes[1:]), "the same message is stored once"
+        assert are_stored(outcomes[:1]) != are_stored(outcomes[1:]), "a repeated message is stored once"
         assert isinstance(again.result(), server.Reply)
         for about in stuck:
-            said = await world.db.fetchval(SAID, about)
+            said = await world.db.fetchval(CONTENTS, about)
             assert sorted(said) == ["0", "1", "2", *(["Charles"] if about == stuck[0] else [])]
-        assert await world.db.fetchval(SAID, others) == [f"Free {number}" for number in range(4)]
+        assert await world.db.fetchval(CONTENTS, others) == [f"Free {number}" for number in range(4)]
         assert await recount(world.db) == []
-        assert sends._lanes == {}  # noqa: SLF001 - nothing is kept
+        assert sends._lanes == {}  # noqa: SLF001 - lanes are removed
 
 
 HOLD_ALL = """
@@ -350,9 +350,9 @@ SELECT (SELECT count(*) FROM held), (SELECT count(*) FROM said), (SELECT count(*
 """
 
 
-async def estrange(ada: Client, charles: Client, outside: dict[str, Client], about: ConversationId) -> None:
-    """Have everybody who is outside come to be there in the way that their name says. Charles has invited them, and may
-    add nobody any more.
+async def remove_outsiders(ada: Client, charles: Client, outside: dict[str, Client], about: ConversationId) -> None:
+    """Bring each user of `outside` into the state of their name. Charles invites them, and loses the permission to
+    add users.
     """
     here: dict[str, Any] = {"conversation_id": about}
     ids = {name: one.ready.user.id for name, one in outside.items()}
@@ -369,8 +369,8 @@ async def estrange(ada: Client, charles: Client, outside: dict[str, Client], abo
     await ada.call(msgspec.structs.replace(may_add, can_add_members=False))
 
 
-async def test_no_row_that_is_held_delays_a_refusal_of_somebody_who_does_not_take_part(world: World) -> None:
-    """So they hold none either: whoever takes a lock waits for it."""
+async def test_locked_rows_do_not_delay_errors_to_non_participants(world: World) -> None:
+    """So these frames take no lock, since taking a lock would wait for it."""
     names = ("Owner", "Inviter", "Stranger", "Left", "Removed", "Banned", "Invited", "Declined", "Uninvited")
     owner, inviter, *others = await world.users(*names)
     ada, charles = await world.connect(owner), await world.connect(inviter)
@@ -384,7 +384,7 @@ async def test_no_row_that_is_held_delays_a_refusal_of_somebody_who_does_not_tak
     for about in (group, public):
         here: dict[str, Any] = {"conversation_id": about}
         said = await sent(ada, about)
-        await estrange(ada, charles, outside, about)
+        await remove_outsiders(ada, charles, outside, about)
         for name, one in outside.items():
             refusals += [(one, frame) for frame in frames(about, said, inviter.id)]
             if name not in {"Invited", "Uninvited"}:
@@ -411,8 +411,8 @@ async def test_no_row_that_is_held_delays_a_refusal_of_somebody_who_does_not_tak
                         answer = await one.ask(frame)
                 except TimeoutError:
                     raise AssertionError(f"waits: {which}") from None
-                assert (which, told(answer)) == (which, told(before))
-        # Those whom a frame concerns wait.
+                assert (which, error_of(answer)) == (which, error_of(before))
+        # Permitted frames wait.
         tasks = [
             asyncio.create_task(one.ask(frame))
             for one, frame in (
@@ -424,9 +424,9 @@ async def test_no_row_that_is_held_delays_a_refusal_of_somebody_who_does_not_tak
         ]
         await waiting(world, len(tasks))
         assert not any(task.done() for task in tasks)
-    assert [told(await task) for task in tasks] == [None] * len(tasks)
+    assert [error_of(await task) for task in tasks] == [None] * len(tasks)
 
 
-def told(answer: Any) -> tuple[str, str | None, str] | None:
-    """Return what a refusal says, None for an answer that is none."""
+def error_of(answer: Any) -> tuple[str, str | None, str] | None:
+    """Return the content of an error, or None for another reply."""
     return (answer.code, answer.path, answer.message) if isinstance(answer, server.Error) else None

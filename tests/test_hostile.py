@@ -1,4 +1,4 @@
-"""Bytes that no client would send, on a live socket: the server answers or closes, lives on, keeps nothing of it."""
+"""Arbitrary bytes on a socket: the server responds or closes, keeps running, and leaks nothing."""
 
 import asyncio
 import contextlib
@@ -20,11 +20,11 @@ from tests.world import UserSession, World, http_client
 
 PATIENCE = 10.0
 TASKS = 33
-"""More than a worker and a test have that do nothing (about 25), less than what forty examples would leave behind."""
+"""Max tasks of an idle worker and test, which have about 25. Forty leaking examples would exceed it."""
 
 
 def frame(payload: bytes, opcode: int = Opcode.TEXT, *, fin: bool = True, mask: bool = True) -> bytes:
-    """Return a frame, whether the standard allows it or not; its mask is zeros."""
+    """Return a WebSocket frame, valid or not, masked with zeros."""
     head = bytes((0x80 * fin | opcode,))
     size = len(payload)
     if size < 126:
@@ -75,7 +75,7 @@ async def worker(settings: Settings) -> AsyncIterator[tuple[World, UserSession]]
 
 
 async def idle(world: World) -> None:
-    """Wait until nobody is connected and nothing runs but what always does, however many there were before."""
+    """Wait until there are no connections, and no tasks besides those that always run."""
     app = world.workers[0].app
     async with asyncio.timeout(PATIENCE):
         while len(app.connections) or len(asyncio.all_tasks()) > TASKS or len(app.admission):
@@ -84,7 +84,7 @@ async def idle(world: World) -> None:
 
 @examples(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.lists(frames, min_size=1, max_size=6), cut=st.integers(1, 400))
-async def test_whatever_comes_the_server_answers_or_closes(
+async def test_server_responds_to_any_frames_or_closes(
     worker: tuple[World, UserSession], pieces: list[bytes], cut: int
 ) -> None:
     world, ada = worker
@@ -108,7 +108,9 @@ async def test_whatever_comes_the_server_answers_or_closes(
 @given(
     head=st.one_of(raw, st.builds(lambda line: HEAD + line, raw), st.builds(lambda t: HEAD + t + b"\r\n\r\n", texts))
 )
-async def test_whatever_comes_in_place_of_a_handshake(worker: tuple[World, UserSession], head: bytes) -> None:
+async def test_server_responds_to_any_bytes_instead_of_a_handshake_or_closes(
+    worker: tuple[World, UserSession], head: bytes
+) -> None:
     world, _ = worker
     reader, writer = await asyncio.open_connection(*_address(world))
     writer.write(head)
@@ -121,7 +123,7 @@ async def test_whatever_comes_in_place_of_a_handshake(worker: tuple[World, UserS
     await idle(world)
 
 
-async def test_compression_is_not_agreed_to(worker: tuple[World, UserSession]) -> None:
+async def test_compression_is_not_negotiated(worker: tuple[World, UserSession]) -> None:
     world, ada = worker
     reader, writer = await asyncio.open_connection(*_address(world))
     writer.write(
@@ -135,13 +137,14 @@ async def test_compression_is_not_agreed_to(worker: tuple[World, UserSession]) -
     writer.close()
 
 
-async def test_garbage_leaves_nothing_behind(worker: tuple[World, UserSession]) -> None:
-    """What hostile connections leave in memory, counted in objects of each type: one for each connection is a leak. A
-    busy machine opens more connections to the database, which keep statements.
+async def test_arbitrary_bytes_leak_no_objects(worker: tuple[World, UserSession]) -> None:
+    """Count objects of each type after hostile connections. One more per connection is a leak.
+
+    A busy machine opens more database connections, which keep statements.
     """
     world, _ = worker
     rng = random.Random(1)
-    # One user may not connect so often.
+    # One user may not connect this often.
     people = [await world.user("Ada") for _ in range(10)]
 
     async def garbage(count: int) -> None:

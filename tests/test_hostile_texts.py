@@ -1,4 +1,4 @@
-"""No text takes much longer to work on than ordinary words of the same length."""
+"""No text takes much longer to process than ordinary words of the same length."""
 
 import contextlib
 import itertools
@@ -20,13 +20,13 @@ from server.queries import search
 from tests.world import World
 
 MAX_RATIO = 10
-"""Times that ordinary words take. Linear work that finds a word or a mark at every second character takes 3, up to 8
-when other processes take the processor; what is quadratic takes 20 and more.
+"""Max ratio to the time for ordinary words. Linear work with a word at every second character takes 3 times as long,
+up to 8 times on a busy machine. Quadratic work takes 20 times and more.
 """
 TRIES = 40
-"""Max measurements, of which the shortest counts: other processes make the others longer."""
+"""Max measurements, of which the shortest counts, since other processes prolong the others."""
 PAGE_MS = 30
-"""Max time that reading a page takes, milliseconds: three times what the worst one takes."""
+"""Max time to parse a page, milliseconds. The slowest page takes a third of it."""
 
 _SIGNS = "/.-_~:@&<>!?=%#+'\" e1"
 PIECES = [
@@ -35,13 +35,13 @@ PIECES = [
     "<a ", "<a", "<a b=", "<a b='", "<a\t", "</a", "<!--", "<!-- ", "<?", "&#", "&#x", "&lt", "é_", "日_", "é.", "日-",
     "\n", "\x01", "\u200d", "\u0301", "\u093e", "\u00a0", "\u2028", "½", "😀", "a ", "é ",
 ]  # fmt: skip
-"""What PostgreSQL's parser looks far ahead at, in pairs, and characters that belong to no words, or hardly do."""
+"""Pairs of characters for which PostgreSQL's parser looks far ahead, and characters at the edge of words."""
 MARKUP = [
     *"*_~`[]()<>!#&\\@|\n{}", "**", "_a_ ", "](", "[a]: ", "![", "```", "`\n", "<@", "@a", "@a-", "#a", ">a", "> ",
     "- ", "1. ", "<http://", "http://a ", "https://", "@a@", ".invalid", "@.", "\u2003", "\u200d ",
     "<a ", "<a b", "a='", "</", "</a", "<!--", "<!->", "<?", "<![", "<![<", "<![CDATA[", "]]>", "&a", "&#x", "<>",
 ]  # fmt: skip
-"""What patterns, Markdown and HTML look ahead at."""
+"""Texts for which patterns, Markdown and HTML look ahead."""
 JSON = ['"', '\\"', "[", "{", "[[],", "e", "1e300,", '"a":', '{"a":', "\\u0000", "-e"]
 
 _letters = random.Random(1)
@@ -49,7 +49,7 @@ ORDINARY = " ".join("".join(_letters.choices("abcdefghijklmnopqrstuvwxyz", k=5))
 
 
 async def _least(found: "PreparedStatement[Record]", text: str, *, enough: float) -> float:
-    """Return the least seconds that a statement took, measured until it takes at most `enough`."""
+    """Return the shortest time of a statement in seconds. Stop measuring at `enough`."""
     least = float("inf")
     for _ in range(TRIES):
         begun = time.perf_counter()
@@ -72,8 +72,8 @@ _MARKED = search._SNIPPET.replace("(found.m).content", "$1::text").replace("$2",
     ],
     ids=["words", "stems", "snippet"],
 )
-async def test_no_text_takes_long_to_be_found(world: World, sql: str, most: int) -> None:
-    """Whoever sends with it in one statement waits, too, and so do fellow members who search."""
+async def test_no_text_is_slow_to_index_or_to_make_a_snippet_of(world: World, sql: str, most: int) -> None:
+    """A slow text would delay others in the same statement, and participants who search."""
     found = await world.db.prepare(sql)
     text = f"engine {ORDINARY}"[:most]
     await found.fetch(text, "engine")
@@ -95,7 +95,7 @@ def _patterns(text: str) -> None:
     [
         (lambda text: mentions.find(text, is_code=False, is_markdown=True), limits.MAX_CONTENT, 25),
         (previews.first_link, limits.MAX_CONTENT, 10),
-        (slack._text, limits.MAX_CONTENT, 25),  # noqa: SLF001 - what an import does with each text
+        (slack._text, limits.MAX_CONTENT, 25),  # noqa: SLF001 - used by an import for each text
         (lambda text: search_text.query(text, prefix=3), 255, 10),
         (markdown.render, limits.MAX_CONTENT, 60),
         (_patterns, limits.MAX_CONTENT, 60),
@@ -105,8 +105,8 @@ def _patterns(text: str) -> None:
     ],
     ids=["mentions", "link", "slack", "query", "markdown", "patterns", "visible", "frame", "metadata"],
 )
-def test_no_text_takes_a_worker_long(work: Callable[[str], object], size: int, most_ms: float) -> None:
-    """In time of the processor, about five times what the worst of each took."""
+def test_no_text_is_slow_to_process(work: Callable[[str], object], size: int, most_ms: float) -> None:
+    """The bounds are CPU times, about five times those of the slowest text."""
     for piece in (*MARKUP, *JSON):
         text = (piece * size)[:size]
         least = float("inf")
@@ -121,8 +121,8 @@ def test_no_text_takes_a_worker_long(work: Callable[[str], object], size: int, m
 
 
 @pytest.mark.parametrize("start", ["", "<title>", "<meta ", "<meta a='", "<a ", "<script>", "<!--", "<!doctype a ["])
-def test_no_page_that_a_preview_is_made_of_holds_a_worker(start: str) -> None:
-    """One search holds the interpreter, whatever thread it runs in."""
+def test_no_page_is_slow_to_make_a_preview_of(start: str) -> None:
+    """A pattern search holds the interpreter lock, even in a thread."""
     for piece in (*MARKUP, "</", "<a ", "a ", "a= ", "a='' ", "<meta ", "<title>", "</title>", "<!--", "-->", "&amp;"):
         page = (start + piece * previews.MAX_PAGE_BYTES)[: previews.MAX_PAGE_BYTES].encode()
         least = float("inf")

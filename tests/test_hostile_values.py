@@ -1,4 +1,4 @@
-"""Hostile values in every field of every frame and of every body over HTTP: an answer each time, never `internal`."""
+"""Hostile values in every field of every frame and HTTP body get a reply that is not `internal`."""
 
 import asyncio
 import itertools
@@ -37,7 +37,7 @@ from tests.conftest import Servers
 from tests.test_protocol import JSON
 from tests.world import PUSH_POINT, UserSession, World, http_client, refused, sent, until
 
-HOLE = "the hole that a hostile value is put into"
+HOLE = "the place of a hostile value"
 BIG = MAX_FRAME_BYTES - 2_000
 
 
@@ -45,7 +45,7 @@ def nested(depth: int, opening: str = "[", closing: str = "]") -> str:
     return opening * depth + closing * depth
 
 
-# As JSON text: some are values that no encoder would write.
+# JSON texts, some of which no encoder would write.
 SMALL = [
     "null", "true", '""', "[]", "{}", "0", "-1", "1.5", "-0.0",
     *(str(sign * 2**bits + more) for bits in (15, 31, 32, 53, 63, 64) for sign in (1, -1) for more in (-1, 0)),
@@ -91,7 +91,7 @@ LAST = (
 def valid(  # noqa: C901, PLR0911, PLR0912 - one case for each type
     kind: inspect.Type, name: str, ids: dict[str, str], *, whole: bool = False
 ) -> Any:
-    """Return a value that a field of this type takes; with `whole`, structs have all of their fields."""
+    """Return a valid value of a type. With `whole`, structs have all fields."""
     match kind:
         case inspect.StructType():
             fields = {
@@ -128,7 +128,7 @@ def valid(  # noqa: C901, PLR0911, PLR0912 - one case for each type
             ]
         case inspect.DictType():
             return {ids.get("conversation_id") or str(uuid7()): valid(kind.value_type, "", ids)}
-        case _:  # an object that is the client's own
+        case _:  # an object of the client
             return {"a": {"b": [1, "c"]}}
 
 
@@ -136,13 +136,13 @@ TEXTS = {
     "url": "https://example.org/x", "image": "https://example.org/x", "website": "https://example.org/x",
     "poster": "https://example.org/x", "endpoint": "https://example.org/x", "p256dh": PUSH_POINT, "auth": "A" * 22,
     "mime_type": "image/png", "language": "python", "time_zone": "Europe/London", "emoji": "\N{THUMBS UP SIGN}",
-    "email": "somebody@example.org", "password": "correct horse", "new_password": "another horse",
+    "email": "ada@example.org", "password": "correct horse", "new_password": "another horse",
     "after": "2025-01-01T00:00:00Z/" + str(uuid7()),
 }  # fmt: skip
 
 
 def holes(kind: inspect.Type, around: Any) -> Iterator[tuple[Any, ...]]:
-    """Return the ways to every value and key in `around`, which is a valid `kind`, outermost first."""
+    """Yield the paths of all values and keys in `around`, which is a valid `kind`, outermost first."""
     yield ()
     match kind:
         case inspect.StructType():
@@ -171,7 +171,7 @@ def with_hole(value: Any, way: tuple[Any, ...]) -> Any:
 
 
 def frames(kind: type[msgspec.Struct], ids: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Return the JSON of valid structs with a hole in one place each, with the place's name."""
+    """Yield the JSON of valid structs with HOLE in one place each, and the name of the place."""
     about = inspect.type_info(kind)
     assert isinstance(about, inspect.StructType)
     for field in about.fields:
@@ -193,7 +193,7 @@ def frames(kind: type[msgspec.Struct], ids: dict[str, str]) -> Iterator[tuple[st
 
 
 def filled(text: str, value: str) -> bytes:
-    """Return a frame with a hostile value in its hole; as a key, if there the value is a text."""
+    """Return a frame with a hostile value in place of HOLE. Only texts can be keys."""
     if f'"{HOLE}":' in text and not value.startswith('"'):
         value = json.dumps(value[:100])
     return text.replace(f'"{HOLE}"', value).encode("utf-8", "surrogatepass")
@@ -201,7 +201,7 @@ def filled(text: str, value: str) -> bytes:
 
 @pytest.fixture
 async def lone(settings: Settings) -> AsyncIterator[World]:
-    """One worker, so that there is one log; nothing is refused for being too much."""
+    """One worker, so that there is one log, without rate limits."""
     quick = msgspec.structs.replace(
         settings, ephemeral_rate=1e6, login_attempts=10**6, login_attempts_per_address=10**6
     )
@@ -211,16 +211,16 @@ async def lone(settings: Settings) -> AsyncIterator[World]:
 
 QUOTES_NO_VALUE = re.compile(
     r'ERROR:  .* (violates|conflicts with) \w+( key)? constraint "\w+"'
-    # of a lock that SEND does not wait for
+    # from a lock that SEND does not wait for
     r"|ERROR:  canceling statement due to lock timeout"
-    # of sessions that end: tests/databases.py ends those that are left, and a client may be gone first
+    # from sessions that end: tests/databases.py terminates them, and clients may disconnect first
     r"|FATAL:  (terminating connection due to administrator command|connection to client lost)|LOG:  "
 )
 
 
 @pytest.fixture(autouse=True)
 def _postgres_log(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Nothing reaches PostgreSQL that it refuses, but keys that are taken: its log would quote the value."""
+    """Fail if PostgreSQL refuses a value, except taken keys, since its log would quote the value."""
     if "lone" not in request.fixturenames:
         yield
         return
@@ -232,7 +232,7 @@ def _postgres_log(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 async def ids_in(world: World) -> tuple[UserSession, dict[str, str]]:
-    """Return a user who is connected, and the ids of what they made, by the fields that name it."""
+    """Return a connected user, and the ids of rows that they created, by field."""
     ada, charles = await world.users("Ada", "Charles")
     return ada, await ids_of(world, await world.connect(ada), charles)
 
@@ -248,25 +248,25 @@ async def ids_of(world: World, client: Client, charles: UserSession) -> dict[str
 
 
 def assert_quiet(log: pytest.LogCaptureFixture) -> None:
-    """Nothing failed, and nothing came as far as the database that it refuses."""
+    """Assert that nothing failed, and that the database refused nothing."""
     loud = [record.getMessage() for record in log.records if record.levelno >= logging.WARNING]
     assert not loud, loud[:5]
 
 
 def each_frame() -> list[type[msgspec.Struct]]:
-    """Return all frames, those that end what others need last."""
+    """Return all frames. Those that delete what others need come last."""
     return sorted(ROUTES, key=lambda frame: str(frame.__struct_config__.tag).startswith(LAST))
 
 
 def ids_for(kind: type[msgspec.Struct], ids: dict[str, str]) -> dict[str, str]:
-    """Return the ids for a frame, without that of what it makes, which is to be new."""
+    """Return the ids for a frame, except the id of a row that it creates."""
     is_new = kind.__struct_config__.tag in {"send", "schedule", "create_group", "create_channel"}
     own = "conversation_id" if issubclass(kind, CreateGroup | CreateChannel) else "message_id"
     return {name: one for name, one in ids.items() if not (is_new and name == own)}
 
 
 class Direct(NamedTuple):
-    """The way of a frame without the socket: what the server makes of bytes."""
+    """Handles frames as a connection does, without a socket."""
 
     dispatch: Dispatch
     context: Context
@@ -280,7 +280,7 @@ class Direct(NamedTuple):
         return cls(one._deps.dispatch, one.context, ids)  # noqa: SLF001
 
     async def run_all(self, values: list[str]) -> int:
-        """Put each value into each field; return how many that were. None is answered with `internal`."""
+        """Send each value in each field. Assert that no reply is `internal`, and return the number of frames."""
         wrong, count = [], 0
         for kind in each_frame():
             for place, text in frames(kind, ids_for(kind, self.ids)):
@@ -310,9 +310,9 @@ async def test_every_field_of_every_frame_takes_large_values(lone: World, caplog
 @pytest.mark.timeout(600)
 @given(data=st.data())
 @examples(max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
-async def test_any_json_in_any_field(lone: World, data: st.DataObject) -> None:
-    """One frame is no abuse: its connection answers the next one. Each example ends its own connection, since all of
-    them come from one address.
+async def test_any_json_in_any_field_gets_a_reply(lone: World, data: st.DataObject) -> None:
+    """A single frame does not close its connection. Each example closes its connection, since all come from one
+    address.
     """
     ada, charles = await lone.users("Ada", "Charles")
     async with Client(lone.url, ada.token) as client:
@@ -327,7 +327,7 @@ async def test_any_json_in_any_field(lone: World, data: st.DataObject) -> None:
         assert ErrorCode.INTERNAL not in {one.code for one in client.events if isinstance(one, Error)}
 
 
-async def test_a_connection_survives_hostile_values(lone: World, caplog: pytest.LogCaptureFixture) -> None:
+async def test_connection_stays_open_after_hostile_values(lone: World, caplog: pytest.LogCaptureFixture) -> None:
     somebody, ids = await ids_in(lone)
     value = itertools.cycle(SMALL)
     every = [
@@ -380,7 +380,7 @@ def batches(items: list[str], size: int) -> Iterator[list[str]]:
 
 
 def sharing(one: UUID, count: int) -> list[UUID]:
-    """Return different UUIDv7s of the same time, and with the same hash in Python, as a UUIDv7."""
+    """Return different UUIDv7s with the time and the Python hash of a UUIDv7."""
     low, middle = one.int & (1 << 62) - 1, one.int >> 64 & 0xFFF
     rest = one.int - low - (middle << 64)
     # 2^64 is 8 modulo 2^61 - 1.
@@ -392,7 +392,7 @@ def sharing(one: UUID, count: int) -> list[UUID]:
 
 INFINITE = ("0001-01-01T00:00:00Z", "0001-01-01T01:00:00+01:00",
             "9999-12-31T23:59:59.999999Z", "9999-12-31T22:59:59.999999-01:00")  # fmt: skip
-"""The first and the last time that Python holds: the driver stores them as `-infinity` and `infinity`."""
+"""The first and the last time of Python, which the driver stores as `-infinity` and `infinity`."""
 
 
 def test_times_that_the_driver_stores_as_infinite_are_refused_in_every_field() -> None:
@@ -413,7 +413,7 @@ def test_times_that_the_driver_stores_as_infinite_are_refused_in_every_field() -
 
 
 def leaves(value: object) -> Iterator[object]:
-    """Return what structs and lists hold, down to the last."""
+    """Yield the values within structs and lists, recursively."""
     if isinstance(value, msgspec.Struct):
         value = list(msgspec.structs.asdict(value).values())
     if isinstance(value, list):
@@ -424,7 +424,7 @@ def leaves(value: object) -> Iterator[object]:
 
 
 def test_ids_that_share_a_hash_are_refused() -> None:
-    """In every frame that may hold many: a dictionary of thousands takes seconds."""
+    """This applies to each frame with many ids, since a dictionary of thousands of them takes seconds."""
     many = {
         (str(frame.__struct_config__.tag), field.encode_name)
         for frame in ROUTES
@@ -447,7 +447,7 @@ def test_ids_that_share_a_hash_are_refused() -> None:
                 decode_client(json.dumps(frame))
 
 
-async def test_no_two_conversations_share_a_hash(lone: World) -> None:
+async def test_conversations_with_the_same_hash_are_refused(lone: World) -> None:
     ids = [uuid7(), *(uuid4() for _ in range(100)), UUID(int=0), UUID(int=2**128 - 1)]
     hashes = await lone.db.fetch(
         "SELECT id_hash(one) FROM unnest($1::uuid[]) WITH ORDINALITY u (one, n) ORDER BY n", ids
@@ -465,7 +465,7 @@ async def test_no_two_conversations_share_a_hash(lone: World) -> None:
     depth=st.integers(json_object.MAX_READ_DEPTH - 4, json_object.MAX_READ_DEPTH + 3),
     beside=st.lists(st.sampled_from(["[]", "{}", '"[]"', '"]["', '"{}}"', "[[]]", "1"]), max_size=80),
 )
-def test_a_stored_object_is_read_up_to_its_depth_whatever_is_beside_it(depth: int, beside: list[str]) -> None:
+def test_stored_object_is_read_up_to_the_depth_limit(depth: int, beside: list[str]) -> None:
     text = '{"a": ' + "[" * (depth - 1) + "1" + "]" * (depth - 1) + ', "b": [' + ", ".join(beside) + "]}"
     decoder = msgspec.json.Decoder(json_object.Json, dec_hook=json_object.read)
     if depth <= json_object.MAX_READ_DEPTH:

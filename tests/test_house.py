@@ -1,4 +1,4 @@
-"""The house: rooms import as docs/map.md says, SQL and Redis stay where they belong, what is generated is current."""
+"""Rules of the code: imports, SQL and Redis as in docs/map.md, and generated documents are current."""
 
 import ast
 import functools
@@ -19,20 +19,20 @@ from tests.trees import parsed
 ROOT = Path(__file__).parent.parent
 SERVER = ROOT / "server"
 EVERYWHERE = {"core", "protocol"}
-"""What each room may import besides what its line in docs/map.md lists."""
+"""Rooms that each room may import besides those in its line of docs/map.md."""
 
 SQL = re.compile(
     r"^\s*(SELECT\b|INSERT INTO\b|UPDATE \S|DELETE FROM\b|MERGE INTO\b|WITH (RECURSIVE )?\w+ (\(.*\) )?AS\b|VALUES \()",
     re.MULTILINE,
 )
-"""A statement, wherever in a string it begins."""
+"""An SQL statement at the start of a line of a string."""
 CONNECTS = re.compile(r"\basyncpg\.(connect|create_pool)\b")
 REDIS = re.compile(r"^\s*(from|import) redis\b", re.MULTILINE)
 ENVIRONMENT = re.compile(r"\bos\.(environ|getenv)\b")
 
 
 def table(header: str) -> dict[str, frozenset[str]]:
-    """Return the table of docs/map.md whose first column is called `header`: what each line names in backticks."""
+    """Return the table of docs/map.md whose first column is `header`: the names in backticks of each line."""
     page = (ROOT / "docs" / "map.md").read_text()
     body = page.split(f"\n| {header} | ", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in body]
@@ -44,7 +44,7 @@ ONLY = table("only here")
 
 
 def name_of(path: Path, server: Path) -> str:
-    """Return a module's name below `server`, such as `hub.topics`; a package's is that of its folder."""
+    """Return the name of a module below `server`, such as `hub.topics`. A package has the name of its folder."""
     parts = path.relative_to(server).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -55,7 +55,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path) -> list[tuple[int, str]]:
-    """Return the lines of a file that import something of ours, and what."""
+    """Return the imports of our modules in a file, with their line numbers."""
     found: list[tuple[int, str]] = []
     for node in ast.walk(parsed(path)):
         names: list[str] = []
@@ -102,11 +102,11 @@ def broken(server: Path) -> list[str]:
     return found
 
 
-def test_rooms_import_as_the_map_says() -> None:
+def test_rooms_import_only_what_the_map_allows() -> None:
     assert broken(SERVER) == []
 
 
-def test_every_room_and_file_of_the_map_exists_and_every_arrow_points_down() -> None:
+def test_rooms_and_files_of_the_map_exist_and_rooms_import_only_lower_ones() -> None:
     rooms = {path.stem for path in SERVER.iterdir() if path.is_dir() or path.suffix == ".py"}
     assert set(ROOMS) == rooms - {"__init__", "__pycache__"}
     order = list(ROOMS)
@@ -115,7 +115,7 @@ def test_every_room_and_file_of_the_map_exists_and_every_arrow_points_down() -> 
     assert [name for names in ONLY.values() for name in names if name not in modules() and name not in ROOMS] == []
 
 
-def test_the_map_allows_nothing_that_no_file_needs() -> None:
+def test_map_allows_no_unused_import() -> None:
     needed: dict[str, set[str]] = {room: set() for room in ROOMS}
     for name, path in modules().items():
         needed[name.split(".")[0]] |= {what.split(".")[1] for _, what in imported(path) if what.startswith("server.")}
@@ -145,7 +145,7 @@ def test_the_map_allows_nothing_that_no_file_needs() -> None:
         ("hub/hub.py", 'HOME = os.environ["HOME"]'),
     ],
 )
-def test_what_breaks_the_map_is_found(tmp_path: Path, file: str, line: str) -> None:
+def test_violations_of_the_map_are_found(tmp_path: Path, file: str, line: str) -> None:
     copy = tmp_path / "server"
     (copy / file).parent.mkdir(parents=True)
     text = (SERVER / file).read_text() if (SERVER / file).exists() else ""
@@ -155,8 +155,8 @@ def test_what_breaks_the_map_is_found(tmp_path: Path, file: str, line: str) -> N
 
 
 @pytest.mark.parametrize("name", sorted(name for name in modules() if name.startswith("queries.")))
-def test_the_statements_of_every_query_file_are_seen(tmp_path: Path, name: str) -> None:
-    """In another room, each file that hands a statement to PostgreSQL would be found."""
+def test_statements_of_every_query_file_are_found(tmp_path: Path, name: str) -> None:
+    """In another room, the SQL of each of these files would be found."""
     text = modules()[name].read_text()
     if re.search(r"\bdb\.(fetch|fetchrow|fetchval|execute|executemany|cursor)\b", text):
         (tmp_path / "handlers").mkdir()
@@ -165,12 +165,12 @@ def test_the_statements_of_every_query_file_are_seen(tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "protocol").glob("*.py")), ids=lambda path: path.stem)
-def test_the_protocol_imports_nothing_of_the_server(path: Path) -> None:
+def test_protocol_does_not_import_the_server(path: Path) -> None:
     assert [what for _, what in imported(path) if not what.startswith("protocol")] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "loadtest").rglob("*.py")), ids=lambda path: path.stem)
-def test_the_crowd_speaks_only_the_protocol_and_writes_files_as_the_server_does(path: Path) -> None:
+def test_loadtest_imports_only_the_protocol_and_helpers_of_the_command_line(path: Path) -> None:
     files = {
         "server.core.atomic_file.aside",
         "server.core.atomic_file.require_folder",
@@ -183,7 +183,7 @@ def test_the_crowd_speaks_only_the_protocol_and_writes_files_as_the_server_does(
 
 
 class Class(NamedTuple):
-    """A class of ours: its members, with what each method takes by keyword alone, and its docstring."""
+    """A class: its members, with the keyword-only parameters of each method, and its docstring."""
 
     path: Path
     bases: frozenset[str]
@@ -192,7 +192,7 @@ class Class(NamedTuple):
 
     @classmethod
     def read(cls, path: Path, node: ast.ClassDef) -> "Class":
-        """Return what a definition says."""
+        """Return the class of a definition."""
         own: dict[str, frozenset[str] | None] = {}
         for one in ast.walk(node):
             if isinstance(one, ast.Attribute) and isinstance(one.ctx, ast.Store) and ast.unparse(one.value) == "self":
@@ -209,7 +209,7 @@ class Class(NamedTuple):
         return cls(path, bases, own, ast.get_docstring(node) or "")
 
     def room(self) -> str:
-        """Return the room of `server` that the class stands in, or the folder beside it."""
+        """Return the room of `server` that contains the class, or the folder beside `server`."""
         parts = self.path.relative_to(ROOT).with_suffix("").parts
         return parts[1] if parts[0] == "server" else parts[0]
 
@@ -228,14 +228,14 @@ def classes() -> dict[str, Class]:
 
 @functools.cache
 def members(key: str) -> dict[str, frozenset[str] | None]:
-    """Return what instances of a class have, by itself and by its bases."""
+    """Return the members of a class, including those of its bases."""
     one = classes()[key]
     named = [members(base) for base in classes() if base.rpartition(":")[2] in one.bases]
     return functools.reduce(lambda all_of, more: more | all_of, named, one.own)
 
 
 def implements(key: str, protocol: str) -> bool:
-    """Return whether a class has all members of a Protocol; of one that is called, whether making it takes the same."""
+    """Return whether a class has all members of a Protocol. For a callable Protocol, compare `__init__` with it."""
     needed = {name.replace("__call__", "__init__"): takes for name, takes in members(protocol).items()}
     has = members(key)
     return needed.keys() <= has.keys() and all(
@@ -248,26 +248,26 @@ PROTOCOLS = sorted(key for key, one in classes().items() if "Protocol" in one.ba
 
 
 @pytest.mark.parametrize("key", PROTOCOLS)
-def test_a_protocol_has_two_implementations_or_one_that_it_may_not_see(key: str) -> None:
-    """The sole implementation stands in a room that the Protocol's may not import, and its docstring names it."""
+def test_protocol_class_has_two_implementations_or_one_that_its_room_may_not_import(key: str) -> None:
+    """A single implementation is in a room that the Protocol's room may not import, and the docstring names it."""
     protocol = classes()[key]
     found = [name for name in classes() if name not in PROTOCOLS and implements(name, key)]
     if len(found) < 2:
         (only,) = found
         room, other = protocol.room(), classes()[only].room()
-        assert room in ROOMS, f"{key} has one implementation: name {only}"
-        assert other not in ROOMS[room] | {room}, f"{key} has one implementation, and may import it: name {only}"
+        assert room in ROOMS, f"{key} has one implementation: use {only}"
+        assert other not in ROOMS[room] | {room}, f"{key} has one implementation, and may import it: use {only}"
         assert f"`{only.rpartition(':')[2]}`" in protocol.docstring, f"the docstring of {key} does not name {only}"
 
 
 @pytest.mark.parametrize("frame", ROUTES, ids=lambda frame: frame.__name__)
 def test_each_frame_has_a_handler_of_its_own(frame: type[Frame]) -> None:
-    """Frames that turn something on and off, too: what two handlers share is a private function."""
+    """This includes frames that switch something on or off. Handlers share code by private functions."""
     assert get_type_hints(ROUTES[frame].handler)["frame"] is frame
 
 
 def held(tree: ast.AST) -> Iterator[ast.AST]:
-    """Return what runs while a connection is held: blocks that have borrowed `db`, and functions that are given it."""
+    """Yield code that holds a database connection: blocks that acquire `db`, and functions that take it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.AsyncWith):
             has = any(isinstance(item.optional_vars, ast.Name) and item.optional_vars.id == "db" for item in node.items)
@@ -287,15 +287,15 @@ def awaited(node: ast.AST) -> Iterator[ast.AST]:
             yield from (item.context_expr for item in one.items)
 
 
-def test_nothing_but_the_database_is_waited_for_while_a_connection_is_held() -> None:
-    """Others wait for it, or for what it has locked: nobody's answer, no turn of the loop, no rows that are decoded."""
+def test_code_that_holds_a_database_connection_awaits_only_the_database() -> None:
+    """Others wait for the connection and its locks, so it must not wait for the network, the loop or decoding."""
     commands = {
         "cli.admin",
         "cli.conversations",
         "cli.users",
         "ops.reindex",
         "queries.checks",
-    }  # each has a connection of its own
+    }  # each has its own connection
     found = [
         f"{path}: {ast.unparse(one)}"
         for name, path in modules().items()
@@ -308,13 +308,13 @@ def test_nothing_but_the_database_is_waited_for_while_a_connection_is_held() -> 
     assert found == []
 
 
-@pytest.mark.parametrize("name", sorted(DOCUMENTS.keys() - {"columns.md"}))  # for which test_columns.py has a database
+@pytest.mark.parametrize("name", sorted(DOCUMENTS.keys() - {"columns.md"}))  # tested with a database in test_columns.py
 def test_generated_documents_are_current(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == DOCUMENTS[name](), "run `make docs`"
 
 
 HELPERS_THAT_WAIT = {"ask", "call", "connect", "event", "message", "received_message", "sent", "synced", "until"}
-"""Helpers of tests that have an assertion of their own, which says nothing about what a test is of."""
+"""Helpers of tests with their own assertion, which does not count as an assertion of the test."""
 
 
 def asserts(node: ast.AST, helpers: dict[str, list[ast.AST]], depth: int = 3) -> bool:
@@ -352,14 +352,14 @@ PRIMITIVES = {
 
 def test_every_type_in_the_handbook_is_described() -> None:
     page = (ROOT / "docs" / "protocol.md").read_text()
-    described = {*re.findall(r"^#{3,4} (\w+)$", page, re.MULTILINE), "ErrorCode", "Limits"}  # two have chapters
+    described = {*re.findall(r"^#{3,4} (\w+)$", page, re.MULTILINE), "ErrorCode", "Limits"}  # these have chapters
     rows = re.findall(r"^\| `\w+` \| (.*?) \| ", page.split("## Error codes")[0], re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"[A-Za-z]\w+", re.sub(r"`[^`]*`", "", row))}
     assert named - PRIMITIVES - described - {"version", "characters", "elements"} == set()
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
-def test_nothing_that_is_ignored_was_committed() -> None:
+def test_no_ignored_file_is_committed() -> None:
     command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert listed.stdout.split() == []
@@ -367,21 +367,21 @@ def test_nothing_that_is_ignored_was_committed() -> None:
 
 def test_prose_in_documents_wraps() -> None:
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
-        if path.name == "CHANGELOG.md":  # a line for each change
+        if path.name == "CHANGELOG.md":  # one line per change
             continue
         prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
         long = [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")]
         assert [line for line in long if " " in line.strip()] == [], f"{path.name}: wrap prose at 120 characters"
 
 
-def test_links_in_documents_lead_somewhere() -> None:
+def test_links_in_documents_resolve() -> None:
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path.name} → {target}"
 
 
-def test_a_class_has_a_name_of_its_own() -> None:
+def test_class_names_are_unique() -> None:
     names: dict[str, list[str]] = {}
     for module, path in modules().items():
         for node in ast.walk(parsed(path)):
