@@ -207,8 +207,8 @@ def test_only_three_statements_insert_participants() -> None:
         )
     assert found == [
         "server/queries/creation.py: CREATE",
+        "server/queries/invitations.py: INVITE",
         "server/queries/participants.py: ADD",
-        "server/queries/participants.py: INVITE",
     ]
 
 

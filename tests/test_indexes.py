@@ -46,7 +46,7 @@ NEEDED_BY = {
     "participant_heir_idx": "participants.HEIR",
     "participant_invited_by_idx": "welcome.GUESTS",
     "participant_invited_idx": "feed.PAGE",
-    "participant_invited_to_idx": "participants.END_INVITATIONS",
+    "participant_invited_to_idx": "invitations.END",
     "participant_left_version_idx": "changes.SINCE",
     "participant_user_idx": "bounds.MEMBERSHIPS",
     "participant_user_version_idx": "own_news.READ",

@@ -68,7 +68,7 @@ WHY = {
         "conversations.OPEN": "conversation_participant(user_id)",
         "drafts.LIST": "conversation_participant(user_id) cut 1",
         "latest.SINCE": "conversation_participant(user_id) cut 1",
-        "participants.INVITATIONS": "conversation_participant(user_id) cut 1",
+        "invitations.LIST": "conversation_participant(user_id) cut 1",
         "receipts.READ": "conversation_participant(user_id)",
         "receipts.MARK_UNREAD": "conversation_participant(user_id)",
         "threads.CHANGE": "conversation_participant(user_id)",
@@ -121,7 +121,7 @@ WHY = {
         "reactions.STORED": "message_reaction(message_id, user_id) cut 1",
     },
     "a job, page by page": {
-        "participants.END_INVITATIONS": "conversation_participant(conversation_id)",
+        "invitations.END": "conversation_participant(conversation_id)",
         "erasure.TAKES_PART": "conversation_participant(user_id)",
         "audit.FORGET": "audit_entry(chain)",
         "erasure.LEAVE_DELETED": "conversation_participant(user_id)",

@@ -11,7 +11,7 @@ from server.domain.invite_code import new_code
 from server.domain.membership import MembershipChange, lock_with_member, welcomed_by
 from server.domain.permissions import require
 from server.domain.publish import publish_updated
-from server.queries import audit, conversation_views, conversations, invite_codes, participants, users
+from server.queries import audit, conversation_views, conversations, invitations, invite_codes, participants, users
 from server.queries.audit import Deed
 
 
@@ -22,7 +22,7 @@ async def invite(context: Context, frame: client.Invite) -> Done:
         they = await welcomed_by(db, context, me, frame)
         membership_change = MembershipChange(context, db, conversation)
         if they.invited:
-            membership_change.changes += await participants.invite(
+            membership_change.changes += await invitations.invite(
                 db, conversation.id, they.invited, frame.role, context.user_id
             )
             await participants.stamp(db, conversation.id, they.invited)
@@ -51,7 +51,7 @@ async def decline(context: Context, frame: client.Decline) -> Done:
 async def list_invitations(context: Context, frame: client.ListInvitations) -> InvitationList:  # noqa: ARG001
     """Return the caller's pending invitations."""
     async with context.database.connection() as db:
-        return InvitationList(invitations=await participants.invitations(db, context.user_id))
+        return InvitationList(invitations=await invitations.listed(db, context.user_id))
 
 
 async def set_invite_code(context: Context, frame: client.SetInviteCode) -> OneConversation:

@@ -12,7 +12,7 @@ from server.db.database import Db
 from server.domain import sync
 from server.domain.membership import MembershipChange, lock_with_member, require_room, taking_part, welcomed_by
 from server.domain.permissions import require, require_above, require_below
-from server.queries import bounds, conversation_views, conversations, invite_codes, participants, users
+from server.queries import bounds, conversation_views, conversations, invitations, invite_codes, participants, users
 from server.queries.audit import Deed
 from server.queries.system_messages import SystemMessage
 
@@ -67,7 +67,7 @@ async def _welcomed(db: Db, context: Context, frame: client.Join) -> tuple[Conve
     is_open = conversation.is_public or frame.invite_code is not None
     is_invited = before is not None and before.status == "invited" and not is_open
     # An invitation counts only while its sender may still add users.
-    if is_invited and await participants.invited_as(db, conversation.id, context.user_id) is None:
+    if is_invited and await invitations.invited_as(db, conversation.id, context.user_id) is None:
         raise Refused(
             ErrorCode.FORBIDDEN,
             "The user who invited you may no longer add anyone. Ask for another invitation.",
@@ -110,7 +110,7 @@ async def add(context: Context, frame: client.AddParticipants) -> Added:
                 await participants.add(db, conversation.id, they.added, frame.role, context.user_id)
             )
         if they.invited:
-            membership_change.changes += await participants.invite(
+            membership_change.changes += await invitations.invite(
                 db, conversation.id, they.invited, frame.role, context.user_id
             )
         if they.added:

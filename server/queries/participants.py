@@ -12,14 +12,13 @@ from protocol.client import ListParticipants
 from protocol.ids import ConversationId, UserId
 from protocol.roles import ROLES
 from protocol.server import OutsidersChanged, ParticipantChanged, ParticipantEntry, ParticipantLeft
-from protocol.values import Invitation, Participant, ParticipantStatus, Role
+from protocol.values import Participant, ParticipantStatus, Role
 from server.db.database import Db
 from server.db.rows import Page, Reader, Undecoded
 from server.queries import drafts
 from server.queries.users import FACE, MOVE_OWN
 
 _participant_decoder = Reader(Participant)
-_invitations_decoder = Reader(Invitation)
 _entry_decoder = Reader(ParticipantEntry)
 ParticipantEvent = ParticipantChanged | ParticipantLeft | OutsidersChanged
 _event_decoder: Reader[ParticipantEvent] = Reader(ParticipantEvent)
@@ -33,7 +32,8 @@ class ParticipantChange(NamedTuple):
     event: ParticipantEvent
 
 
-def _change(row: "asyncpg.Record") -> ParticipantChange:
+def decoded_change(row: "asyncpg.Record") -> ParticipantChange:
+    """Return the change that a statement returned: a participant, their number, and the event."""
     text, count, event = row
     return ParticipantChange(_participant_decoder.decode(text), count, _event_decoder.decode(event))
 
@@ -133,88 +133,7 @@ async def add(
     Without `invited_by` they join themselves. They get the role of their invitation, or stay guests.
     """
     rows = await db.fetch(ADD, conversation_id, list(user_ids), role, invited_by)
-    return sorted((_change(row) for row in rows), key=lambda change: change.participant.version)
-
-
-INVITED_AS = """
-SELECT invited_as(p) FROM conversation_participant p WHERE p.conversation_id = $1 AND p.user_id = $2
-"""
-
-
-async def invited_as(db: Db, conversation_id: ConversationId, user_id: UserId) -> Role | None:
-    """Return the role that an invitation gives now. Return None if its sender may no longer add users."""
-    role: Role | None = await db.fetchval(INVITED_AS, conversation_id, user_id)
-    return role
-
-
-INVITE = """
-WITH asked AS (
-    SELECT a.user_id, row_number() OVER (ORDER BY a.user_id) AS place
-    FROM (SELECT DISTINCT user_id FROM unnest($2::uuid[]) AS named (user_id)) a
-    WHERE NOT EXISTS (
-        SELECT FROM conversation_participant p
-        WHERE p.conversation_id = $1 AND p.user_id = a.user_id
-            AND (p.status = 'active' OR (p.status = 'invited' AND invited_as(p) IS NOT NULL)) OFFSET 0
-    )
-), bumped AS (
-    UPDATE conversation c SET version = c.version + n.asked
-    FROM (SELECT count(*) AS asked FROM asked) n
-    WHERE c.id = $1 AND n.asked > 0
-    RETURNING c.version - n.asked AS base, c.participant_count
-)
-INSERT INTO conversation_participant AS p (conversation_id, user_id, role, status, invited_by, version)
-SELECT $1, a.user_id, $3, 'invited', $4, b.base + a.place FROM asked a, bumped b
-ON CONFLICT (conversation_id, user_id) DO UPDATE SET
-    role = excluded.role, status = 'invited', invited_by = excluded.invited_by, version = excluded.version,
-    joined_at = now(), left_version = gone_version(p)
-RETURNING participant_json(p), (SELECT participant_count FROM bumped),
-    participant_event(p, (SELECT participant_count FROM bumped))
-"""
-
-
-async def invite(
-    db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId], role: Role, invited_by: UserId
-) -> list[ParticipantChange]:
-    """Invite users who are not active and have no invitation of a user who may still add users. Return them in the
-    order of their versions.
-    """
-    rows = await db.fetch(INVITE, conversation_id, list(user_ids), role, invited_by)
-    return sorted((_change(row) for row in rows), key=lambda change: change.participant.version)
-
-
-INVITATIONS = """
-SELECT coalesce(json_agg(invitation_json(p, c) ORDER BY p.user_version DESC), '[]') FROM (
-    SELECT p.* FROM conversation_participant p
-    JOIN conversation c ON c.id = p.conversation_id AND c.is_active AND NOT c.is_deleted
-    WHERE p.user_id = $1 AND p.status = 'invited' ORDER BY p.user_version DESC LIMIT 100
-) p JOIN conversation c ON c.id = p.conversation_id
-"""
-
-
-async def invitations(db: Db, user_id: UserId) -> list[Invitation]:
-    """Return up to 100 invitations of a user, newest first."""
-    return _invitations_decoder.every(await db.fetchval(INVITATIONS, user_id))
-
-
-# Very many users may be invited. So `remains` calls this after the conversation has ended, with the users' locks only.
-END_INVITATIONS = """
-WITH free AS MATERIALIZED (
-    SELECT o.id FROM conversation_participant p JOIN "user" o ON o.id = p.user_id
-    WHERE CASE WHEN p.status = 'invited' THEN p.conversation_id END = $1
-    LIMIT $2 FOR NO KEY UPDATE OF o SKIP LOCKED
-), touched AS (
-    UPDATE "user" u SET version = u.version + 1, own_moves = u.own_moves + 1
-    FROM free WHERE u.id = free.id RETURNING u.id, u.version
-)
-UPDATE conversation_participant p SET status = 'removed', left_version = gone_version(p), user_version = t.version
-FROM touched t WHERE p.user_id = t.id AND p.conversation_id = $1 AND (p.status = 'invited') IS TRUE
-RETURNING p.user_id
-"""
-
-
-async def end_invitations(db: Db, conversation_id: ConversationId, *, limit: int) -> list[UserId]:
-    """End up to `limit` invitations to an ended conversation. Return their users. Locked users are skipped."""
-    return [UserId(row[0]) for row in await db.fetch(END_INVITATIONS, conversation_id, limit)]
+    return sorted((decoded_change(row) for row in rows), key=lambda change: change.participant.version)
 
 
 # When no participant is left, `remains` ends the remaining invitations.
@@ -244,7 +163,7 @@ async def change(
         await drafts.empty(db, now.conversation_id, now.user_id)
     row = await db.fetchrow(CHANGE, now.conversation_id, now.user_id, role or now.role, status, leaving)
     assert row is not None  # noqa: S101 - the caller has read it under the lock
-    return _change(row)
+    return decoded_change(row)
 
 
 PERMIT = """
@@ -279,7 +198,7 @@ async def permit(db: Db, now: Participant, granted: dict[str, bool]) -> Particip
     changes. Requires the conversation's lock.
     """
     row = await db.fetchrow(PERMIT, now.conversation_id, now.user_id, msgspec.json.encode(granted).decode())
-    return None if row is None else _change(row)
+    return None if row is None else decoded_change(row)
 
 
 PREFER = f"""

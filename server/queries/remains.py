@@ -8,7 +8,7 @@ from uuid import UUID
 
 from protocol.ids import ConversationId, MessageId, UserId
 from server.db.database import Db
-from server.queries import drafts, participants
+from server.queries import drafts, invitations
 
 AT_ONCE = 500
 """Max reactions, and max votes, that one statement deletes."""
@@ -113,7 +113,7 @@ async def empty(db: Db) -> Emptied:
     emptied: list[UserId] = []
     for conversation_id in due:
         emptied += await drafts.empty_some(db, conversation_id, limit=USERS_AT_ONCE)
-        emptied += await participants.end_invitations(db, conversation_id, limit=USERS_AT_ONCE)
+        emptied += await invitations.end(db, conversation_id, limit=USERS_AT_ONCE)
         if len(emptied) >= USERS_AT_ONCE:
             break
     done = len(await db.fetch(EMPTIED, due)) if due else 0
