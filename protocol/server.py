@@ -528,8 +528,8 @@ class SearchPage(_Tagged, tag="search_page", frozen=True, kw_only=True):
     is_partial: bool = False
 
 
-class Whereabouts(_Tagged, tag="whereabouts", frozen=True, kw_only=True):
-    """The trace of a message. `published_at` is when this worker delivered it, if it did and still remembers.
+class DeliveryReport(_Tagged, tag="whereabouts", frozen=True, kw_only=True):
+    """The delivery report of a message. `published_at` is when this worker delivered it, if it did and still remembers.
     `recipients` has at most 100 other participants, those who have not received it first.
     """
 
@@ -706,7 +706,7 @@ Result = (
     | EditPage
     | VotePage
     | SearchPage
-    | Whereabouts
+    | DeliveryReport
     | OneThread
     | ThreadList
     | OneThreadFollow

@@ -26,7 +26,7 @@ SMALL = {
     server.InvitationList: "at most 100 invitations of 7 KB",
     server.PublicConversationList: "at most 100 conversations of 7 KB",
     server.Readers: "at most 100 participants",
-    server.Whereabouts: "at most 100 recipients",
+    server.DeliveryReport: "at most 100 recipients",
     server.PresenceList: "at most 500 users",
     server.OneMessage: "one message, with the caller's own vote",
 }

@@ -183,7 +183,7 @@ async def by_export(scene: Scene) -> Findings:
 
 async def by_why(scene: Scene) -> Findings:
     frame = client.Why(conversation_id=scene.about, message_id=scene.question)
-    why = await scene.of["member"].call(frame, server.Whereabouts)
+    why = await scene.of["member"].call(frame, server.DeliveryReport)
     found = {scene.names[one.user_id]: (one.state, one.at is None) for one in why.recipients}
     gone = dict.fromkeys((*GONE, "left, banned", "left, invited"), ("left", False))
     return [("member, why", {name: found[name] for name in found.keys() & OWN.keys() - STATUSES["active"]}, gone)]

@@ -45,7 +45,7 @@ async def people(room: Room, world: World) -> dict[str, UserSession]:
 async def about(room: Room, who: UserSession, message_id: MessageId) -> str:
     """Return all that Ada learns about a user, without the id and name."""
     told: list[Any] = []
-    page = await room.ada.call(client.Why(conversation_id=room.group, message_id=message_id), server.Whereabouts)
+    page = await room.ada.call(client.Why(conversation_id=room.group, message_id=message_id), server.DeliveryReport)
     told += [one for one in page.recipients if one.user_id == who.id]
     readers = await room.ada.call(client.ListReaders(conversation_id=room.group, message_id=message_id), server.Readers)
     told += [one for one in readers.readers if one.user_id == who.id]

@@ -12,8 +12,8 @@ from server.queries import delivery_report
 from tests.world import Room, World, refused, sent, until
 
 
-async def why(one: Client, room: Room, message_id: MessageId) -> server.Whereabouts:
-    return await one.call(client.Why(**room.at(message_id)), server.Whereabouts)
+async def why(one: Client, room: Room, message_id: MessageId) -> server.DeliveryReport:
+    return await one.call(client.Why(**room.at(message_id)), server.DeliveryReport)
 
 
 async def test_report_has_the_times_of_each_step(room: Room, world: World) -> None:

@@ -3,7 +3,7 @@
 from protocol import client
 from protocol.errors import ErrorCode, Refused
 from protocol.roles import Act, may
-from protocol.server import SearchPage, Whereabouts
+from protocol.server import DeliveryReport, SearchPage
 from server.context import Context
 from server.core.errors import NotFound
 from server.domain import search_text
@@ -22,7 +22,7 @@ async def search(context: Context, frame: client.Search) -> SearchPage:
     return await found.decoded()
 
 
-async def why(context: Context, frame: client.Why) -> Whereabouts:
+async def why(context: Context, frame: client.Why) -> DeliveryReport:
     """Return to whom a message was delivered, and why it did not reach others."""
     async with context.database.connection() as db:
         told = await delivery_report.of(db, frame.message_id, frame.conversation_id, viewer=context.user_id)

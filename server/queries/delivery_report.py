@@ -10,7 +10,7 @@ import msgspec
 
 from protocol.errors import CloseCode
 from protocol.ids import ConversationId, MessageId, UserId
-from protocol.server import Whereabouts
+from protocol.server import DeliveryReport
 from protocol.values import Recipient
 from server.db.database import Db
 from server.db.rows import Reader
@@ -94,9 +94,9 @@ async def of(
     return None if text is None else _told_decoder.decode(text)
 
 
-def answer(told: Told, published_at: datetime | None) -> Whereabouts:
+def answer(told: Told, published_at: datetime | None) -> DeliveryReport:
     """Return the reply of `why`."""
-    return Whereabouts(
+    return DeliveryReport(
         message_id=told.message_id, sender_id=told.sender_id, version=told.version, stored_at=told.stored_at,
         published_at=published_at, delivered_to=told.delivered_to, read_by=told.read_by, recipients=told.recipients,
     )  # fmt: skip
