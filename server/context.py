@@ -34,7 +34,7 @@ class Events(Protocol):
     def whisper(self, user_id: UserId, event: ServerFrame) -> None:
         """Deliver an ephemeral event to a user's own devices."""
 
-    def announce(self, user_id: UserId, event: ServerFrame) -> None:
+    def send_to_watchers(self, user_id: UserId, event: ServerFrame) -> None:
         """Deliver an event about a user to those who watch the user."""
 
     def reconsider(self, user_id: UserId, watcher: UserId | None = None) -> None:
@@ -121,8 +121,8 @@ class Presences(Protocol):
     async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> bool:
         """Store the chosen presence of a user, or of one of the user's devices. Return whether the choice changed."""
 
-    async def announce(self, user_id: UserId) -> None:
-        """Send a user's presence to those who watch the user."""
+    async def republish(self, user_id: UserId) -> None:
+        """Send a user's presence again to those who watch the user, after a change of privacy."""
 
 
 class AfterSend(Protocol):

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from protocol import server
 from protocol.errors import CloseCode
 from prove.client import Client
-from server.app import announcement
+from server.app import command_news
 from server.cli import conversations, users
 from server.db import epoch
 from server.db.epoch import epoch_id
@@ -118,7 +118,7 @@ async def test_command_reports_that_no_server_was_notified(
     assert json.loads(out)["state"] == "disabled"
     assert "no server was notified" in err
     assert reason in err
-    assert f"within {announcement.BOUND_SECONDS:.0f} seconds" in err
+    assert f"within {command_news.BOUND_SECONDS:.0f} seconds" in err
 
 
 async def test_command_reports_that_no_server_uses_the_redis(shell: Shell) -> None:
@@ -136,7 +136,7 @@ async def test_command_reports_that_no_server_uses_the_redis(shell: Shell) -> No
             await redis.delete(key)
     for command, subject in subjects.items():
         _, err = await shell.both(*command.split(), str(subject))
-        assert f"no server was notified: {announcement.NO_SERVER}. Open sockets see it within" in err, command
+        assert f"no server was notified: {command_news.NO_SERVER}. Open sockets see it within" in err, command
 
 
 async def test_reset_password_clears_failed_logins(shell: Shell) -> None:

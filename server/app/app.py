@@ -112,7 +112,7 @@ class App:
             connect,
             describe=lambda found: self.presence.describe(found),  # noqa: PLW0108 - it is created below
         )
-        self.presence = Presence(PresenceEntries(self._redis, installation), database, self.hub.announce)
+        self.presence = Presence(PresenceEntries(self._redis, installation), database, self.hub.send_to_watchers)
         self._tickets = Tickets(self._redis, installation)
         self.sessions = Sessions(database, self._tickets, days=settings.session_days)
         self.connections = Connections(

@@ -16,7 +16,7 @@ import click
 import msgspec
 
 from protocol.ids import MessageId, UserId
-from server.app.announcement import CommandNews, announce
+from server.app.command_news import CommandNews, notify_workers
 from server.cli.arguments import Command, Number, with_data_dir, with_json
 from server.cli.tables import show_fields, show_rows
 from server.core import config
@@ -103,7 +103,7 @@ async def _run(servers: Reached, work: Work) -> Answer:
     finally:
         await connection.close()
     if isinstance(answer, RightsChange):
-        await announce(servers.redis_url, installation, answer.news)
+        await notify_workers(servers.redis_url, installation, answer.news)
         if answer.failure is not None:
             raise Fatal(answer.failure)
         return answer.answer

@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from protocol.ids import EVERYONE, ConversationId
-from server.app.announcement import CommandNews
+from server.app.command_news import CommandNews
 from server.cli import admin
 from server.cli.admin import Answer, ListPart, RightsChange, command, with_limit, with_yes
 from server.cli.arguments import SOME_ID, Group, Id

@@ -14,7 +14,7 @@ from protocol import limits
 from protocol.codec import advice
 from protocol.http import canonical
 from protocol.ids import UserId
-from server.app.announcement import CommandNews
+from server.app.command_news import CommandNews
 from server.auth import passwords
 from server.cli import admin
 from server.cli.admin import Answer, ListPart, RightsChange, command, with_limit, with_yes

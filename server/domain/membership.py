@@ -29,7 +29,7 @@ class MembershipChange:
         self._context = context
         self._db = db
         self._conversation = conversation
-        self._announced: list[Message] = []
+        self._system_messages: list[Message] = []
         self._entered: set[UserId] = set()
         self.changes: list[ParticipantChange] = []
 
@@ -38,11 +38,11 @@ class MembershipChange:
         self._entered.update(change.participant.user_id for change in changes)
         self.changes += changes
 
-    async def announce(self, message: SystemMessage) -> None:
+    async def post_system_message(self, message: SystemMessage) -> None:
         """Post a system message about an action of the caller, unless the conversation's settings disable these."""
         if self._conversation.settings.system_messages:
             about = self._conversation.id
-            self._announced.append(await system_messages.store(self._db, about, self._context.user_id, message))
+            self._system_messages.append(await system_messages.store(self._db, about, self._context.user_id, message))
 
     async def record(self, deed: Deed) -> None:
         """Add an action to the conversation's audit log."""
@@ -52,7 +52,7 @@ class MembershipChange:
         """Publish all changes. The caller has committed."""
         for change in self.changes:
             publish_participant(self._context.events, change)
-        for message in self._announced:
+        for message in self._system_messages:
             self._context.events.publish(
                 MessageSent(conversation_id=message.conversation_id, version=message.version, message=message)
             )

@@ -54,13 +54,13 @@ class Presence:
         self,
         entries: PresenceEntries,
         database: Database,
-        announce: Callable[[UserId, PresenceChanged], None],
+        send_to_watchers: Callable[[UserId, PresenceChanged], None],
     ) -> None:
-        """`announce` publishes to those who watch a user."""
+        """`send_to_watchers` delivers an event to those who watch a user."""
         self.entries = entries
         self._worker = entries.worker
         self._database = database
-        self._announce = announce
+        self._send_to_watchers = send_to_watchers
         self._devices: dict[UserId, dict[Subscriber, bool]] = {}
         self._dirty: set[UserId] = set()
         self._has_news = asyncio.Event()
@@ -166,8 +166,8 @@ class Presence:
         await self._pending.tell(user_id)
         return is_new
 
-    async def announce(self, user_id: UserId) -> None:
-        """Announce a user whose privacy changed to those who watch them."""
+    async def republish(self, user_id: UserId) -> None:
+        """Send a user's presence again to those who watch the user, after a change of privacy."""
         self._pending.keep(user_id, PresenceNews(Reason.PRIVACY))
         await self._pending.tell(user_id)
 
@@ -288,7 +288,7 @@ class Presence:
             if left_at is not None and reason is Reason.DEVICE and left_at >= (choice.visible_since or 0.0):
                 # The departure may not be in PostgreSQL yet.
                 choice = choice._replace(last_seen_at=max(left_at, choice.last_seen_at or 0.0))  # noqa: PLW2901
-            self._announce(user_id, PresenceChanged(presence=_seen(user_id, choice, states)))
+            self._send_to_watchers(user_id, PresenceChanged(presence=_seen(user_id, choice, states)))
 
     async def _sign(self) -> None:
         """Renew the sign of life, and clean up after workers that no longer renew theirs."""

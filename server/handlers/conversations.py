@@ -206,7 +206,7 @@ async def update(context: Context, frame: client.UpdateConversation) -> OneConve
         conversation = await conversations.update(db, frame.conversation_id, changed)
         membership_change = MembershipChange(context, db, conversation)
         for said in _said(conversation, changed):
-            await membership_change.announce(said)
+            await membership_change.post_system_message(said)
         await membership_change.record(
             Deed(context.user_id, "update_conversation", details={"fields": sorted(changed)})
         )

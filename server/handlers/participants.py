@@ -36,7 +36,7 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
             membership_change.enter(await participants.add(db, conversation.id, [context.user_id], "member", None))
             if frame.invite_code is not None:
                 await invite_codes.use(db, conversation.id)
-            await membership_change.announce(SystemMessage("join", "joined"))
+            await membership_change.post_system_message(SystemMessage("join", "joined"))
             if before is not None and before.status == "invited":
                 await participants.stamp(db, conversation.id, [context.user_id])
             else:
@@ -92,7 +92,7 @@ async def leave(context: Context, frame: client.Leave) -> Done:
         membership_change = MembershipChange(context, db, conversation)
         membership_change.changes += await participants.leave(db, me)
         if membership_change.changes[0].participant_count:
-            await membership_change.announce(SystemMessage("leave", "left"))
+            await membership_change.post_system_message(SystemMessage("leave", "left"))
         await users.touch(db, [context.user_id])
     membership_change.tell()
     return Done()
@@ -115,7 +115,9 @@ async def add(context: Context, frame: client.AddParticipants) -> Added:
             )
         if they.added:
             count = "someone" if len(they.added) == 1 else f"{len(they.added)} people"
-            await membership_change.announce(SystemMessage("add_member", f"added {count}", {"user_ids": they.added}))
+            await membership_change.post_system_message(
+                SystemMessage("add_member", f"added {count}", {"user_ids": they.added})
+            )
         if membership_change.changes:
             await participants.stamp(db, conversation.id, they.added + they.invited)
         if they.added:
@@ -141,7 +143,7 @@ async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
         membership_change = MembershipChange(context, db, conversation)
         membership_change.changes.append(await participants.change(db, them, status=status))
         if them.status == "active":
-            await membership_change.announce(
+            await membership_change.post_system_message(
                 SystemMessage("remove_member", "removed someone", {"user_ids": [them.user_id]})
             )
         await membership_change.record(Deed(context.user_id, "ban" if frame.ban else "remove", them.user_id))

@@ -75,9 +75,9 @@ async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe
     if (after.show_online_status, after.is_private) != (before.show_online_status, before.is_private):
         context.events.reconsider(context.user_id)
     if after.user != before.user:
-        context.events.announce(context.user_id, UserUpdated(user=after.user))
+        context.events.send_to_watchers(context.user_id, UserUpdated(user=after.user))
     if after.show_online_status != before.show_online_status:
-        await context.services.presence.announce(context.user_id)
+        await context.services.presence.republish(context.user_id)
     if given:
         context.events.notify([context.user_id])
     return OneMe(me=after)

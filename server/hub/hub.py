@@ -102,7 +102,7 @@ class Hub:
         self._say(online_users.channel(user_id), 0, frame)
         self.online_users.write(user_id, frame)
 
-    def announce(self, user_id: UserId, event: ServerFrame) -> None:
+    def send_to_watchers(self, user_id: UserId, event: ServerFrame) -> None:
         """Deliver a user's presence or face to those who watch the user."""
         frame = text_frame(encode(event))
         kind = FACE if isinstance(event, UserUpdated) else 0

@@ -27,7 +27,7 @@ class CommandNews(NamedTuple):
     account: str | None = None
 
 
-async def announce(redis_url: str | None, installation: str, news: CommandNews) -> None:
+async def notify_workers(redis_url: str | None, installation: str, news: CommandNews) -> None:
     """Publish news to the workers of an installation. If no worker received it, print the reason, and when they find
     the change. `redis_url` is as in `Reached`.
     """
