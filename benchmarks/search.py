@@ -41,7 +41,7 @@ WORDS, IN_A_MESSAGE = 50_000, 12
 """Size of the vocabulary, and words per message. As in natural languages, the n-th word is n times rarer than the
 first (Zipf's law).
 """
-AT_ONCE = 50_000
+MESSAGES_PER_INSERT = 50_000
 REPEATS = 15
 BEGAN_MS = 1_700_000_000_000
 BY_KEY = "SELECT id, content FROM message WHERE id = $1"
@@ -120,16 +120,16 @@ async def fill(url: str, messages: int) -> None:
         columns=["conversation_id", "user_id", "version", "role"],
     )
     rng = random.Random(1)  # noqa: S311 - words, not secrets
-    starts = range(0, messages, AT_ONCE)
+    starts = range(0, messages, MESSAGES_PER_INSERT)
     for start in track(starts, f"writing {messages:,} messages"):
-        numbers = range(start, min(start + AT_ONCE, messages))
+        numbers = range(start, min(start + MESSAGES_PER_INSERT, messages))
         await db.copy_records_to_table(
             "message",
             records=rows(numbers, rng),
             columns=["id", "conversation_id", "sender_id", "content", "sent_version", "version", "created_at"],
         )
     after = FIRST
-    for _ in track(itertools.count(), "building the search index", total=messages / search_index.AT_ONCE):
+    for _ in track(itertools.count(), "building the search index", total=messages / search_index.MAX_MESSAGES):
         if not (message_ids := await search_index.following(db, after)):
             break
         await search_index.page(db, message_ids, only_missing=False)

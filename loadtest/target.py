@@ -25,7 +25,7 @@ from server.core.atomic_file import aside, require_folder
 
 PER_ADDRESS = 80
 """Max accounts registered from each loopback address. By default a server allows 100 in five minutes."""
-AT_ONCE = 8
+MAX_REQUESTS = 8
 SECONDS = 30.0
 TOO_MANY_REQUESTS = 429
 
@@ -220,13 +220,15 @@ class OpenChat:
         return f"127.1.{place // 250 % 250}.{place % 250 + 1}" if self._is_loopback else ""
 
     def _client(self, source: str = "") -> httpx.AsyncClient:
-        transport = httpx.AsyncHTTPTransport(local_address=source or None, limits=httpx.Limits(max_connections=AT_ONCE))
+        transport = httpx.AsyncHTTPTransport(
+            local_address=source or None, limits=httpx.Limits(max_connections=MAX_REQUESTS)
+        )
         return httpx.AsyncClient(base_url=self._url, transport=transport, timeout=SECONDS)
 
 
 async def some_at_once(work: Iterable[Coroutine[None, None, Outcome]]) -> list[Outcome]:
-    """Run coroutines, max `AT_ONCE` concurrently, and return their results in order."""
-    turn = asyncio.Semaphore(AT_ONCE)
+    """Run coroutines, max `MAX_REQUESTS` concurrently, and return their results in order."""
+    turn = asyncio.Semaphore(MAX_REQUESTS)
 
     async def one(coroutine: Coroutine[None, None, Outcome]) -> Outcome:
         async with turn:

@@ -222,7 +222,7 @@ async def test_conversation_is_exported_in_small_batches(shell: Shell, monkeypat
     monkeypatch.setattr(asyncpg.Connection, "fetch", fetched)
     lines = (await shell.run("conversation", "export", str(about))).splitlines()
     assert [json.loads(line)["message"]["sent_version"] for line in lines] == list(range(101, 221))
-    assert max(held) < (export.PAGE + 1) * 62_000
+    assert max(held) < (export.ROWS_PER_PAGE + 1) * 62_000
 
 
 async def test_user_is_exported_and_erased_without_a_trace(shell: Shell) -> None:

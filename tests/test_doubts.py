@@ -15,7 +15,7 @@ from server.core.config import Settings
 from server.db.database import Db
 from server.hub import doubts
 from server.hub import watchers as watchers_module
-from server.hub.doubts import PAIRS, REST, SHARE, Doubts, Pair, Whole
+from server.hub.doubts import CHECK_PAUSE_FACTOR, PAIRS, PAIRS_PER_CAUSE, Doubts, Pair, Whole
 from server.hub.online_users import Sight
 from server.hub.watchers import Watchers
 from server.queries import presence
@@ -44,12 +44,12 @@ def test_each_cause_has_a_share_of_each_statement() -> None:
     there.add(mine, cause="me")
     batch = there.take(0.0)
     assert mine in batch.pairs
-    assert {len(pairs) for pairs in batch.turns.values()} == {SHARE, 1}
+    assert {len(pairs) for pairs in batch.turns.values()} == {PAIRS_PER_CAUSE, 1}
 
 
 def test_all_pairs_of_a_user_are_looked_up_in_their_turn() -> None:
     lookups: list[Whole] = []
-    mine = some_pairs(SHARE)
+    mine = some_pairs(PAIRS_PER_CAUSE)
 
     def look(whole: Whole) -> list[Pair]:
         lookups.append(whole)
@@ -109,7 +109,7 @@ def test_pair_stays_in_doubt_until_the_last_query_has_ended() -> None:
 
 
 def test_cause_pauses_between_rounds_and_others_do_not_wait() -> None:
-    mine, (other,) = some_pairs(3 * SHARE), some_pairs(1)
+    mine, (other,) = some_pairs(3 * PAIRS_PER_CAUSE), some_pairs(1)
     there, whole = Doubts(lambda _: mine), Whole(mine[0].watcher, is_watcher=True)
     now, rounds, asked_at = 0.0, 0.0, 0.0
     while now < 100.0:
@@ -119,14 +119,14 @@ def test_cause_pauses_between_rounds_and_others_do_not_wait() -> None:
         rounds += sum(pair in mine for pair in batch.pairs) / len(mine)
         if other in batch.pairs:
             asked_at = now
-        assert now - asked_at <= 2 * SHARE / 100
+        assert now - asked_at <= 2 * PAIRS_PER_CAUSE / 100
         # Each pair takes 10 ms.
         now += max(0.05, len(batch.pairs) / 100)
         for pair in batch.pairs:
             there.settle(pair)
         there.answered(batch, now, seconds=len(batch.pairs) / 100)
     most = 100.0 / (len(mine) / 100)
-    assert 0.8 * most / (REST + 1) <= rounds <= 1.2 * most / (REST + 1)
+    assert 0.8 * most / (CHECK_PAUSE_FACTOR + 1) <= rounds <= 1.2 * most / (CHECK_PAUSE_FACTOR + 1)
 
 
 @pytest.mark.parametrize("is_whole", [False, True])
@@ -145,7 +145,7 @@ def test_result_from_before_a_doubt_is_not_current(*, is_whole: bool) -> None:
 
 
 def test_failed_pairs_are_retried_apart_in_halves_with_growing_pauses() -> None:
-    bad, good = some_pairs(SHARE), some_pairs(SHARE)
+    bad, good = some_pairs(PAIRS_PER_CAUSE), some_pairs(PAIRS_PER_CAUSE)
     there = Doubts(lambda _: ())
     for pair in bad:
         there.add(pair, cause="bad")

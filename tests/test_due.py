@@ -12,7 +12,7 @@ from server.core.tally import Tally
 from server.db.database import Db
 from server.jobs import push_due
 from server.jobs.push_drops import Drops
-from server.jobs.push_due import NEXT_PAGE, PAGE, DueMessages
+from server.jobs.push_due import FIRST_PAGE, NEXT_PAGE, DueMessages
 from server.queries import push
 from server.queries.push import FIRST, PushPage
 from tests.world import World
@@ -53,7 +53,7 @@ def test_large_conversation_delays_no_other_and_pauses(desk: Desk) -> None:
     crowd, pair, more = place(), place(), user()
     desk.add(crowd, user())
     (first,) = desk.begin()
-    desk.due.done(first, more, limit=PAGE, seconds=0.1)
+    desk.due.done(first, more, limit=FIRST_PAGE, seconds=0.1)
     said = desk.add(pair, user())
     assert desk.begin() == [PushPage(pair, FIRST, tuple(said))], (
         "it does not wait for further pages of the large conversation"
@@ -62,14 +62,14 @@ def test_large_conversation_delays_no_other_and_pauses(desk: Desk) -> None:
     assert second == first._replace(after=more)
     desk.due.done(second, more, limit=NEXT_PAGE, seconds=0.1)
     assert desk.due.further() is None
-    assert desk.due.wait() == pytest.approx(push_due.REST * 0.1)
-    desk.now += push_due.REST * 0.1
+    assert desk.due.wait() == pytest.approx(push_due.PAGE_PAUSE_FACTOR * 0.1)
+    desk.now += push_due.PAGE_PAUSE_FACTOR * 0.1
     third = desk.due.further()
     assert third is not None
     desk.due.done(third, None, limit=NEXT_PAGE, seconds=0.1)
     desk.add(crowd, user())
     assert desk.begin() == [], "a large conversation pauses after a pass"
-    desk.now += push_due.REST_OF_PARTICIPANT * (PAGE + NEXT_PAGE) + 0.001
+    desk.now += push_due.PAUSE_PER_PARTICIPANT * (FIRST_PAGE + NEXT_PAGE) + 0.001
     assert [one.conversation_id for one in desk.begin()] == [crowd]
 
 
@@ -107,7 +107,7 @@ def test_failed_page_is_retried_alone_and_finally_dropped(desk: Desk) -> None:
             continue
         desk.due.failed(page)
     assert (len(desk.due), desk.drops.counts) == (4, {}), "one page succeeded"
-    desk.now += push_due.MAX_REST
+    desk.now += push_due.MAX_PAUSE
     while (page := desk.due.further()) is not None:
         desk.due.failed(page)
         desk.now += push_due.RETRY_SECONDS
@@ -131,7 +131,7 @@ def act(
     elif pages and rng.random() < 0.2:
         desk.due.failed(pages.pop())
     elif pages:
-        desk.due.done(pages.pop(), user() if rng.random() < 0.3 else None, limit=PAGE, seconds=0.01)
+        desk.due.done(pages.pop(), user() if rng.random() < 0.3 else None, limit=FIRST_PAGE, seconds=0.01)
     elif (further := desk.due.further()) is not None:
         pages.append(further)
 
@@ -148,9 +148,9 @@ def test_count_of_waiting_messages_is_right_after_any_steps() -> None:
         waiting = [one for here in desk.due._conversations.values() for one in here.messages]  # noqa: SLF001
         assert len(waiting) == len(set(waiting)) == len(desk.due)
     for _ in range(1_000):
-        desk.now += push_due.MAX_REST
+        desk.now += push_due.MAX_PAUSE
         for page in [*pages, *desk.begin()]:
-            desk.due.done(page, None, limit=PAGE, seconds=0.01)
+            desk.due.done(page, None, limit=FIRST_PAGE, seconds=0.01)
         pages = [] if (further := desk.due.further()) is None else [further]
     desk.begin()
     assert (len(desk.due), desk.due._conversations, desk.due._senders) == (0, {}, {})  # noqa: SLF001

@@ -21,7 +21,7 @@ from server.db.database import Single
 from server.domain.erasure import erase
 from server.domain.export import written
 from server.queries import erasure
-from server.queries.export import PAGE
+from server.queries.export import ROWS_PER_PAGE
 from server.queries.participants import ParticipantChange
 from tests.world import UserSession, World, http_client, message, refused, sent
 
@@ -272,7 +272,7 @@ async def test_export_is_made_in_parts_however_often_a_message_was_edited(world:
         ada.id,
     )  # fmt: skip
     pieces = [piece async for piece in written(world.workers[0].app._database.connection, ada.id)]  # noqa: SLF001
-    assert max(map(len, pieces)) < (PAGE + 1) * 61_000
+    assert max(map(len, pieces)) < (ROWS_PER_PAGE + 1) * 61_000
     export = msgspec.json.decode(b"".join(pieces), type=Export, dec_hook=json_object.read)
     assert {message.message.id: [edit.version for edit in message.edits] for message in export.messages} == {
         often: list(range(1, 131)), never: [],
@@ -297,7 +297,7 @@ async def test_export_is_made_in_parts_however_often_a_user_reacted_voted_and_mo
         ):
             await world.db.execute(statement, who.id, about)
     pieces = [piece async for piece in written(world.workers[0].app._database.connection, ada.id)]  # noqa: SLF001
-    assert max(map(len, pieces)) < (PAGE + 1) * 400
+    assert max(map(len, pieces)) < (ROWS_PER_PAGE + 1) * 400
     export = msgspec.json.decode(b"".join(pieces), type=Export, dec_hook=json_object.read)
     reactions = {(each.message_id, each.emoji) for each in export.reactions}
     deeds = {(str(each["chain"]), each["number"]) for each in export.deeds}

@@ -30,7 +30,7 @@ from server.core.proxies import Proxies
 from server.core.throttle import Throttle
 from server.db.database import Database
 from server.db.readiness import CHECK_SECONDS, Readiness
-from server.fairness.shared_bound import SHARE
+from server.fairness.shared_bound import CLIENT_SHARE_DIVISOR
 from server.gateway import websocket
 from server.gateway.connection import MAX_INBOX, Connection
 from server.gateway.sockets import UNREAD_BYTES, Sockets
@@ -623,18 +623,18 @@ def test_bytes_of_unanswered_requests_are_limited_per_address_and_in_total() -> 
     )
     left = UNREAD_BYTES
     for address in map(str, range(9)):
-        sockets.hold(address, left // SHARE - 1)
+        sockets.hold(address, left // CLIENT_SHARE_DIVISOR - 1)
         with pytest.raises(Refused, match="unanswered requests"):
             sockets.hold(address, 2)
         sockets.hold(address, 1)
-        left -= left // SHARE
+        left -= left // CLIENT_SHARE_DIVISOR
     # With nine addresses at their limits, the largest frame of another one still fits.
     sockets.hold("another", MAX_FRAME_BYTES)
     for number in range(1_000):
         with contextlib.suppress(Refused):
             sockets.hold(f"further {number}", 10_000)
     assert sockets.unread.taken <= UNREAD_BYTES
-    sockets.release("0", UNREAD_BYTES // SHARE)
+    sockets.release("0", UNREAD_BYTES // CLIENT_SHARE_DIVISOR)
     sockets.hold("0", MAX_FRAME_BYTES)
 
 

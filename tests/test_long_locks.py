@@ -172,7 +172,7 @@ async def test_messages_expire_in_batches_of_bounded_size(crowd: Crowd) -> None:
     while await worker.background.clear_remains():
         pass
     locked, free = await crowd.largest()
-    assert (locked, free <= remains.AT_ONCE) == (0, True), (locked, free)
+    assert (locked, free <= remains.MAX_ROWS) == (0, True), (locked, free)
     assert await crowd.db.fetchval(REMAINS, ids) == 0
     assert await crowd.db.fetchval("SELECT count(*) FROM message WHERE has_remains") == 0
 

@@ -35,7 +35,7 @@ SELECT $1, id, 'follow', 'active', m.version - $2 + 1 + row_number() OVER () / 9
 async def test_resume_without_a_turn_is_refused_and_succeeds_later(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sync, "PAGE", 3)
+    monkeypatch.setattr(sync, "CONVERSATIONS_PER_PAGE", 3)
     turns = world.workers[0].app._database._state.catching_up = Share(1, waiting=0, patience=60.0)  # noqa: SLF001
     (ada,) = await world.users("Ada")
     await world.db.execute(FILL, ada.id, 10)
@@ -52,8 +52,8 @@ async def test_resume_without_a_turn_is_refused_and_succeeds_later(
 
 async def test_resume_of_many_conversations_reads_pages_in_turns(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each statement reads few conversations. After the first page, each needs a connection from a share."""
-    monkeypatch.setattr(sync, "PAGE", 3)
-    monkeypatch.setattr(memberships, "AT_ONCE", 4)
+    monkeypatch.setattr(sync, "CONVERSATIONS_PER_PAGE", 3)
+    monkeypatch.setattr(memberships, "MAX_READ", 4)
     asked: list[int] = []
     in_turn: list[int] = []
     rows_read: list[int] = []

@@ -272,9 +272,9 @@ async def test_participants_on_every_page_get_the_latest_message_that_concerns_t
 
     The first pages of all conversations are read before the next ones, one at a time.
     """
-    monkeypatch.setattr(push, "PAGE", 2)
+    monkeypatch.setattr(push, "FIRST_PAGE", 2)
     monkeypatch.setattr(push, "NEXT_PAGE", 2)
-    monkeypatch.setattr(push_due, "REST_OF_PARTICIPANT", 0.0)
+    monkeypatch.setattr(push_due, "PAUSE_PER_PARTICIPANT", 0.0)
     for worker in world.workers:
         worker.app.web_push._after_seconds = 60.0  # noqa: SLF001
     people = await world.users(*(f"P{number}" for number in range(6)))

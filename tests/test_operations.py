@@ -58,7 +58,7 @@ def test_metrics_are_cached_for_a_moment(tmp_path: Path) -> None:
     numbers.values = values
     first = numbers.page()
     assert b'openchat_connections{worker="1"} 1.0' in first
-    now += 0.5 * metrics.REST - 0.1
+    now += 0.5 * metrics.RENDER_PAUSE_FACTOR - 0.1
     assert (numbers.page(), made) == (first, 1)
     now += 0.1
     assert b'openchat_connections{worker="1"} 2.0' in numbers.page()

@@ -703,7 +703,7 @@ class TestInTheServer:
         ada, *others = await world.users("Ada", "Bob", "Charles", "Dora")
         connected = [await world.connect(one) for one in (ada, *others)]
         about = [await world.channel(one) for one in connected]
-        for number in range(2 * previews.AT_ONCE):
+        for number in range(2 * previews.MAX_FETCHES):
             await sent(connected[0], about[0], f"{site.url}/silent/{number}")
         for one, where in zip(connected[1:], about[1:], strict=True):
             await sent(one, where, f"{site.url}/good")

@@ -36,7 +36,7 @@ class Announced:
 
 
 async def test_frame_waits_for_one_announcement_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pending_presence, "AT_ONCE", 3)
+    monkeypatch.setattr(pending_presence, "USERS_PER_ANNOUNCEMENT", 3)
     told = Announced()
     others, (mine,) = told.keep(6), told.keep()
     async with asyncio.timeout(5):

@@ -229,7 +229,7 @@ async def test_job_that_swallows_its_cancellation_ends(monkeypatch: pytest.Monke
     assert (task.cancelled(), swallowed) == (True, 3)
 
 
-AT_ONCE = 2
+BATCH = 2
 DUE = 5
 """More than two batches."""
 STUCK = 3
@@ -404,19 +404,12 @@ async def test_each_job_handles_all_due_rows_despite_rows_that_always_fail(
 ) -> None:
     for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
         monkeypatch.setattr(background, name, 36_000.0)
-    for module in (
-        approaches,
-        audit,
-        erasure,
-        expiry,
-        search_index,
-        relationships,
-        remains,
-        scheduled,
-        sessions,
-        presence,
-    ):
-        monkeypatch.setattr(module, "AT_ONCE", AT_ONCE)
+    for module in (approaches, audit, presence, relationships, scheduled, sessions):
+        monkeypatch.setattr(module, "MAX_DELETED", BATCH)
+    for module in (erasure, expiry):
+        monkeypatch.setattr(module, "MAX_DUE", BATCH)
+    monkeypatch.setattr(remains, "MAX_ROWS", BATCH)
+    monkeypatch.setattr(search_index, "MAX_MESSAGES", BATCH)
     async with World(settings, workers=1) as world:
         backlog = Backlog(world)
         await backlog.begin()

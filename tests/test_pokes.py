@@ -211,8 +211,8 @@ async def test_changes_during_a_pause_are_read_in_one_recheck_and_other_users_do
     await settled(one_worker, ada, charles)
     asked.who = ada.id
     asked.taken()
-    monkeypatch.setattr(people_module, "REST", 1_000_000)
-    monkeypatch.setattr(people_module, "REST_MOST_SECONDS", 3_600.0)
+    monkeypatch.setattr(people_module, "RECHECK_PAUSE_FACTOR", 1_000_000)
+    monkeypatch.setattr(people_module, "RECHECK_PAUSE_MOST_SECONDS", 3_600.0)
     for number in range(10):
         await sockets[0].call(client.SetDraft(conversation_id=group, content=str(number)))
     await sockets[1].event(server.DraftChanged)
@@ -229,7 +229,7 @@ async def test_revoked_session_ends_while_own_changes_cannot_be_read(
     socket = await one_worker.connect(ada)
     group = await one_worker.channel(socket)
     await settled(one_worker, ada)
-    monkeypatch.setattr(people_module, "REST_MOST_SECONDS", 0.1)
+    monkeypatch.setattr(people_module, "RECHECK_PAUSE_MOST_SECONDS", 0.1)
     read_news, may_read = own_news.read, asyncio.Event()
 
     async def news(*given: Any, **options: Any) -> Undecoded[OwnNews]:

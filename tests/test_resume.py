@@ -254,7 +254,7 @@ async def test_resume_of_thousands_of_conversations_yields_between_pages(
     assert {one.conversation_id for one in said if isinstance(one, server.ConversationLeft)} == set(strange)
     assert len(said) == len(strange)
     assert in_turn.total() == MAX_RESUMED
-    assert max(in_turn.values()) <= sync.PAGE
+    assert max(in_turn.values()) <= sync.CONVERSATIONS_PER_PAGE
 
 
 async def test_resume_ends_with_its_connection(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,7 +373,7 @@ async def test_crowd_receives_events_in_order_and_heartbeats_never_run_ahead(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Long rests, so that heartbeats are sent while events wait.
-    monkeypatch.setattr(topics, "REST", 300.0)
+    monkeypatch.setattr(topics, "WRITE_PAUSE_FACTOR", 300.0)
     # The test sends heartbeats itself, so that a slow machine is not closed as silent.
     async with World(msgspec.structs.replace(settings, heartbeat_seconds=600.0)) as world:
         ada, charles = await world.users("Ada", "Charles")

@@ -21,7 +21,7 @@ from protocol.errors import Refused
 from prove.client import Client
 from server.core.config import Settings
 from server.core.proxies import Proxies
-from server.fairness.shared_bound import SHARE
+from server.fairness.shared_bound import CLIENT_SHARE_DIVISOR
 from server.gateway import http_protocol, websocket
 from server.gateway import sockets as sockets_module
 from server.gateway.sockets import FREE_BYTES, UNREAD_BYTES, Sockets
@@ -298,9 +298,9 @@ async def test_unfinished_bodies_are_bounded(alone: World) -> None:
         held[-1][1].write(request + b"x" * 249_000)
     # Requests over the limit are refused, and the others continue.
     async with asyncio.timeout(PATIENCE):
-        while app.sockets.unread.taken < UNREAD_BYTES // SHARE * 3 // 4:
+        while app.sockets.unread.taken < UNREAD_BYTES // CLIENT_SHARE_DIVISOR * 3 // 4:
             await asyncio.sleep(0.01)
-    assert app.sockets.unread.taken <= UNREAD_BYTES // SHARE
+    assert app.sockets.unread.taken <= UNREAD_BYTES // CLIENT_SHARE_DIVISOR
     answers = [asyncio.create_task(reader.read(12)) for reader, _ in held]
     async with asyncio.timeout(PATIENCE):
         while not any(task.done() and not task.exception() and task.result().endswith(b"503") for task in answers):

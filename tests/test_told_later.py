@@ -175,7 +175,7 @@ async def test_event_is_published_after_a_failed_first_attempt(
     monkeypatch.setattr(pending_presence, "AGAIN_SECONDS", 0.1)
     monkeypatch.setattr(presence, "RECORD_SECONDS", 0.1)
     monkeypatch.setattr(connection, "REFRESH_RETRY_SECONDS", 0.1)
-    monkeypatch.setattr(online_users, "REST_MOST_SECONDS", 0.1)
+    monkeypatch.setattr(online_users, "RECHECK_PAUSE_MOST_SECONDS", 0.1)
     monkeypatch.setattr(hub, "COMPARE_SECONDS", 0.1)
     async with World(settings, workers=1) as world:
         on = Stage(world, settings)

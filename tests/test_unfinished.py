@@ -15,7 +15,7 @@ from protocol.errors import CloseCode
 from protocol.limits import MAX_FRAME_BYTES
 from server.core.config import Settings
 from server.core.periodic import end
-from server.fairness.shared_bound import SHARE
+from server.fairness.shared_bound import CLIENT_SHARE_DIVISOR
 from server.gateway import websocket
 from server.gateway.connection import MAX_INBOX
 from server.gateway.sockets import FREE_BYTES, UNREAD_BYTES
@@ -162,7 +162,7 @@ async def test_time_while_the_server_does_not_read_does_not_count(
 async def test_bytes_of_unfinished_messages_are_limited_per_user(alone: World, begin: bytes) -> None:
     """Without the limit, fifty sockets of each user could hold 250 KB each for any time."""
     sockets = alone.workers[0].app.sockets
-    share = UNREAD_BYTES // SHARE
+    share = UNREAD_BYTES // CLIENT_SHARE_DIVISOR
     ada, eve = await alone.users("Ada", "Eve")
     held: list[Wire] = []
     for number in range(share // (len(begin) - FREE_BYTES)):
@@ -204,7 +204,7 @@ async def test_unauthenticated_clients_cannot_close_connections_or_block_logins(
     held: list[Streams] = []
     begin = b"POST /v1/auth/login HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % len(body)
     for number in range(30):
-        share = (UNREAD_BYTES - sockets.unread.taken) // SHARE
+        share = (UNREAD_BYTES - sockets.unread.taken) // CLIENT_SHARE_DIVISOR
         taken = sockets.unread.taken + share
         while share:
             size = min(share, len(body) - 1 - FREE_BYTES)
@@ -212,7 +212,7 @@ async def test_unauthenticated_clients_cannot_close_connections_or_block_logins(
             held[-1][1].write(begin + body[: FREE_BYTES + size])
             share -= size
         await until(lambda: sockets.unread.taken == taken)  # noqa: B023
-    assert (UNREAD_BYTES - sockets.unread.taken) // SHARE < 1_000
+    assert (UNREAD_BYTES - sockets.unread.taken) // CLIENT_SHARE_DIVISOR < 1_000
 
     await assert_takes_a_frame_in_two_reads(alone, wire, ada)
     async with http_client(alone.url) as http:

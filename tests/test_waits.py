@@ -30,7 +30,7 @@ TABLES = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespa
 REPORTS = f"""
 WITH made AS (
     INSERT INTO "user" (name, email) SELECT 'p' || n, 'p' || n || '@example.org'
-    FROM generate_series(1, {2 * moderation.AT_ONCE + 1}) n RETURNING id
+    FROM generate_series(1, {2 * moderation.MAX_RESOLVED + 1}) n RETURNING id
 )
 INSERT INTO report (id, conversation_id, message_id, reporter_id, reason)
 SELECT gen_random_uuid(), $1, $2, id, 'Rude' FROM made
@@ -193,7 +193,8 @@ async def test_reports_stay_open_if_the_account_or_role_ends_meanwhile(
     await world.db.execute(lost, owner.id)
     await mine.close()
     await handler(context, frame)
-    assert await world.db.fetchval("SELECT count(*) FROM report WHERE status = 'upheld'") == 2 * moderation.AT_ONCE + 1
+    upheld = await world.db.fetchval("SELECT count(*) FROM report WHERE status = 'upheld'")
+    assert upheld == 2 * moderation.MAX_RESOLVED + 1
 
 
 async def test_reports_are_upheld_in_batches_with_any_plan(world: World) -> None:
@@ -208,7 +209,7 @@ async def test_reports_are_upheld_in_batches_with_any_plan(world: World) -> None
     await world.db.execute("ANALYZE report")
     await world.db.execute("INSERT INTO report SELECT * FROM kept")
     await world.db.execute("UPDATE message SET is_moderated = true WHERE id = $1", said)
-    most = moderation.AT_ONCE
+    most = moderation.MAX_RESOLVED
     portions = [len(await world.db.fetch(moderation.UPHOLD, about, said, owner.id, most)) for _ in range(4)]
     assert portions == [most, most, 1, 0]
 

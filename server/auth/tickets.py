@@ -22,7 +22,7 @@ LASTS_SECONDS = 60
 PREFIX = "ticket."
 """A prefix that no token has, because tokens contain no full stop."""
 KEY = "openchat:return:"
-AT_ONCE = 256
+TICKETS_PER_BATCH = 256
 """Max tickets per exchange with Redis."""
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ class Tickets:
     def __init__(self, redis: Redis | RedisCluster, installation: str) -> None:
         self._redis = redis
         self._prefix = f"{KEY}{installation}:"
-        self._lookups: Batcher[str, Ticket | None] = Batcher(self._find, most=AT_ONCE)
-        self._returns: Batcher[str, Ticket | None] = Batcher(self._redeem, most=AT_ONCE)
+        self._lookups: Batcher[str, Ticket | None] = Batcher(self._find, most=TICKETS_PER_BATCH)
+        self._returns: Batcher[str, Ticket | None] = Batcher(self._redeem, most=TICKETS_PER_BATCH)
 
     async def issue(self, wanted: Sequence[Ticket]) -> list[str | None]:
         """Return the ticket strings, or None for each while Redis is unavailable. Clients then use their tokens."""

@@ -21,7 +21,7 @@ from server.domain.publish import publish_updated
 from server.ops.progress import Progress
 from server.queries import audit, conversation_cards, conversations, export
 
-PAGE = 500
+ENTRIES_PER_QUERY = 500
 """Max entries of an audit log that one query reads."""
 LAST_ID = UUID(int=2**128 - 1)
 SERVER_LOG = UUID(int=0)
@@ -87,7 +87,7 @@ async def export_conversation(db: Db, *, conversation: UUID) -> Answer:
     found = await _conversation(db, conversation)
     await admin.note(db, "export_conversation", None, conversation_id=str(found.conversation.id))
     progress, after = Progress(), 0
-    while lines := await conversation_cards.everything(db, found.conversation.id, after, limit=export.PAGE):
+    while lines := await conversation_cards.everything(db, found.conversation.id, after, limit=export.ROWS_PER_PAGE):
         for line, _ in lines:
             say_json(line + "\n")
         after = lines[-1][1]
@@ -141,7 +141,7 @@ async def show_audit(db: Db, *, conversation: UUID, is_verified: bool) -> Answer
     entries: list[Mapping[str, Any]] = []
     after: int | None = 0
     while after is not None:
-        page = await (await audit.page(db, chain, after, limit=PAGE)).decoded()
+        page = await (await audit.page(db, chain, after, limit=ENTRIES_PER_QUERY)).decoded()
         entries += [admin.fields(entry) for entry in page.rows]
         after = page.after
     return entries

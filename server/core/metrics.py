@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 STALE_SECONDS = 10.0
 """Max age of a file, in seconds. An older one belongs to a worker that has ended."""
-REST = 20
+RENDER_PAUSE_FACTOR = 20
 """Min pause after rendering a page, as a multiple of the time that rendering took. Any program of the machine
 may ask.
 """
@@ -150,7 +150,7 @@ class Metrics:
             registry.register(_Collected(self._read()))
             self._page = generate_latest(registry)
             ended = self._clock()
-            self._page_lasts_until = ended + (ended - began) * REST
+            self._page_lasts_until = ended + (ended - began) * RENDER_PAUSE_FACTOR
         return self._page
 
     def _read(self) -> dict[str, Snapshot]:

@@ -12,7 +12,7 @@ from server.core.failures import Failures
 from server.fairness.batcher import Batcher
 from server.queries.presence import Visibility
 
-AT_ONCE = 1_000
+USERS_PER_ANNOUNCEMENT = 1_000
 """Max users per announcement."""
 CALLS_AT_ONCE = 256
 """Max calls of `tell` that share an announcement."""
@@ -80,22 +80,26 @@ class PendingPresence:
         self._has_some.set()
 
     async def tell(self, user_id: UserId | None = None) -> bool:
-        """Announce up to `AT_ONCE` users: `user_id` if it is pending, then those who have waited longest. On failure
-        return False, and keep the users pending.
+        """Announce up to `USERS_PER_ANNOUNCEMENT` users: `user_id` if it is pending, then those who have waited
+        longest. On failure return False, and keep the users pending.
         """
         return await self._tells.submit(user_id)
 
     async def tell_due(self) -> bool:
-        """Wait for a pending user, and announce up to `AT_ONCE`. Return whether as many are pending again. A job."""
+        """Wait for a pending user, and announce up to `USERS_PER_ANNOUNCEMENT`. Return whether as many are pending
+        again. A job.
+        """
         await self._has_some.wait()
         if not await self.tell():
             await asyncio.sleep(AGAIN_SECONDS)
-        return len(self._waiting) >= AT_ONCE
+        return len(self._waiting) >= USERS_PER_ANNOUNCEMENT
 
     async def _tell(self, calls: list[UserId | None]) -> list[bool]:
         # Announce once, not until none is pending. This may be a frame's task, and more users are added meanwhile.
         first = dict.fromkeys(user_id for user_id in calls if user_id is not None and user_id in self._waiting)
-        rest = islice((user_id for user_id in self._waiting if user_id not in first), AT_ONCE - len(first))
+        rest = islice(
+            (user_id for user_id in self._waiting if user_id not in first), USERS_PER_ANNOUNCEMENT - len(first)
+        )
         self._in_flight = {user_id: self._waiting.pop(user_id) for user_id in [*first, *rest]}
         if not self._waiting:
             self._has_some.clear()

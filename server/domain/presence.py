@@ -177,7 +177,7 @@ class Presence:
             over = await presence.expire_statuses(db)
         for user_id in over:
             self._pending.keep(user_id, PresenceNews(Reason.CHOICE))
-        return len(over) == presence.AT_ONCE
+        return len(over) == presence.MAX_DELETED
 
     # -------------------------------------------------------------------------------------------------- reads
 

@@ -35,7 +35,7 @@ from server.queries.memberships import Membership
 from server.queries.own_news import OWN_PAGE, OwnNews
 
 CLOSED = Refused(ErrorCode.UNAVAILABLE, "The connection is closed. Connect again.", retry_after_ms=RETRY_AFTER_MS)
-PAGE = 50
+CONVERSATIONS_PER_PAGE = 50
 """Max conversations per `conversations` frame, per statement that reads them, and per turn of the loop."""
 
 
@@ -45,11 +45,11 @@ async def start(context: Context) -> None:
         order = await conversation_views.order(db, context.user_id)
     # The pages are read by id, because each page of a sorted query would sort all conversations again. Conversations
     # that are joined meanwhile move the user version, which sends them.
-    for start in range(0, max(1, len(order)), PAGE):
-        wanted = order[start : start + PAGE]
+    for start in range(0, max(1, len(order)), CONVERSATIONS_PER_PAGE):
+        wanted = order[start : start + CONVERSATIONS_PER_PAGE]
         parts = await _views(context, wanted, start) if wanted else []
         for number, views in enumerate(parts or [[]], 1):
-            is_last = start + PAGE >= len(order) and number >= len(parts)
+            is_last = start + CONVERSATIONS_PER_PAGE >= len(order) and number >= len(parts)
             await _follow(context, views, [Conversations(conversations=views, is_last=is_last)])
             await context.connection.drained()
 
@@ -71,7 +71,7 @@ async def resume(context: Context, frame: Resume) -> Resumed:
         near = {one: version for one, version in known.items() if one not in far}
         await connection.open(list(near))
         for number, (conversation_id, version) in enumerate(near.items(), 1):
-            if number % PAGE == 0:
+            if number % CONVERSATIONS_PER_PAGE == 0:
                 await asyncio.sleep(0)
             connection.detach(conversation_id)
             await connection.open([conversation_id])  # the conversations before it may have taken long
@@ -243,7 +243,9 @@ async def _start_over(
 def _pages(conversation_ids: Iterable[ConversationId]) -> Iterator[tuple[int, list[ConversationId]]]:
     """Return the ids in pages, each with the number of ids before it."""
     every = list(conversation_ids)
-    return ((start, every[start : start + PAGE]) for start in range(0, len(every), PAGE))
+    return (
+        (start, every[start : start + CONVERSATIONS_PER_PAGE]) for start in range(0, len(every), CONVERSATIONS_PER_PAGE)
+    )
 
 
 async def _views(
@@ -261,7 +263,7 @@ def _reading(context: Context, done: int) -> AbstractAsyncContextManager[Db]:
     """
     if context.connection.is_closed:
         raise CLOSED
-    return context.database.connection() if done < PAGE else context.database.catching_up()
+    return context.database.connection() if done < CONVERSATIONS_PER_PAGE else context.database.catching_up()
 
 
 async def _say_left(context: Context, conversation_ids: Iterable[ConversationId]) -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Hashable
 from typing import Final, Generic, TypeVar
 
-SHARE: Final = 4
-"""Max share of what other clients leave, per client, as 1 / `SHARE`."""
+CLIENT_SHARE_DIVISOR: Final = 4
+"""Max share of what other clients leave, per client, as 1 / `CLIENT_SHARE_DIVISOR`."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -25,7 +25,7 @@ class SharedBound(Generic[Key]):
         """Add `count` to a client. Return False, without an effect, if that exceeds its share or the bound."""
         held = self._held.get(key, 0)
         left = self.most - self.taken
-        if count > left or held + count > max(1, (left + held) // SHARE):
+        if count > left or held + count > max(1, (left + held) // CLIENT_SHARE_DIVISOR):
             return False
         self.taken += count
         self._held[key] = held + count

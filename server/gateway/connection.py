@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 MAX_INBOX = 32
 """Max frames that wait in the inbox before the socket is not read any more. The max size is `MAX_FRAME_BYTES`."""
-AT_ONCE = 4
+FRAMES_PER_TURN = 4
 """Max frames of a connection that are answered in one turn of the event loop."""
 ENTER_SECONDS = 10.0
 """Max time of a connection's admission, in seconds. A client that announces a `resume` may never send it."""
@@ -279,7 +279,7 @@ class Connection:
             while not self._is_closed:
                 await self.socket.drained()
                 done += 1
-                if done % AT_ONCE == 0:
+                if done % FRAMES_PER_TURN == 0:
                     await asyncio.sleep(0)  # refusals await nothing, so a full inbox would delay others
                 if self._todo:
                     await self._todo.pop(0)()

@@ -8,9 +8,9 @@ from protocol.ids import UserId
 
 PAIRS = 200
 """Max pairs per statement. Other causes wait for at most that many."""
-SHARE = 50
+PAIRS_PER_CAUSE = 50
 """Max pairs of one cause per statement, while others wait."""
-REST = 4
+CHECK_PAUSE_FACTOR = 4
 """Pause of a cause after all its pairs were checked, as a multiple of the duration of the checks."""
 RETRY_SECONDS, RETRY_MOST_SECONDS = 1.0, 10.0
 """Pause of a cause after a failure, which doubles with each one, and the max pause of a cause."""
@@ -59,7 +59,7 @@ class Turn:
         self.seconds = 0.0
         self.not_before = 0.0
         self.failures = 0
-        self.most = SHARE
+        self.most = PAIRS_PER_CAUSE
 
     @property
     def next_whole(self) -> Whole | None:
@@ -204,7 +204,7 @@ class Doubts:
                 if some := self._share(turn):
                     batch.turns[turn] = some
                     count += len(some)
-                if count > PAIRS - SHARE or (count and turn.failures):
+                if count > PAIRS - PAIRS_PER_CAUSE or (count and turn.failures):
                     break
         return batch
 
@@ -236,11 +236,11 @@ class Doubts:
         for turn, pairs in batch.turns.items():
             turn.seconds += seconds * len(pairs) / count
             if not turn.pairs and turn.next_whole is None:
-                turn.not_before = now + min(REST * turn.seconds, RETRY_MOST_SECONDS)
+                turn.not_before = now + min(CHECK_PAUSE_FACTOR * turn.seconds, RETRY_MOST_SECONDS)
                 turn.seconds = 0.0
                 turn.done.clear()
             if turn.failures and not any(pair in failed for pair in pairs):
-                turn.failures, turn.most = 0, SHARE
+                turn.failures, turn.most = 0, PAIRS_PER_CAUSE
 
     def retry(self, pairs: Iterable[Pair], now: float) -> None:
         """Check pairs again, each as a cause of its own with growing delays, so that others do not wait."""

@@ -17,7 +17,7 @@ from server.core.errors import log_failure
 from server.hub.bus import Bus
 
 COMPARE_AT_ONCE = 2_000
-REST, REST_MOST_SECONDS = 4, 2.0
+RECHECK_PAUSE_FACTOR, RECHECK_PAUSE_MOST_SECONDS = 4, 2.0
 """Pause between a user's rechecks, as a multiple of the last one's duration, and its max in seconds."""
 
 UNKNOWN = (0, 0, 0)
@@ -204,11 +204,11 @@ class OnlineUsers:
         if user_news is not None:
             # The read may wait for the user's own turns. The next recheck may end a session, so it waits no longer than
             # this.
-            await asyncio.wait([self._spawn(_read(user_news, user))], timeout=REST_MOST_SECONDS)
+            await asyncio.wait([self._spawn(_read(user_news, user))], timeout=RECHECK_PAUSE_MOST_SECONDS)
         # News that arrives during the pause shares one recheck. So a user with many conversations takes a bounded share
         # of the loop.
         spent = time.monotonic() - began
-        await asyncio.sleep(max(0.0, min(REST * spent, REST_MOST_SECONDS - spent)))
+        await asyncio.sleep(max(0.0, min(RECHECK_PAUSE_FACTOR * spent, RECHECK_PAUSE_MOST_SECONDS - spent)))
 
     async def _tell(self, user_id: UserId, user: OnlineUser, *, is_whole: bool) -> UserNews | None:
         """Close sockets whose sessions have ended, and make the others send the news. Return the news, or None if

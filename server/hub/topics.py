@@ -32,8 +32,9 @@ LINGER_SECONDS = 30.0
 NOBODY = bytes(16)
 REMEMBERED = 256
 """Max versions per conversation whose delivery time is remembered."""
-CROWD, REST = 50, 2.0
-"""With at least `CROWD` sockets, a busy conversation pauses after a write for `REST` times its duration."""
+CROWD, WRITE_PAUSE_FACTOR = 50, 2.0
+"""With at least `CROWD` sockets, a busy conversation pauses after a write for `WRITE_PAUSE_FACTOR` times its duration.
+"""
 
 log = logging.getLogger(__name__)
 
@@ -383,7 +384,7 @@ class Topics:
         ended = time.monotonic()
         if len(pending) > 1 and len(topic.sockets) >= CROWD:
             # The conversation is busy. Events during the pause leave in one write per socket, and other tasks run.
-            topic.rests_until = ended + REST * (ended - began)
+            topic.rests_until = ended + WRITE_PAUSE_FACTOR * (ended - began)
 
 
 def channel(conversation_id: ConversationId) -> bytes:

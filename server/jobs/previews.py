@@ -38,7 +38,7 @@ KEPT = frozenset({"og:title", "og:description", "og:image", "description"})
 """Names of the `meta` elements that a preview uses."""
 MAX_WAITING = 1_000
 """Max links that wait, per worker. Each user gets a share (`SharedBound`)."""
-AT_ONCE = 4
+MAX_FETCHES = 4
 """Max links that are fetched concurrently, per worker. Each user has one at a time."""
 PAUSE_SECONDS = 60.0
 """Time for which a failed host is not asked again for the same user, in seconds. After failures for `PAUSE_USERS` users
@@ -96,9 +96,9 @@ class Previews:
             self._turns.release()
 
     async def work(self) -> None:
-        """Fetch queued links, `AT_ONCE` concurrently, until cancelled."""
+        """Fetch queued links, `MAX_FETCHES` concurrently, until cancelled."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(AT_ONCE):
+            for _ in range(MAX_FETCHES):
                 group.create_task(self._work())
 
     async def _work(self) -> None:

@@ -30,7 +30,7 @@ from server.db.database import Database
 from server.domain.push_keys import from_base64url
 from server.fairness.batcher import Batcher
 from server.jobs.push_drops import Drops
-from server.jobs.push_due import NEXT_PAGE, PAGE, DueMessages
+from server.jobs.push_due import FIRST_PAGE, NEXT_PAGE, DueMessages
 from server.jobs.push_pauses import MAX_RETRY_AFTER
 from server.jobs.push_posts import Failed, Posts, Push, Rejected, host_of
 from server.jobs.safe_http import SafeHttp, Unreachable
@@ -103,7 +103,7 @@ class WebPush:
             if time.monotonic() - tick >= TICK_SECONDS:
                 tick = time.monotonic()
             if pages := self._due.begin(tick):
-                await self._read_pages(pages, PAGE)
+                await self._read_pages(pages, FIRST_PAGE)
             # First pages do not prevent further ones, because a slow database may produce first pages all the time.
             if further := self._due.further():
                 await self._read_pages([further], NEXT_PAGE)

@@ -28,17 +28,17 @@ MAX_CONVERSATIONS = 20
 """Max conversations in one statement."""
 MAX_MESSAGES = 200
 """Max messages in one statement, unless one conversation has more."""
-PAGE = 100
+FIRST_PAGE = 100
 """Participants of each conversation in a first page."""
 NEXT_PAGE = 500
 """Participants in a further page."""
-REST = 3
+PAGE_PAUSE_FACTOR = 3
 """Pause after a further page, as a multiple of its duration. So large conversations do not occupy a connection all the
 time.
 """
-REST_OF_PARTICIPANT = 0.000_5
+PAUSE_PER_PARTICIPANT = 0.000_5
 """Pause of a conversation after a pass, per participant in it, in seconds."""
-MAX_REST = 10.0
+MAX_PAUSE = 10.0
 """Max pause of a conversation after a pass, and max pause after a page, in seconds."""
 MAX_TRIES = 3
 """Max attempts to read a page, before the messages of its pass are dropped."""
@@ -147,7 +147,7 @@ class DueMessages:
         one = self._conversations[page.conversation_id].now
         assert one is not None  # noqa: S101 - a page that was returned has a pass
         if self._further.pop(page.conversation_id, None) is not None:
-            self._further_at = self._clock() + min(MAX_REST, REST * seconds)
+            self._further_at = self._clock() + min(MAX_PAUSE, PAGE_PAUSE_FACTOR * seconds)
         if after is None:
             self._end(page.conversation_id)
             return
@@ -206,7 +206,7 @@ class DueMessages:
         self._conversations[conversation_id] = conversation
         for message_id in one.message_ids:
             self._remove(conversation_id, message_id)
-        conversation.ready_at = self._clock() + min(MAX_REST, REST_OF_PARTICIPANT * one.asked)
+        conversation.ready_at = self._clock() + min(MAX_PAUSE, PAUSE_PER_PARTICIPANT * one.asked)
         if not one.asked and not conversation.messages:
             del self._conversations[conversation_id]
 

@@ -60,7 +60,7 @@ USER_RATE, USER_BURST = 2.0, 40.0
 """Max posts that begin, per user, per second and as a burst. Others wait, and may be replaced by newer ones for the
 same place.
 """
-SHARE, BURST_SECONDS = 0.1, 0.1
+LOOP_SHARE, BURST_SECONDS = 0.1, 0.1
 """Max share of the loop's time that posts take, and the burst of it in seconds."""
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class Posts:
         self._hosts: OrderedDict[str, Host] = OrderedDict()
         self._pauses = Pauses()
         self._users: TokenBuckets[UserId] = TokenBuckets("notifications", USER_RATE, burst=USER_BURST)
-        self._time = LoopTime(SHARE, BURST_SECONDS)
+        self._time = LoopTime(LOOP_SHARE, BURST_SECONDS)
         self._next: asyncio.Handle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._slow = 0

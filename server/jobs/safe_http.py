@@ -38,7 +38,7 @@ MAX_READS = 1_000
 """Max reads per response, which may arrive byte by byte."""
 TURN_BYTES = 4 * 1024
 """Max bytes that are parsed in one turn of the loop."""
-SHARE, BURST_SECONDS = 0.1, 0.02
+LOOP_SHARE, BURST_SECONDS = 0.1, 0.02
 """Max share of the loop's time for all GET requests, and the same for all POST requests, and its burst in seconds."""
 PORTS = {"http": 80, "https": 443}
 NEAR = [ipaddress.ip_network(one) for one in ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "5f00::/16")]
@@ -116,8 +116,8 @@ class SafeHttp:
         self._to_private = to_private
         self._resolver = Resolver()
         # GET and POST have one share each, so that links in messages do not delay notifications.
-        self._gets = LoopTime(SHARE, BURST_SECONDS)
-        self._posts = LoopTime(SHARE, BURST_SECONDS)
+        self._gets = LoopTime(LOOP_SHARE, BURST_SECONDS)
+        self._posts = LoopTime(LOOP_SHARE, BURST_SECONDS)
 
     @cached_property
     def _transport(self) -> "_Transport":

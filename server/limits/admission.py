@@ -11,9 +11,9 @@ from collections.abc import Callable
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from server.core.deadlines import Deadlines
-from server.fairness.shared_bound import SHARE, SharedBound
+from server.fairness.shared_bound import CLIENT_SHARE_DIVISOR, SharedBound
 
-AT_ONCE = 256
+MAX_CONNECTING = 256
 """Max connections between the handshake and their first page, or the end of their resume."""
 WINDOW_SECONDS = 1.0
 FIRST_GUESS = 200.0
@@ -26,7 +26,7 @@ class Admission:
     and remembers the times that refused clients were told.
     """
 
-    def __init__(self, *, at_once: int = AT_ONCE, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, at_once: int = MAX_CONNECTING, clock: Callable[[], float] = time.monotonic) -> None:
         self._addresses: SharedBound[str] = SharedBound(at_once)
         self._users: SharedBound[UserId] = SharedBound(at_once)
         self._clock = clock
@@ -87,7 +87,7 @@ class Admission:
         now = self._clock()
         after_those_inside = now + len(self) / self._rate
         booked = max(self._booked.get(client, now), after_those_inside) + 1 / self._rate
-        if booked - after_those_inside <= self._addresses.most / SHARE / self._rate:
+        if booked - after_those_inside <= self._addresses.most / CLIENT_SHARE_DIVISOR / self._rate:
             # A client that retries continuously delays the times of other clients only up to its share.
             self._booked_until = max(self._booked_until, after_those_inside) + 1 / self._rate
         self._booked.put(client, min(booked, now + LATEST_SECONDS), now)

@@ -28,8 +28,8 @@ async def rebuild_search_index(db: Db, progress: Progress, *, only_missing: bool
     while held:
         progress.counts("messages that others are changing", len(held))
         await asyncio.sleep(PAUSE_SECONDS)
-        page = await search_index.page(db, held[: search_index.AT_ONCE], only_missing=only_missing)
-        held = held[search_index.AT_ONCE :] + page.left
+        page = await search_index.page(db, held[: search_index.MAX_MESSAGES], only_missing=only_missing)
+        held = held[search_index.MAX_MESSAGES :] + page.left
         count += page.made
     progress.done()
     return count

@@ -15,7 +15,7 @@ SAID: dict[Kind, str] = {
     "add": "add", "invite": "invite", "friend": "send a friend request to", "follow": "follow", "block": "block",
     "mute": "mute", "switch": "turn off switches for",
 }  # fmt: skip
-AT_ONCE = 1_000
+MAX_DELETED = 1_000
 """Max counts that one statement deletes."""
 
 # A user without a returned row has reached the limit.
@@ -84,5 +84,5 @@ RETURNING true
 
 
 async def expire(db: Db) -> bool:
-    """Delete counts that are older than a day, at most `AT_ONCE`. Return whether there may be more."""
-    return len(await db.fetch(EXPIRE, AT_ONCE)) == AT_ONCE
+    """Delete counts that are older than a day, at most `MAX_DELETED`. Return whether there may be more."""
+    return len(await db.fetch(EXPIRE, MAX_DELETED)) == MAX_DELETED

@@ -16,7 +16,7 @@ from server.queries.locks import LOCK_ROW
 SERVER = ConversationId(UUID(int=0))
 """The chain of actions on the server, outside conversations."""
 
-AT_ONCE = 500
+MAX_DELETED = 500
 """Approximate max entries that one statement deletes."""
 
 _entry_decoder = Reader(AuditEntry)
@@ -140,5 +140,7 @@ SELECT count(*) FROM gone
 
 
 async def forget(db: Db, kept: timedelta) -> bool:
-    """Delete entries of conversations that are older than `kept`, about `AT_ONCE`. Return whether there may be more."""
-    return int(await db.fetchval(FORGET, kept, AT_ONCE)) >= AT_ONCE
+    """Delete entries of conversations that are older than `kept`, about `MAX_DELETED`. Return whether there may be
+    more.
+    """
+    return int(await db.fetchval(FORGET, kept, MAX_DELETED)) >= MAX_DELETED

@@ -10,7 +10,7 @@ from protocol.ids import ConversationId, UserId
 from server.db.database import Db
 from server.queries.relationships import BLANK
 
-AT_ONCE = 10
+MAX_DUE = 10
 """Max users that `due` returns."""
 
 DUE = """
@@ -20,8 +20,8 @@ ORDER BY deleted_at LIMIT $3
 
 
 async def due(db: Db, grace: timedelta, besides: Collection[UserId]) -> list[UserId]:
-    """Return users whose grace period is over, the earliest first, except those in `besides`. At most `AT_ONCE`."""
-    return [UserId(row[0]) for row in await db.fetch(DUE, grace, list(besides), AT_ONCE)]
+    """Return users whose grace period is over, the earliest first, except those in `besides`. At most `MAX_DUE`."""
+    return [UserId(row[0]) for row in await db.fetch(DUE, grace, list(besides), MAX_DUE)]
 
 
 # First, the user can no longer join or connect. Statements that add participants check under the user's lock that the

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from protocol.ids import ConversationId, MessageId, UserId
 from server.db.database import Db
 
-AT_ONCE = 200
+MAX_DUE = 200
 """Max messages that `due` returns."""
 PORTION = 8
 """Max messages that expire in one transaction, because other frames of the conversation wait for it."""
@@ -22,11 +22,11 @@ ORDER BY m.expires_at LIMIT $1
 async def due(
     db: Db, besides: Collection[ConversationId], served: Collection[UserId]
 ) -> dict[tuple[UserId, ConversationId], list[MessageId]]:
-    """Return expired messages by sender and conversation, at most `AT_ONCE`, those that expired first. Those of the
+    """Return expired messages by sender and conversation, at most `MAX_DUE`, those that expired first. Those of the
     conversations `besides` and of the senders `served` are left out.
     """
     found: dict[tuple[UserId, ConversationId], list[MessageId]] = {}
-    for sender_id, conversation_id, message_id in await db.fetch(DUE, AT_ONCE, list(besides), list(served)):
+    for sender_id, conversation_id, message_id in await db.fetch(DUE, MAX_DUE, list(besides), list(served)):
         found.setdefault((sender_id, conversation_id), []).append(message_id)
     return found
 

@@ -8,7 +8,7 @@ from uuid import UUID
 from protocol.ids import UserId
 from server.db.database import Db
 
-PAGE = 50
+ROWS_PER_PAGE = 50
 """Rows per page. Messages, drafts and edits may have 10,000 characters each."""
 
 _IS_SHOWN = """EXISTS (
@@ -145,35 +145,35 @@ async def head(db: Db, user_id: UserId) -> str:
 
 
 async def drafts(db: Db, user_id: UserId, after: UUID) -> list[ExportRow]:
-    """Return up to `PAGE` drafts of a user, by conversation."""
-    return [ExportRow(*row) for row in await db.fetch(DRAFTS, user_id, after, PAGE)]
+    """Return up to `ROWS_PER_PAGE` drafts of a user, by conversation."""
+    return [ExportRow(*row) for row in await db.fetch(DRAFTS, user_id, after, ROWS_PER_PAGE)]
 
 
 async def scheduled(db: Db, user_id: UserId, after: UUID) -> list[ExportRow]:
-    """Return up to `PAGE` scheduled messages of a user."""
-    return [ExportRow(*row) for row in await db.fetch(SCHEDULED, user_id, after, PAGE)]
+    """Return up to `ROWS_PER_PAGE` scheduled messages of a user."""
+    return [ExportRow(*row) for row in await db.fetch(SCHEDULED, user_id, after, ROWS_PER_PAGE)]
 
 
 async def reactions(db: Db, user_id: UserId, after: tuple[UUID, str]) -> list[ExportRow]:
-    """Return up to `PAGE` reactions of a user, by message and emoji."""
-    return [ExportRow((row[0], row[1]), row[2]) for row in await db.fetch(REACTIONS, user_id, *after, PAGE)]
+    """Return up to `ROWS_PER_PAGE` reactions of a user, by message and emoji."""
+    return [ExportRow((row[0], row[1]), row[2]) for row in await db.fetch(REACTIONS, user_id, *after, ROWS_PER_PAGE)]
 
 
 async def votes(db: Db, user_id: UserId, after: UUID) -> list[ExportRow]:
-    """Return up to `PAGE` votes of a user."""
-    return [ExportRow(*row) for row in await db.fetch(VOTES, user_id, after, PAGE)]
+    """Return up to `ROWS_PER_PAGE` votes of a user."""
+    return [ExportRow(*row) for row in await db.fetch(VOTES, user_id, after, ROWS_PER_PAGE)]
 
 
 async def deeds(db: Db, user_id: UserId, after: tuple[UUID, int]) -> list[ExportRow]:
-    """Return up to `PAGE` entries of audit logs whose actor is a user, by log."""
-    return [ExportRow((row[0], row[1]), row[2]) for row in await db.fetch(DEEDS, user_id, *after, PAGE)]
+    """Return up to `ROWS_PER_PAGE` entries of audit logs whose actor is a user, by log."""
+    return [ExportRow((row[0], row[1]), row[2]) for row in await db.fetch(DEEDS, user_id, *after, ROWS_PER_PAGE)]
 
 
 async def messages(db: Db, user_id: UserId, after: UUID) -> list[ExportRow]:
-    """Return up to `PAGE` messages of a user, without their edits."""
-    return [ExportRow(*row) for row in await db.fetch(MESSAGES, user_id, after, PAGE)]
+    """Return up to `ROWS_PER_PAGE` messages of a user, without their edits."""
+    return [ExportRow(*row) for row in await db.fetch(MESSAGES, user_id, after, ROWS_PER_PAGE)]
 
 
 async def edits(db: Db, user_id: UserId, after: tuple[UUID, int]) -> list[ExportRow]:
-    """Return up to `PAGE` edits of a user's message after a version, by version."""
-    return [ExportRow((after[0], row[0]), row[1]) for row in await db.fetch(EDITS, user_id, *after, PAGE)]
+    """Return up to `ROWS_PER_PAGE` edits of a user's message after a version, by version."""
+    return [ExportRow((after[0], row[0]), row[1]) for row in await db.fetch(EDITS, user_id, *after, ROWS_PER_PAGE)]

@@ -8,7 +8,7 @@ from uuid import UUID
 from protocol.ids import ConversationId, MessageId, UserId
 from server.db.database import Db
 
-AT_ONCE = 2_000
+MAX_READ = 2_000
 """Max memberships that one statement reads."""
 
 _FIRST = ConversationId(UUID(int=0))
@@ -40,7 +40,7 @@ async def read(db: Db, user_ids: Sequence[UserId]) -> list[dict[ConversationId, 
     found: dict[UserId, dict[ConversationId, Membership]] = {user_id: {} for user_id in user_ids}
     after = dict.fromkeys(found, _FIRST)
     while after:
-        limit = AT_ONCE // len(after)
+        limit = MAX_READ // len(after)
         counts: Counter[UserId] = Counter()
         for user_id, one, *rest in await db.fetch(READ, list(after), list(after.values()), limit):
             found[user_id][one] = Membership(*rest)

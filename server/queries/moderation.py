@@ -39,7 +39,7 @@ async def moderate(db: Db, found: Message, user_id: UserId, reason: str) -> Mess
     return _message_decoder.decode(text)
 
 
-AT_ONCE = 100
+MAX_RESOLVED = 100
 """Max reports that one statement resolves."""
 # A message may have any number of reports. So this runs in portions, without the conversation's lock.
 UPHOLD = """
@@ -57,7 +57,7 @@ RETURNING 1
 
 async def uphold(db: Db, found: Message, user_id: UserId) -> bool:
     """Uphold some of the reports about a hidden message. Return whether there may be more."""
-    return len(await db.fetch(UPHOLD, found.conversation_id, found.id, user_id, AT_ONCE)) == AT_ONCE
+    return len(await db.fetch(UPHOLD, found.conversation_id, found.id, user_id, MAX_RESOLVED)) == MAX_RESOLVED
 
 
 async def unmoderate(db: Db, found: Message, *, words: str | None) -> Message:

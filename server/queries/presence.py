@@ -10,7 +10,7 @@ from protocol.ids import UserId
 from protocol.values import PresenceStatus
 from server.db.database import Db
 
-AT_ONCE = 1_000
+MAX_DELETED = 1_000
 """Max custom statuses that one statement deletes."""
 
 
@@ -108,8 +108,8 @@ WHERE u.id = t.id RETURNING u.id
 
 
 async def expire_statuses(db: Db) -> list[UserId]:
-    """Delete expired custom statuses, at most `AT_ONCE`. Return their users."""
-    return [UserId(row[0]) for row in await db.fetch(EXPIRE, AT_ONCE)]
+    """Delete expired custom statuses, at most `MAX_DELETED`. Return their users."""
+    return [UserId(row[0]) for row in await db.fetch(EXPIRE, MAX_DELETED)]
 
 
 CHOICES = f"""

@@ -13,7 +13,7 @@ from server.db.rows import Page, Reader, Undecoded
 from server.queries import users
 from server.queries.users import FACE
 
-AT_ONCE = 1_000
+MAX_DELETED = 1_000
 """Max relationships that one statement deletes."""
 KEPT = timedelta(days=90)
 """Min age of an ended relationship before its row is deleted."""
@@ -222,7 +222,7 @@ SELECT count(*) FROM gone
 
 
 async def forget(db: Db) -> bool:
-    """Delete relationships that ended long ago and whose switches have their defaults, at most `AT_ONCE`. Return
+    """Delete relationships that ended long ago and whose switches have their defaults, at most `MAX_DELETED`. Return
     whether there may be more.
     """
-    return int(await db.fetchval(FORGET, KEPT, AT_ONCE)) == AT_ONCE
+    return int(await db.fetchval(FORGET, KEPT, MAX_DELETED)) == MAX_DELETED

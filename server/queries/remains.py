@@ -10,8 +10,8 @@ from protocol.ids import ConversationId, MessageId, UserId
 from server.db.database import Db
 from server.queries import drafts, invitations
 
-AT_ONCE = 500
-"""Max reactions, and max votes, that one statement deletes."""
+MAX_ROWS = 500
+"""Max messages or conversations that one statement reads, and max reactions or votes that it deletes."""
 USERS_AT_ONCE = 100
 """Max drafts that one statement empties, or invitations that it ends, and users whom it locks."""
 
@@ -48,10 +48,10 @@ RETURNING m.id
 
 async def clear(db: Db) -> bool:
     """Delete some remains of deleted messages. Return whether there may be more."""
-    due = [MessageId(row[0]) for row in await db.fetch(DUE, AT_ONCE)]
+    due = [MessageId(row[0]) for row in await db.fetch(DUE, MAX_ROWS)]
     if not due:
         return False
-    gone = len(await db.fetch(UNREACT, due, AT_ONCE)) + len(await db.fetch(WITHDRAW, due, AT_ONCE))
+    gone = len(await db.fetch(UNREACT, due, MAX_ROWS)) + len(await db.fetch(WITHDRAW, due, MAX_ROWS))
     done = len(await db.fetch(DONE, due))
     # If nothing was done, other workers are deleting all of it, and continue.
     return gone + done > 0
@@ -96,8 +96,8 @@ async def mark(db: Db, after: ConversationId) -> ConversationId:
     """Mark some of the ended conversations with invitations and without a mark for `empty`. Return the id after which
     to continue, or `FIRST` at the end.
     """
-    rows = await db.fetch(MARK, after, AT_ONCE)
-    return ConversationId(rows[-1][0]) if len(rows) == AT_ONCE else FIRST
+    rows = await db.fetch(MARK, after, MAX_ROWS)
+    return ConversationId(rows[-1][0]) if len(rows) == MAX_ROWS else FIRST
 
 
 class Emptied(NamedTuple):
@@ -109,7 +109,7 @@ class Emptied(NamedTuple):
 
 async def empty(db: Db) -> Emptied:
     """Empty some drafts in ended conversations, and end some invitations to them."""
-    due = [ConversationId(row[0]) for row in await db.fetch(DELETED, AT_ONCE)]
+    due = [ConversationId(row[0]) for row in await db.fetch(DELETED, MAX_ROWS)]
     emptied: list[UserId] = []
     for conversation_id in due:
         emptied += await drafts.empty_some(db, conversation_id, limit=USERS_AT_ONCE)

@@ -23,7 +23,7 @@ _user_decoder = Reader(User)
 
 CLAIMED = timedelta(seconds=15)
 """Time after which another worker may claim a claimed message."""
-AT_ONCE = 50
+MAX_DELETED = 50
 """Max messages that one statement of `forget` deletes."""
 WALKED = 500
 """Max due messages in a page of `walk`."""
@@ -269,7 +269,7 @@ SELECT count(*) FROM gone
 
 
 async def forget(db: Db) -> bool:
-    """Delete messages that were sent, failed or were cancelled long ago, at most `AT_ONCE`. Return whether there may be
-    more.
+    """Delete messages that were sent, failed or were cancelled long ago, at most `MAX_DELETED`. Return whether there
+    may be more.
     """
-    return int(await db.fetchval(FORGET, KEPT, AT_ONCE)) == AT_ONCE
+    return int(await db.fetchval(FORGET, KEPT, MAX_DELETED)) == MAX_DELETED

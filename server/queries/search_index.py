@@ -5,7 +5,7 @@ from typing import NamedTuple
 from protocol.ids import MessageId
 from server.db.database import Db
 
-AT_ONCE = 200
+MAX_MESSAGES = 200
 """Max messages per statement."""
 
 # Words are parsed before the locks, because that takes long. `made` counts them, which forces that order. Then messages
@@ -61,8 +61,8 @@ class IndexedPage(NamedTuple):
 
 
 async def following(db: Db, after: MessageId) -> list[MessageId]:
-    """Return the next messages after an id, at most `AT_ONCE`."""
-    return [MessageId(row[0]) for row in await db.fetch(NEXT, after, AT_ONCE)]
+    """Return the next messages after an id, at most `MAX_MESSAGES`."""
+    return [MessageId(row[0]) for row in await db.fetch(NEXT, after, MAX_MESSAGES)]
 
 
 async def page(db: Db, message_ids: list[MessageId], *, only_missing: bool) -> IndexedPage:

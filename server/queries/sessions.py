@@ -14,7 +14,7 @@ from server.queries.users import FACE
 _user_decoder = Reader(User)
 _sessions_decoder = Reader(Session)
 
-AT_ONCE = 1_000
+MAX_DELETED = 1_000
 """Max sessions that one statement deletes."""
 
 # `updated_at` is the time at which a session began or was last extended, which happens at least daily while it is used.
@@ -176,5 +176,5 @@ DELETE FROM session s USING due WHERE s.id = due.id RETURNING true
 
 
 async def clear_expired(db: Db) -> bool:
-    """Delete sessions that expired more than a day ago, at most `AT_ONCE`. Return whether there may be more."""
-    return len(await db.fetch(EXPIRED, AT_ONCE)) == AT_ONCE
+    """Delete sessions that expired more than a day ago, at most `MAX_DELETED`. Return whether there may be more."""
+    return len(await db.fetch(EXPIRED, MAX_DELETED)) == MAX_DELETED

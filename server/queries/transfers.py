@@ -34,14 +34,14 @@ TABLES = {
 
 SNAPSHOT = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
 NO_TIMEOUT = "SET LOCAL statement_timeout = 0"
-AT_ONCE = 500
+PREFETCHED_ROWS = 500
 """Rows that are fetched together."""
 
 
 async def rows(db: Db, table: str) -> AsyncIterator[str]:
     """Yield all rows of a table as JSON, in the order of their keys. Requires a transaction."""
     STATEMENT = TABLES[table]  # noqa: N806 - a constant, as all SQL
-    async for row in db.cursor(STATEMENT, prefetch=AT_ONCE):
+    async for row in db.cursor(STATEMENT, prefetch=PREFETCHED_ROWS):
         yield row[0]
 
 

@@ -14,7 +14,7 @@ from server.ops.transfer.lines import Lines, RowLine, Summary
 from server.queries import audit, transfers
 from server.queries.audit import Deed
 
-AT_ONCE = 500
+ROWS_PER_STATEMENT = 500
 REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.StatementTooComplexError)
 """Raised by PostgreSQL about rows that it does not accept."""
 
@@ -40,7 +40,7 @@ async def load(db: Db, lines: Lines, progress: Progress, *, is_whole: bool, deed
                 raise Fatal("the database has users already. Import a whole installation into an empty database.")
             await transfers.discard_keys(db)
         for table, group in groupby(lines, key=lambda line: line.row.table):
-            while batch := list(islice(group, AT_ONCE)):
+            while batch := list(islice(group, ROWS_PER_STATEMENT)):
                 loaded[table] += await _load(db, table, batch, is_whole=is_whole)
                 progress.counts(table, loaded[table])
         if not is_whole:

@@ -20,7 +20,7 @@ from server.ops.transfer.origin import Origin
 from server.ops.transfer.reading import reading
 from server.queries import transfers
 
-AT_ONCE = 10_000
+MESSAGES_PER_LOOKUP = 10_000
 """Max messages that one statement looks up."""
 SAMPLE = 100
 """Max messages of a conversation that are looked up, to find out whether it is the same."""
@@ -98,7 +98,7 @@ async def _absent(db: Db, origin: Origin, place: ArchivePlace, users: dict[str, 
         found = place.posts()
     messages = {origin.message_id(place, post) for post in found if becomes_message(post, users)}
     wanted, absent = iter(messages), 0
-    while some := list(islice(wanted, AT_ONCE)):
+    while some := list(islice(wanted, MESSAGES_PER_LOOKUP)):
         absent += await transfers.absent_messages(db, some)
     return absent
 
