@@ -19,9 +19,9 @@ from server.ops.transfer import slack
 from server.queries import search
 from tests.world import World
 
-MAX_RATIO = 10
+MAX_RATIO = 15
 """Max ratio to the time for ordinary words. Linear work with a word at every second character takes 3 times as long,
-up to 8 times on a busy machine. Quadratic work takes 20 times and more.
+up to 10 times on a busy machine. Quadratic work takes 20 times and more.
 """
 TRIES = 40
 """Max measurements, of which the shortest counts, since other processes prolong the others."""

@@ -464,8 +464,7 @@ async def test_old_state_plus_events_equals_new_state(
         await ada.ask(frame)
     assert await recount(world.db) == []
     truth = await read_conversation(world.db, group)
-    while mirror.copies[group].version < truth.version:
-        await phone.synced()
+    await until(lambda: mirror.copies[group].version >= truth.version)
     copy = mirror.copies[group]
     copy.participants = truth.participants
     assert_same(copy, truth)
