@@ -447,7 +447,7 @@ async def test_pending_invitations_from_a_user_are_bounded(world: World) -> None
     answers = await asyncio.gather(*(one.ask(frame) for one, frame in zip(devices, frames, strict=True)))
     assert sorted(map(str, codes(list(answers)))) == sorted([str(None), *[str(ErrorCode.CONFLICT)] * 5])
     assert len({answer.message for answer in answers if isinstance(answer, Error)}) == 1
-    # Invitations to deleted conversations do not count, since nobody can join or withdraw them.
+    # Invitations to deleted conversations do not count, since users can neither join nor withdraw them.
     await world.db.execute("UPDATE conversation SET is_deleted = true, is_active = false WHERE title = 'Spam'")
     assert codes([await devices[0].ask(group_of(*them))]) == [None]
 

@@ -138,7 +138,7 @@ def test_data_dir_together_with_a_database_url_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "error"),
     [
         (["--prot", "3"], "`--prot` is not an option. Use `--port`."),
         (["--port", "99999999"], "--port must be a whole number from 0 to 65535, not '99999999'."),
@@ -184,14 +184,14 @@ def test_data_dir_together_with_a_database_url_is_refused(
     ids=lambda one: " ".join(one) if isinstance(one, list) else "",
 )
 def test_invalid_arguments_are_refused_with_advice(
-    arguments: list[str], said: str, began: list[Any], capsys: pytest.CaptureFixture[str]
+    arguments: list[str], error: str, began: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     began.clear()
     status = main.run(arguments)
     (line,) = capsys.readouterr().err.splitlines()
     assert (status, began) == (1, [])
     assert line.startswith("openchat: ")
-    assert said in line
+    assert error in line
 
 
 def test_dash_and_empty_string_are_refused_as_file_names(began: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,7 +153,7 @@ def test_deeply_nested_markdown_is_rendered_quickly() -> None:
 
 
 def test_unsupported_markup_is_shown_as_text() -> None:
-    """That is HTML, entities, images, headings and link definitions, and everything within code."""
+    """This applies to HTML, entities, images, headings and link definitions, and everything within code."""
     for text, html in {
         "List<String> & a < b &copy;": "List&lt;String&gt; &amp; a &lt; b &amp;copy;",
         r"\<b\> \&amp;": "&lt;b&gt; &amp;amp;",

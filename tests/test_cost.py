@@ -73,7 +73,7 @@ class Place(NamedTuple):
 
 class Plan(NamedTuple):
     """The execution of a statement: rows visited in all nodes, pages read, tables scanned sequentially, and tables
-    read without a condition on the conversation or the user.
+    read without a key (`KEY`).
     """
 
     rows: int

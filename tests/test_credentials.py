@@ -166,7 +166,7 @@ async def test_refused_request_does_not_use_up_a_ticket_or_invite_code(world: Wo
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "call",
     [
         ("GET", "/v1/auth/export", None),
         ("GET", "/v1/auth/sessions", None),
@@ -178,9 +178,9 @@ async def test_refused_request_does_not_use_up_a_ticket_or_invite_code(world: Wo
     ],
 )
 async def test_ticket_is_refused_over_http_and_stays_valid_for_the_socket(
-    world: World, http: httpx.AsyncClient, asked: tuple[str, str, dict[str, str] | None]
+    world: World, http: httpx.AsyncClient, call: tuple[str, str, dict[str, str] | None]
 ) -> None:
-    method, path, body = asked
+    method, path, body = call
     ada = await registered(http)
     ticket = await ticket_of(world, ada.token)
     answer = await http.request(method, f"{world.workers[1].url}{path}", headers=bearer(ticket), json=body)

@@ -23,7 +23,7 @@ from server.queries.presence import Watchable
 from tests.twins import CHEAP, WORDS
 from tests.world import World, http_client, sent, until
 
-Asked = list[list[tuple[UserId, UserId]]]
+Queries = list[list[tuple[UserId, UserId]]]
 
 
 def some_pairs(count: int) -> list[Pair]:
@@ -174,9 +174,9 @@ def test_failed_pairs_are_retried_apart_in_halves_with_growing_pauses() -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+def queries(monkeypatch: pytest.MonkeyPatch) -> Queries:
     """The pairs of each query about who may watch whom."""
-    found: Asked = []
+    found: Queries = []
     watchable = presence.watchable
 
     async def noted(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
@@ -192,19 +192,19 @@ async def certain(world: World) -> None:
     await until(lambda: not world.workers[0].app.hub.watchers.are_in_doubt)
 
 
-async def test_only_relevant_changes_cause_queries(settings: Settings, asked: Asked) -> None:
+async def test_only_relevant_changes_cause_queries(settings: Settings, queries: Queries) -> None:
     async with World(settings, workers=1) as world:
         people = await world.users("Ada", "Charles", "Mary")
         ada, again, charles = [await world.connect(one) for one in (people[0], *people[:2])]
         group = await world.group(ada, people[1])
         message = await sent(charles, group)
-        asked.clear()
+        queries.clear()
         for one in (ada, again):
             await one.call(client.Watch(user_ids=[people[1].id, people[2].id]))
         mine = {(people[0].id, one.id) for one in people[1:]}
-        assert [set(pairs) for pairs in asked] == [mine, mine], "one query per watch"
+        assert [set(pairs) for pairs in queries] == [mine, mine], "one query per watch"
         await certain(world)
-        asked.clear()
+        queries.clear()
         at: dict[str, Any] = {"conversation_id": group, "message_id": message}
         frames: list[Frame] = [
             client.SetDraft(conversation_id=group, content="Dear"), client.Star(**at), client.Unstar(**at),
@@ -221,18 +221,18 @@ async def test_only_relevant_changes_cause_queries(settings: Settings, asked: As
         for frame in frames:
             assert isinstance(await ada.ask(frame), server.Reply), frame
         await certain(world)
-        assert asked == []
+        assert queries == []
         await ada.call(client.CreateDirect(user_id=people[2].id))
         await certain(world)
         await world.group(ada, people[2])
         await certain(world)
-        assert [set(pairs) for pairs in asked] == [mine, mine], "all users whom Ada watches, once for both sockets"
-        asked.clear()
+        assert [set(pairs) for pairs in queries] == [mine, mine], "all users whom Ada watches, once for both sockets"
+        queries.clear()
         # One pair, once for both sockets.
         await ada.call(client.Block(user_id=people[1].id))
         await again.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
         await certain(world)
-        assert asked == [[(people[0].id, people[1].id)]]
+        assert queries == [[(people[0].id, people[1].id)]]
 
 
 async def test_sockets_follow_the_rules_after_every_change(world: World) -> None:  # noqa: C901, PLR0915
@@ -389,8 +389,10 @@ async def test_failures_of_some_pairs_delay_no_others_and_are_resolved(
         await certain(world)
     assert sizes[:3] == [7, 3, 3], "half as many pairs after a timeout"
     assert len(defects) == 3
-    told = [record.getMessage().split(" failed")[0] for record in caplog.records if "may watch" in record.getMessage()]
-    assert told == ["checking who may watch whom", "deciding who may watch whom"]
+    logged = [
+        record.getMessage().split(" failed")[0] for record in caplog.records if "may watch" in record.getMessage()
+    ]
+    assert logged == ["checking who may watch whom", "deciding who may watch whom"]
     assert not [event for event in watching[0].events[seen:] if isinstance(event, server.UserUpdated)]
 
 
@@ -456,7 +458,7 @@ async def test_user_who_becomes_visible_again_is_published_immediately_and_alike
         "blocks a stranger": (False, blocks, unblocks),
         "is private to a stranger": (False, privacy(is_private=True), privacy(is_private=False)),
     }
-    told: dict[str, list[tuple[str, str | None]]] = {}
+    received: dict[str, list[tuple[str, str | None]]] = {}
     for number, (name, (is_together, act, undo)) in enumerate(cases.items()):
         who = await world.user(f"X{number}")
         if is_together:
@@ -479,14 +481,14 @@ async def test_user_who_becomes_visible_again_is_published_immediately_and_alike
         await ada.event(server.PresenceChanged, lambda event: event.presence.status == "busy", start=seen)
         await ada.synced()
         # An event may be repeated.
-        told[name] = list(
+        received[name] = list(
             dict.fromkeys(
                 (event.presence.status, event.presence.custom_status)
                 for event in ada.events[seen:]
                 if isinstance(event, server.PresenceChanged)
             )
         )
-    assert all(events == [("offline", None), ("busy", "Here")] for events in told.values()), told
+    assert all(events == [("offline", None), ("busy", "Here")] for events in received.values()), received
 
 
 async def test_connection_that_never_resumes_sees_no_more_than_others(world: World) -> None:

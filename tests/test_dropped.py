@@ -231,7 +231,7 @@ async def test_socket_is_not_read_while_its_connection_finishes(alone: World, ca
 
 
 @pytest.mark.parametrize(
-    ("begin", "piece", "most", "told"),
+    ("begin", "piece", "most", "reason"),
     [
         (b"GET /healthz HTTP/1.1\r\nHost: here\r\n", b"a:b\r\n", MAX_HEADERS - 1, b"more than 128 headers"),
         (CHUNKED, b"1\r\n \r\n", MAX_CHUNKS - 1, b"more than 4,096 chunks"),
@@ -240,7 +240,7 @@ async def test_socket_is_not_read_while_its_connection_finishes(alone: World, ca
     ids=["headers", "chunks", "trailers"],
 )
 async def test_request_has_a_bounded_number_of_parts(  # noqa: PLR0917 - fixtures
-    alone: World, calls: Counter[str], begin: bytes, piece: bytes, most: int, told: bytes
+    alone: World, calls: Counter[str], begin: bytes, piece: bytes, most: int, reason: bytes
 ) -> None:
     """Each part costs as much as hundreds of bytes. One request of many parts took 0.2 seconds."""
     begin = await with_token(alone, begin)
@@ -249,9 +249,9 @@ async def test_request_has_a_bounded_number_of_parts(  # noqa: PLR0917 - fixture
         calls.clear()
         reader, writer = await dial(alone)
         writer.write(begin + piece * count + end)
-        said = await reader.readuntil(b"\r\n\r\n") + await reader.read(500)
-        assert said.startswith(b"HTTP/1.1 ")
-        assert (told in said) == (count > most), (count, said)
+        response = await reader.readuntil(b"\r\n\r\n") + await reader.read(500)
+        assert response.startswith(b"HTTP/1.1 ")
+        assert (reason in response) == (count > most), (count, response)
         assert calls["on_header"] + calls["on_body"] <= MAX_HEADERS + MAX_CHUNKS + 5
         writer.close()
     await until(lambda: len(alone.workers[0].app.sockets) == 0)

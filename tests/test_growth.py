@@ -373,8 +373,8 @@ async def test_frames_of_all_kinds_do_not_grow_containers(lone: World, monkeypat
             if size > before.get(name, 0) and name not in may_grow
         }
 
-    # The last commands to Redis are sent in the next iteration of the loop, and a topic that is being opened is closed
-    # in a later one.
+    # The last commands to Redis are sent in the next iteration of the loop. A topic that is being opened is closed in
+    # a later one.
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(20):
             while grown():

@@ -1,8 +1,8 @@
 """Attacks from an account that stays within its rate limits do not delay other users. `ATTACKS` lists the attacks.
 
-Other files test searches (test_searching), 3,000 silent sockets (test_silence), each kind of flood (test_floods),
-deadlocks (test_lock_order), push services that never respond (`test_silent_endpoints_delay_no_other_users` of
-test_notifications) and hostile values (test_hostile_values).
+Other files test searches (test_searching), 3,000 silent sockets (test_silence), each kind of flood (test_floods) and
+deadlocks (test_lock_order). Others test push services that never respond
+(`test_silent_endpoints_delay_no_other_users` of test_notifications) and hostile values (test_hostile_values).
 """
 
 import asyncio
