@@ -38,7 +38,7 @@ class Clock:
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.floats(0, 0.5)), max_size=300))
 def test_number_of_connecting_clients_is_bounded(steps: list[tuple[int, bool, float]]) -> None:
     clock = Clock()
-    admission = Admission(at_once=8, clock=clock)
+    admission = Admission(max_connecting=8, clock=clock)
     inside: list[Slot] = []
     for who, is_coming, seconds in steps:
         clock.now += seconds
@@ -82,7 +82,7 @@ def test_twelve_clients_cannot_take_all_places(who: list[int], is_address: bool)
 
 def test_client_that_retries_constantly_delays_others_only_by_its_share() -> None:
     clock = Clock()
-    admission = Admission(at_once=40, clock=clock)
+    admission = Admission(max_connecting=40, clock=clock)
     for number in range(40):
         admission.begin(f"192.0.2.{number}")
     for _ in range(2_000):
@@ -98,7 +98,7 @@ def test_client_that_retries_constantly_delays_others_only_by_its_share() -> Non
 @pytest.mark.parametrize("rate", [20, 500])
 def test_retry_times_match_the_rate_of_admission(rate: int) -> None:
     clock = Clock()
-    admission = Admission(at_once=50, clock=clock)
+    admission = Admission(max_connecting=50, clock=clock)
     numbers = itertools.count()
     inside = [admission.begin(str(next(numbers))) for _ in range(50)]
     for _ in range(5 * rate):  # for five seconds

@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 SEARCHING_MS = 500
 """Delay after which to retry a search that was refused because the user has another one running, in milliseconds."""
 
-SEARCH_REST = 4
+SEARCH_COST_FACTOR = 4
 """Tokens for a search, as a multiple of its time in the database. So a user whose searches are slow does not occupy a
 connection all the time.
 """
@@ -207,7 +207,7 @@ class Dispatch:
         finally:
             self.searching.discard(context.user_id)
             rate_limit = self._rate_limits[Rate.SEARCH]
-            if (more := int(HELD.get() * SEARCH_REST * rate_limit.rate)) > 0:
+            if (more := int(HELD.get() * SEARCH_COST_FACTOR * rate_limit.rate)) > 0:
                 rate_limit.charge(context.user_id, more)
 
 

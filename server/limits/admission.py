@@ -26,9 +26,9 @@ class Admission:
     and remembers the times that refused clients were told.
     """
 
-    def __init__(self, *, at_once: int = MAX_CONNECTING, clock: Callable[[], float] = time.monotonic) -> None:
-        self._addresses: SharedBound[str] = SharedBound(at_once)
-        self._users: SharedBound[UserId] = SharedBound(at_once)
+    def __init__(self, *, max_connecting: int = MAX_CONNECTING, clock: Callable[[], float] = time.monotonic) -> None:
+        self._addresses: SharedBound[str] = SharedBound(max_connecting)
+        self._users: SharedBound[UserId] = SharedBound(max_connecting)
         self._clock = clock
         self._rate = FIRST_GUESS
         self._given = 0
