@@ -11,9 +11,9 @@ from tests.prose import faults, sentences
 from tests.trees import parsed
 
 ROOT = Path(__file__).parent.parent
-DONE = ("protocol", "server", "prove", "loadtest", "benchmarks", "fuzz", "deploy")
-"""Rooms that were rewritten. Add a room when all of it keeps the rules."""
-MARKS = re.compile(r"#!?(?: (?:noqa: [A-Z0-9, ]+|type: ignore\S*|fmt: \w+|-{3,}.*?)(?: - |  # |$))*\s*")
+DONE = ("protocol", "server", "prove", "loadtest", "benchmarks", "fuzz", "deploy", "tests")
+"""Folders whose docstrings and comments are checked."""
+MARKS = re.compile(r"#!?(?: (?:(?:ruff: )?noqa: [A-Z0-9, ]+|type: ignore\S*|fmt: \w+|-{3,}.*?)(?: - |  # |$))*\s*")
 """The parts of a comment that are for tools or divide a file."""
 
 
