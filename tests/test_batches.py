@@ -31,7 +31,19 @@ from server.queries.push import PushPost
 from server.queries.sending import NotStored, Outgoing, Source
 from tests.test_held_rows import schedule
 from tests.test_send_waits import SECONDS, Stage
-from tests.world import UserSession, World, all_sent, are_stored, http_client, message, refused, sent, until
+from tests.world import (
+    UserSession,
+    World,
+    all_sent,
+    are_stored,
+    http_client,
+    message,
+    new_messages,
+    received_message,
+    refused,
+    sent,
+    until,
+)
 
 OTHERS = 40
 """Valid messages in one statement with an invalid one."""
@@ -322,11 +334,7 @@ async def test_message_with_an_unknown_outcome_is_delivered_once_by_the_comparis
             raise TimeoutError  # after the commit
 
         def received() -> list[list[MessageId]]:
-            return [
-                [one.message.id for event in device.events for one in getattr(event, "events", [event])
-                 if isinstance(one, server.MessageSent) and one.message.content == "In doubt"]
-                for device in devices
-            ]  # fmt: skip
+            return [[one.id for one in new_messages(device) if one.content == "In doubt"] for device in devices]
 
         with monkeypatch.context() as lose:
             lose.setattr(sending, "send_free", lost)
@@ -342,7 +350,7 @@ async def test_message_with_an_unknown_outcome_is_delivered_once_by_the_comparis
         await until(lambda: all(len(ids) == len(frames) for ids in received()))
         last = await sent(stage.author, stage.group, "After them")
         for device in devices:
-            await device.event(server.MessageSent, lambda event: event.message.id == last)
+            await received_message(device, last)
         assert [sorted(ids) for ids in received()] == [sorted(frame.message_id for frame in frames)] * 4
 
 

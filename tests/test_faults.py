@@ -38,7 +38,7 @@ from server.processes.embedded.postgres import Postgres
 from server.processes.embedded.valkey import Valkey
 from tests.conftest import TEMPLATE, Servers, make_template, scratch
 from tests.test_batches import counted
-from tests.world import UserSession, World, http_client, message, sent, until
+from tests.world import UserSession, World, http_client, message, new_messages, received_message, sent, until
 
 MEMBERS = 100
 OUTBOX_BYTES = 256 * 1024
@@ -289,12 +289,9 @@ async def test_hanging_postgres_fails_waiting_sends_together(
         world.workers[0].app.hub.compare_soon()
         last = await sent(senders[0], about, "Last")
         for sender in senders[:2]:
-            await sender.event(server.MessageSent, lambda event: event.message.id == last)
-            told = [
-                one.message.id for event in sender.events for one in getattr(event, "events", [event])
-                if isinstance(one, server.MessageSent) and one.message.content == "Frozen"
-            ]  # fmt: skip
-            assert sorted(told) == sorted(frame.message_id for frame in frames)
+            await received_message(sender, last)  # in an event of its own, or in one of the comparison
+            received = [one.id for one in new_messages(sender) if one.content == "Frozen"]
+            assert sorted(received) == sorted(frame.message_id for frame in frames)
 
 
 async def test_connection_during_a_database_outage_gets_503(

@@ -214,7 +214,7 @@ async def test_older_presence_is_not_announced_last(settings: Settings, monkeypa
         await until(lambda: len(read) == 1)
         second = asyncio.create_task(laptop.ask(client.SetPresence(status="busy")))
         # The second announcement waits for the first. It would not if announcements ran concurrently.
-        await until(lambda: asked.count(on.charles.id) == 2 and bool(pending_presence._tells._waiting))  # noqa: SLF001
+        await until(lambda: asked.count(on.charles.id) >= 2 and bool(pending_presence._tells._waiting))  # noqa: SLF001
         assert len(read) == 1
         may_go_on.set()
         assert not [one for one in await asyncio.gather(first, second) if isinstance(one, server.Error)]

@@ -207,9 +207,16 @@ def are_stored(outcomes: Iterable[object]) -> bool:
     return all(isinstance(one, Stored) for one in outcomes)
 
 
+def new_messages(client: Client) -> list[Message]:
+    """Return the messages of all events that a client has received, those in `changes` included."""
+    events = [one for event in client.events for one in getattr(event, "events", [event])]
+    return [one.message for one in events if isinstance(one, MessageSent)]
+
+
 async def received_message(client: Client, message_id: MessageId) -> Message:
     """Wait for the event of a message, and return the message."""
-    return (await client.event(MessageSent, lambda event: event.message.id == message_id)).message
+    await until(lambda: any(one.id == message_id for one in new_messages(client)))
+    return next(one for one in new_messages(client) if one.id == message_id)
 
 
 async def until(condition: Callable[[], bool], *, seconds: float = 15.0) -> None:
