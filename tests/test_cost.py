@@ -410,7 +410,7 @@ async def test_cost_does_not_grow_with_history(
             ),
         }
         statements = hot(place, ids)
-        # After ANALYZE, the first call plans the statements of send_messages(). That reads pages, too.
+        # After ANALYZE, the first call plans the statements of send_messages(), and reads pages for that.
         await explained(db, "send", statements["send"][1])
         plans[place.size] = {name: await explained(db, name, arguments) for name, (_, arguments) in statements.items()}
     await db.close()
