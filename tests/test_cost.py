@@ -238,6 +238,13 @@ async def explained(db: "asyncpg.Connection[asyncpg.Record]", name: str, argumen
     return Plan(rows, top["Shared Hit Blocks"] + top["Shared Read Blocks"], scanned, without_key)
 
 
+async def prepare(db: "asyncpg.Connection[asyncpg.Record]", statements: dict[str, tuple[str, tuple[Any, ...]]]) -> None:
+    """Prepare statements and run each once, so that its plan is made now and kept."""
+    for name, (query, arguments) in statements.items():
+        await db.execute(f'PREPARE "{name}" AS {query}')
+        await explained(db, name, arguments)
+
+
 def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ...]]]:
     """Return every statement that clients can trigger, with arguments in the middle of the conversation."""
     about, user = place.conversation_id, place.user_id
@@ -391,9 +398,7 @@ async def test_cost_does_not_grow_with_history(
     await others(filler)
     await filler.execute('ANALYZE "user", conversation, conversation_participant, session')
     nobody = Place(ConversationId(uuid4()), UserId(uuid4()), SMALL)
-    for name, (query, arguments) in hot(nobody, {"new": uuid4(), "middle": uuid4()}).items():
-        await db.execute(f'PREPARE "{name}" AS {query}')
-        await explained(db, name, arguments)
+    await prepare(db, hot(nobody, {"new": uuid4(), "middle": uuid4()}))
     small = await filled(filler, "small", SMALL)
     plans: dict[int, dict[str, Plan]] = {}
     for place in (small, MESSAGES):
@@ -460,9 +465,7 @@ async def test_cost_does_not_grow_with_the_length_of_a_thread(
         }
 
     nobody = Place(ConversationId(uuid4()), UserId(uuid4()), 0)
-    for name, (query, arguments) in asked(nobody, uuid4()).items():
-        await db.execute(f'PREPARE "{name}" AS {query}')
-        await explained(db, name, arguments)
+    await prepare(db, asked(nobody, uuid4()))
     plans: dict[int, dict[str, Plan]] = {}
     for size in (10, 10_000):
         place = await filled(filler, f"thread{size}", 50)
@@ -564,9 +567,7 @@ async def test_cost_does_not_grow_with_the_data_of_other_users(
     db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
     nobody = Place(ConversationId(uuid4()), UserId(uuid4()), SMALL)
-    for name, (query, arguments) in hot(nobody, {"new": uuid4(), "middle": uuid4()}).items():
-        await db.execute(f'PREPARE "{name}" AS {query}')
-        await explained(db, name, arguments)
+    await prepare(db, hot(nobody, {"new": uuid4(), "middle": uuid4()}))
     place = await filled(filler, "grown", 200)
     middle = await db.fetchrow(
         "SELECT id, sender_id FROM message WHERE conversation_id = $1 AND sent_version = 100", place.conversation_id
@@ -603,9 +604,7 @@ async def test_plans_of_an_empty_database_find_one_participant_of_many(
     db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
     nobody = Place(ConversationId(uuid4()), UserId(uuid4()), SMALL)
-    for name, (query, arguments) in hot(nobody, {"new": uuid4(), "middle": uuid4()}).items():
-        await db.execute(f'PREPARE "{name}" AS {query}')
-        await explained(db, name, arguments)
+    await prepare(db, hot(nobody, {"new": uuid4(), "middle": uuid4()}))
     place = await filled(filler, "first", 20)
     await filler.execute(SLOW_MODE)
     middle = await db.fetchval("SELECT id FROM message WHERE sent_version = 10")

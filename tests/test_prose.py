@@ -4,7 +4,7 @@ import ast
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.prose import faults, sentences
@@ -47,24 +47,23 @@ def comments(path: Path) -> Iterator[tuple[int, str]]:
         yield last, text
 
 
-def test_docstrings_are_short_sentences_that_begin_with_their_subject() -> None:
+def assert_no_faults(texts: Callable[[Path], Iterator[tuple[int, str]]], *, least: int) -> None:
+    """Fail if a text of the files breaks a rule, or if there are not more than `least` of them."""
     found, count = [], 0
     for name, path in files():
-        for line, text in docstrings(path):
+        for line, text in texts(path):
             count += 1
             found += [f"{name}:{line} {fault}" for fault in faults(text)]
     assert found == [], "\n".join(found)
-    assert count > 2_500
+    assert count > least
+
+
+def test_docstrings_are_short_sentences_that_begin_with_their_subject() -> None:
+    assert_no_faults(docstrings, least=2_500)
 
 
 def test_comments_are_short_sentences_that_begin_with_their_subject() -> None:
-    found, count = [], 0
-    for name, path in files():
-        for line, text in comments(path):
-            count += 1
-            found += [f"{name}:{line} {fault}" for fault in faults(text)]
-    assert found == [], "\n".join(found)
-    assert count > 500
+    assert_no_faults(comments, least=500)
 
 
 def test_faults_of_prose_are_found(tmp_path: Path) -> None:

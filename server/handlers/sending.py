@@ -35,14 +35,18 @@ def _forbidden(outcome: NotStored) -> Refused:
     return Refused(ErrorCode.FORBIDDEN, OBSTACLES[outcome.reason], path="conversation_id")  # type: ignore[index]
 
 
+def _missing(outcome: NotStored) -> Refused:
+    return NotFound(sending.MISSING[outcome.reason])
+
+
 REFUSALS: dict[Reason, Callable[[NotStored], Exception]] = {
     "no_access": lambda _: NotFound("conversation_id"),
     "inactive": lambda _: NotActive(),
     "archived": _forbidden,
     "role": _forbidden,
     "unwanted": _forbidden,
-    "missing_parent": lambda _: NotFound("parent_message_id"),
-    "missing_quoted": lambda _: NotFound("quoted_message_id"),
+    "missing_parent": _missing,
+    "missing_quoted": _missing,
     "source_changed": lambda _: SourceChanged(),
     "slow": lambda outcome: slow_mode(outcome.wait_ms),
 }
@@ -138,7 +142,6 @@ def _renamed() -> Iterator[None]:
 
 
 async def _store(context: Context, out: Outgoing, note: Note | None = None) -> Sent:
-    frame = out.frame
     for _ in range(MAX_RACES):
         outcome = await _outcome(context, out, note)
         if isinstance(outcome, Stored):
@@ -146,7 +149,7 @@ async def _store(context: Context, out: Outgoing, note: Note | None = None) -> S
         if outcome.reason == "duplicate":
             return await _first_reply(context, out, note)
         if outcome.reason == "loud":
-            out = await outgoing(context, frame, out.source)
+            out = await outgoing(context, out.frame, out.source)
         elif outcome.reason != "changed":
             raise REFUSALS[outcome.reason](outcome)
     raise _changing()
