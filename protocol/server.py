@@ -530,7 +530,8 @@ class SearchPage(_Tagged, tag="search_page", frozen=True, kw_only=True):
 
 class DeliveryReport(_Tagged, tag="whereabouts", frozen=True, kw_only=True):
     """The delivery report of a message. `published_at` is when this worker delivered it, if it did and still remembers.
-    `recipients` has at most 100 other participants, those who have not received it first.
+    It may be up to a second too late. `recipients` has at most 100 other participants, those who have not received it
+    first.
     """
 
     message_id: MessageId

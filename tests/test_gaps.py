@@ -1,5 +1,8 @@
 """Events that arrive before missing ones, while other missing events are being fetched."""
 
+import asyncio
+from collections.abc import Sequence
+
 import pytest
 
 from protocol.codec import encode, text_frame
@@ -52,3 +55,27 @@ async def test_missing_events_are_fetched_without_waiting_for_the_comparison(
     topics.accept(about, topic.delivered + 2, EVENT, NOBODY)
     await until(lambda: topic.fetch is None)
     assert len(fetched) == 1
+
+
+async def test_cancelled_caller_does_not_cancel_the_opening_of_others(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await world.connect(await world.user("Ada"))
+    about = await world.channel(one)
+    topics = world.workers[1].app.hub.topics
+    versions, may_read = topics._store.versions, asyncio.Event()  # noqa: SLF001
+
+    async def slow(conversation_ids: Sequence[ConversationId]) -> dict[ConversationId, int]:
+        await may_read.wait()
+        return await versions(conversation_ids)
+
+    monkeypatch.setattr(topics._store, "versions", slow)  # noqa: SLF001
+    first, *others = [asyncio.create_task(topics.open([about])) for _ in range(3)]
+    await until(lambda: about in topics._topics)  # noqa: SLF001
+    first.cancel()
+    others.pop().cancel()
+    await asyncio.wait([first])
+    may_read.set()
+    await others[0]
+    topic = topics._topics[about]  # noqa: SLF001
+    assert (first.cancelled(), topic.opening, topic.delivered > 0) == (True, None, True)

@@ -308,6 +308,75 @@ def test_code_that_holds_a_database_connection_awaits_only_the_database() -> Non
     assert found == []
 
 
+FUTURES = {"create_future", "create_task", "ensure_future", "run_in_executor"}
+"""Functions that create a future."""
+OWN_FUTURES = {("redis_bus.py", "ear.lost"), ("push_posts.py", "*tasks")}
+"""Futures of an attribute that only one task waits for, and tasks that were cancelled before."""
+
+
+def is_plain(awaitable: ast.expr) -> bool:
+    """Return whether an awaited expression is a variable, an item or an attribute, and not a call."""
+    one = awaitable.value if isinstance(awaitable, ast.Starred) else awaitable
+    return isinstance(one, ast.Name | ast.Attribute | ast.Subscript)
+
+
+def shared_futures(tree: ast.Module) -> Iterator[str]:
+    """Yield futures that a function awaits and did not create for itself alone. The cancellation of its caller would
+    cancel them, which `asyncio.shield` and `asyncio.wait` prevent.
+    """
+    for function in (one for one in ast.walk(tree) if isinstance(one, ast.AsyncFunctionDef)):
+        own = set()
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and len(node.targets) == 1:
+                target, value = node.targets[0], node.value
+            elif isinstance(node, ast.AnnAssign) and node.value is not None:
+                target, value = node.target, node.value
+            else:
+                continue
+            if isinstance(value, ast.Call) and ast.unparse(value.func).rpartition(".")[2] in FUTURES:
+                own.add(ast.unparse(target))
+        for awaitable in (one.value for one in ast.walk(function) if isinstance(one, ast.Await)):
+            some = [awaitable]
+            if isinstance(awaitable, ast.Call):
+                called = ast.unparse(awaitable.func).rpartition(".")[2]
+                some = awaitable.args if called == "gather" else awaitable.args[:1] if called == "wait_for" else []
+            names = [ast.unparse(one) for one in some if is_plain(one)]
+            yield from (name for name in names if name not in own)
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("await self._task", ["self._task"]),
+        ("await asyncio.shield(self._task)", []),
+        ("await asyncio.wait_for(task, 1)", ["task"]),
+        ("await asyncio.gather(*self._tasks)", ["*self._tasks"]),
+        ("task = self._task = asyncio.create_task(f())\n  await task", ["task"]),
+        ("task = asyncio.create_task(f())\n  await task", []),
+    ],
+)
+def test_awaits_of_shared_futures_are_found(code: str, found: list[str]) -> None:
+    assert list(shared_futures(ast.parse(f"async def work(self):\n  {code}"))) == found
+
+
+def test_cancelled_caller_cancels_no_work_that_others_wait_for() -> None:
+    found = {(path.name, name) for path in modules().values() for name in shared_futures(parsed(path))}
+    assert found - OWN_FUTURES == set()
+    assert found >= OWN_FUTURES, "an exception is no longer needed"
+
+
+def test_no_key_is_the_id_of_an_object() -> None:
+    """Another object gets the same `id` after the first one has ended, and with it what was stored under that key."""
+    found = {
+        name
+        for name, path in modules().items()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "id"
+    }
+    # These hold the objects while they compare them.
+    assert found == {"core.log", "describe.query_tree"}
+
+
 @pytest.mark.parametrize("name", sorted(DOCUMENTS.keys() - {"columns.md"}))  # tested with a database in test_columns.py
 def test_generated_documents_are_current(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == DOCUMENTS[name](), "run `make docs`"

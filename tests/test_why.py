@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import sys
 from datetime import UTC, datetime, timedelta
 
 from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import MessageId, UserId
 from prove.client import Client
+from server.hub.delivery_times import REMEMBERED, DeliveryTimes
 from server.queries import delivery_report
 from tests.world import Room, World, refused, sent, until
 
@@ -94,3 +96,20 @@ async def test_report_is_for_the_sender_and_moderators(room: Room) -> None:
     his = await sent(room.charles, room.group)
     await why(room.charles, room, his)
     await why(room.ada, room, his)
+
+
+def test_delivery_times_take_two_kilobytes() -> None:
+    times = DeliveryTimes(7)
+    assert times.of(8) is None
+    largest = 0
+    for version in range(8, 10_008):
+        times.add(version, 1000.25 + (version - 8) * 0.5)
+        largest = max(largest, sum(map(sys.getsizeof, (times, times._versions, times._times))))  # noqa: SLF001
+    assert largest <= 2_048
+    last, since = 10_007, 10_007 - 2 * REMEMBERED
+    assert [times.of(last), times.of(last - 1), times.of(last - 2)] == [5999.75, 5999.75, 5998.75]
+    assert times.of(last + 1) is None
+    assert (times.of(since), times.of(since + 1)) == (None, 5999.75 - REMEMBERED + 1)
+    # Versions that arrived in one event have its time.
+    times.add(last + 50, 7000.0)
+    assert times.of(last + 1) == times.of(last + 50) == 7000.0

@@ -8,7 +8,6 @@ before it arrive or are fetched. Events of this worker's handlers, of the bus an
 import asyncio
 import logging
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
@@ -21,6 +20,7 @@ from protocol.server import ConversationLeft, ServerFrame
 from server.core.errors import log_failure
 from server.hub.backlog import Backlog
 from server.hub.bus import Bus
+from server.hub.delivery_times import DeliveryTimes
 from server.hub.online_users import COMPARE_AT_ONCE, OnlineUsers, Socket
 
 GAP_SECONDS = 0.1
@@ -30,8 +30,6 @@ MAX_EARLY = 256
 LINGER_SECONDS = 30.0
 """Time for which the worker follows a conversation without sockets, in seconds."""
 NOBODY = bytes(16)
-REMEMBERED = 256
-"""Max versions per conversation whose delivery time is remembered."""
 CROWD, WRITE_PAUSE_FACTOR = 50, 2.0
 """With at least `CROWD` sockets, a busy conversation pauses after a write for `WRITE_PAUSE_FACTOR` times its duration.
 """
@@ -76,8 +74,7 @@ class Topic:
         self.behind: dict[Socket, Backlog] = {}
         self.early: dict[int, tuple[bytes, bytes]] = {}
         self.pending: list[bytes] = []
-        # Versions in order, with their delivery times in Unix seconds.
-        self.told: list[tuple[int, float]] = []
+        self.told: DeliveryTimes | None = None
         self.fetch: asyncio.Task[None] | None = None
         self.opening: asyncio.Task[None] | None = None
         self.quiet_at = 0.0
@@ -135,7 +132,8 @@ class Topics:
             for topic in new:
                 topic.opening = opening
         for task in waiting:
-            await task
+            # A caller that disconnects must not cancel the opening of the others.
+            await asyncio.shield(task)
 
     async def _open(self, topics: list[Topic]) -> None:
         try:
@@ -257,11 +255,11 @@ class Topics:
             for socket in ready:
                 del topic.joining[socket]
                 topic.sockets[socket] = socket.write
+        if topic.told is None:
+            topic.told = DeliveryTimes(topic.delivered)
+        topic.told.add(version, time.time())
         topic.delivered = version
         topic.changed_at = self._loop.time()
-        topic.told.append((version, time.time()))
-        if len(topic.told) > 2 * REMEMBERED:
-            del topic.told[:REMEMBERED]
         self._enqueue(topic, frame)
 
     def _drop(self, topic: Topic, user_id: UserId) -> None:
@@ -327,20 +325,16 @@ class Topics:
                     self._fetch_soon(topic, GAP_SECONDS if self._bus.is_up else 0)
 
     def told_at(self, conversation_id: ConversationId, version: int) -> float | None:
-        """Return when this worker delivered a version, in Unix seconds. Return None if it did not, or no longer
-        remembers.
-        """
+        """Return when this worker delivered a version, as `DeliveryTimes.of` does."""
         topic = self._topics.get(conversation_id)
-        if topic is None or not topic.told or version < topic.told[0][0]:
-            return None
-        place = bisect_left(topic.told, (version, 0.0))
-        return topic.told[place][1] if place < len(topic.told) else None
+        return None if topic is None or topic.told is None else topic.told.of(version)
 
     def close(self) -> None:
-        """Cancel fetches."""
+        """Cancel fetches and openings."""
         for topic in self._topics.values():
-            if topic.fetch is not None:
-                topic.fetch.cancel()
+            for task in (topic.fetch, topic.opening):
+                if task is not None:
+                    task.cancel()
 
     def _close_quiet(self) -> None:
         before = self._loop.time() - LINGER_SECONDS
