@@ -2,6 +2,7 @@
 
 from protocol import client
 from protocol.codec import now
+from protocol.errors import ErrorCode, Refused
 from protocol.server import Badge, Done, FeedPage, PushKey
 from server.context import Context
 from server.domain.push_keys import require_keys
@@ -41,9 +42,11 @@ async def register_push(context: Context, frame: client.RegisterPush) -> Done:
     require_keys(frame.p256dh, frame.auth)
     async with context.transaction() as db:
         await users.lock(db, [context.user_id])
-        if not await push.is_registered(db, context.user_id, frame.endpoint):
+        is_new = await push.register(db, frame, context.user_id, context.session_id)
+        if is_new is None:
+            raise Refused(ErrorCode.UNAUTHENTICATED, "Your session has ended. Log in again.")
+        if is_new:
             context.services.new_endpoints.require(context.user_id, path="endpoint")
-        await push.register(db, frame, context.user_id, context.session_id)
     return Done()
 
 

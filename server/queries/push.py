@@ -27,35 +27,37 @@ async def key(db: Db, name: str, otherwise: str) -> str:
     return str(await db.fetchval(KEY, name, otherwise) or await db.fetchval(KEY, name, otherwise))
 
 
-# An endpoint belongs to the user who registered it last, because a browser has one endpoint for all users.
-REGISTER = """
-INSERT INTO push_endpoint (user_id, session_id, endpoint, p256dh, auth)
-SELECT $1, s.id, $3, $4, $5 FROM session s WHERE s.id = $2 AND s.user_id = $1
-ON CONFLICT (endpoint) DO UPDATE SET user_id = excluded.user_id, session_id = excluded.session_id,
-    p256dh = excluded.p256dh, auth = excluded.auth, created_at = now()
-"""
-KEEP = f"""
-DELETE FROM push_endpoint e WHERE e.user_id = $1 AND e.id IN (
-    SELECT o.id FROM push_endpoint o WHERE o.user_id = $1 ORDER BY o.created_at DESC OFFSET {MAX_PUSH_ENDPOINTS}
-    FOR UPDATE SKIP LOCKED
+# An endpoint belongs to the user who registered it last, because a browser has one endpoint for all users. The oldest
+# others of the user are deleted. One that is locked is being deleted or registered by another user.
+REGISTER = f"""
+WITH living AS (
+    SELECT s.id FROM session s WHERE s.id = $2 AND s.user_id = $1 FOR KEY SHARE
+), excess AS (
+    DELETE FROM push_endpoint e USING living WHERE e.id IN (
+        SELECT o.id FROM push_endpoint o WHERE o.id = ANY(ARRAY(
+            SELECT n.id FROM push_endpoint n WHERE n.user_id = $1 AND n.endpoint <> $3
+            ORDER BY n.created_at DESC OFFSET {MAX_PUSH_ENDPOINTS - 1}
+        )) FOR UPDATE SKIP LOCKED
+    )
 )
+INSERT INTO push_endpoint (user_id, session_id, endpoint, p256dh, auth, created_at)
+SELECT $1, living.id, $3, $4, $5, clock_timestamp() FROM living
+ON CONFLICT (endpoint) DO UPDATE SET user_id = excluded.user_id, session_id = excluded.session_id,
+    p256dh = excluded.p256dh, auth = excluded.auth, created_at = excluded.created_at
+RETURNING NOT EXISTS (SELECT FROM push_endpoint e WHERE e.user_id = $1 AND e.endpoint = $3)
 """  # noqa: S608 - a number is put in
-IS_REGISTERED = "SELECT EXISTS (SELECT FROM push_endpoint WHERE user_id = $1 AND endpoint = $2)"
 UNREGISTER = "DELETE FROM push_endpoint WHERE user_id = $1 AND endpoint = $2"
 FORGET = "DELETE FROM push_endpoint WHERE endpoint = $1 RETURNING user_id"
 
 
-async def register(db: Db, frame: RegisterPush, user_id: UserId, session_id: SessionId) -> None:
-    """Store an endpoint, and delete the oldest ones of the user. The caller has locked the user. Otherwise concurrent
-    calls would not see each other's rows.
+async def register(db: Db, frame: RegisterPush, user_id: UserId, session_id: SessionId) -> bool | None:
+    """Store an endpoint, and delete the user's oldest ones beyond `MAX_PUSH_ENDPOINTS`. Return whether the endpoint is
+    new for the user, or None if the session has ended.
+
+    The caller has locked the user. Otherwise concurrent calls would not see each other's rows.
     """
-    await db.execute(REGISTER, user_id, session_id, frame.endpoint, frame.p256dh, frame.auth)
-    await db.execute(KEEP, user_id)
-
-
-async def is_registered(db: Db, user_id: UserId, endpoint: str) -> bool:
-    """Whether a user has registered an endpoint."""
-    return bool(await db.fetchval(IS_REGISTERED, user_id, endpoint))
+    is_new: bool | None = await db.fetchval(REGISTER, user_id, session_id, frame.endpoint, frame.p256dh, frame.auth)
+    return is_new
 
 
 async def unregister(db: Db, user_id: UserId, endpoint: str) -> None:
