@@ -52,7 +52,7 @@ WHY = {
         "bounds.REPORTS": "report(reporter_id)",
         "bounds.THREADS": "thread_follow(user_id)",
         "pins.PINNED": "message(conversation_id)",
-        "push.KEEP": "push_endpoint(user_id); push_endpoint(user_id) cut 1",
+        "push.REGISTER": "push_endpoint(user_id) cut 1",
         "relationships.PAGE": "user_relationship(from_user_id) cut 1; user_relationship(to_user_id) cut 1",
         "scheduled.WAITING": "scheduled_message(sender_id)",
         "scheduled.SENDER": "scheduled_message(sender_id)",
