@@ -249,13 +249,14 @@ OwnEvent = (
 
 
 class MessageRead(_Tagged, tag="message_read", frozen=True, kw_only=True):
-    """A participant has read everything up to a message. In a large conversation, only the reader's own devices receive
-    this.
+    """A participant has read everything up to a message. `revision` is the message's `sent_version`. In a large
+    conversation, only the reader's own devices receive this.
     """
 
     conversation_id: ConversationId
     user_id: UserId
     message_id: MessageId
+    revision: int = 0
 
 
 class MessageDelivered(_Tagged, tag="message_delivered", frozen=True, kw_only=True):
@@ -415,11 +416,20 @@ class Changed(_Tagged, tag="changed", frozen=True, kw_only=True):
 
 
 class ReadUpTo(_Tagged, tag="read_up_to", frozen=True, kw_only=True):
-    """The read position. It may be later than the requested one, because it only moves forward."""
+    """The read position. It may be later than the requested one, because it only moves forward. `unread_count` counts
+    messages up to the conversation's `version`.
+
+    `revision` is that of the position, as in `message_read`. The reply to `mark_unread` has none, because `message_id`
+    is the mark. `mark_version` is the user version of the mark, or of its removal. Ignore that if you have a
+    `preferences_changed` of the conversation with a higher `user_version`.
+    """
 
     conversation_id: ConversationId
     message_id: MessageId
     unread_count: int
+    version: int = 0
+    revision: int = 0
+    mark_version: int = 0
 
 
 class OneConversation(_Tagged, tag="conversation", frozen=True, kw_only=True):

@@ -96,7 +96,7 @@ async def refusal_code(conflicting: ConflictingWrites, frame: Frame) -> ErrorCod
     return None
 
 
-CHECKS_ITSELF: set[type[Frame]] = {client.Read, client.Delivered, client.SeeFeed}
+CHECKS_ITSELF: set[type[Frame]] = {client.Read, client.MarkUnread, client.Delivered, client.SeeFeed}
 """Frames that write with one statement outside a transaction. Each of these statements checks the account."""
 
 

@@ -5,7 +5,7 @@ from protocol.limits import MAX_SHARED_PARTICIPANTS
 from protocol.server import Done, MessageDelivered, MessageRead, Readers, ReadUpTo, ServerFrame
 from server.context import Context
 from server.core.errors import NotFound
-from server.queries import conversations, participants, receipts, users
+from server.queries import receipts, users
 
 
 async def read(context: Context, frame: client.Read) -> ReadUpTo:
@@ -14,27 +14,30 @@ async def read(context: Context, frame: client.Read) -> ReadUpTo:
     """
     async with context.database.connection() as db:
         position = await receipts.read(db, frame, context.user_id)
-    if position is not None and position.was_marked:
+    if position is not None and position.is_stale:
         async with context.transaction() as db:
-            if not await conversations.keep(db, frame.conversation_id, context.user_id):
-                raise NotFound("message_id")
             await users.lock(db, [context.user_id])
-            position = await receipts.read(db, frame, context.user_id, is_locked=True)
-            if position is not None and position.was_marked:
-                await participants.stamp(db, frame.conversation_id, [context.user_id], is_own=True)
+            await receipts.lock(db, frame.conversation_id, context.user_id)
+            position = await receipts.read(db, frame, context.user_id)
     if position is None:
         raise NotFound("message_id")
     if position.was_marked:
         context.events.notify([context.user_id])
     if position.has_moved:
         event = MessageRead(
-            conversation_id=position.conversation_id, user_id=context.user_id, message_id=position.message_id
+            conversation_id=position.conversation_id,
+            user_id=context.user_id,
+            message_id=position.message_id,
+            revision=position.revision,
         )
         _tell(context, frame, event, position.participant_count)
     return ReadUpTo(
         conversation_id=position.conversation_id,
         message_id=position.message_id,
         unread_count=position.unread_count,
+        version=position.version,
+        revision=position.revision,
+        mark_version=position.mark_version,
     )
 
 
@@ -57,16 +60,12 @@ async def delivered(context: Context, frame: client.Delivered) -> Done:
 
 async def mark_unread(context: Context, frame: client.MarkUnread) -> ReadUpTo:
     """Mark a conversation as unread from a message on."""
-    async with context.transaction() as db:
-        if not await conversations.keep(db, frame.conversation_id, context.user_id):
-            raise NotFound("message_id")
-        await users.lock(db, [context.user_id])
-        count = await receipts.mark_unread(db, frame, context.user_id)
-        if count is None:
-            raise NotFound("message_id")
-        await participants.stamp(db, frame.conversation_id, [context.user_id], is_own=True)
+    async with context.database.connection() as db:
+        mark = await receipts.mark_unread(db, frame, context.user_id)
+    if mark is None:
+        raise NotFound("message_id")
     context.events.notify([context.user_id])
-    return ReadUpTo(conversation_id=frame.conversation_id, message_id=frame.message_id, unread_count=count)
+    return ReadUpTo(conversation_id=frame.conversation_id, message_id=frame.message_id, **mark._asdict())
 
 
 async def list_readers(context: Context, frame: client.ListReaders) -> Readers:

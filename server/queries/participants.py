@@ -225,7 +225,7 @@ async def prefer(db: Db, conversation_id: ConversationId, user_id: UserId, chang
 # Users are locked in the order of their ids, after the conversation, as everywhere.
 STAMP = """
 WITH touched AS (
-    UPDATE "user" u SET version = u.version + 1, own_moves = u.own_moves + $4::integer
+    UPDATE "user" u SET version = u.version + 1
     FROM (SELECT id FROM "user" WHERE id = ANY($2::uuid[] || $3::uuid[]) ORDER BY id FOR NO KEY UPDATE) t
     WHERE u.id = t.id
     RETURNING u.id, u.version
@@ -241,12 +241,11 @@ async def stamp(
     user_ids: Sequence[UserId],
     *,
     also: Sequence[UserId] = (),
-    is_own: bool = False,
 ) -> None:
-    """Move user versions, because of invitations to a conversation or of preferences for it. Those in `also` move
-    without a change of their participation's row. With `is_own`, no membership has changed.
+    """Move user versions, because of invitations to a conversation. Those in `also` move without a change of their
+    participation's row.
     """
-    await db.execute(STAMP, conversation_id, list(user_ids), list(also), int(is_own))
+    await db.execute(STAMP, conversation_id, list(user_ids), list(also))
 
 
 HEIRS_LOOKED_AT = 1_000

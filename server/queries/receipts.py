@@ -12,6 +12,7 @@ from server.db.rows import Reader
 from server.queries.messages import REACHED, VISIBLE, MessageRef
 from server.queries.presence import UNSEEN
 from server.queries.unread import COUNT_UNREAD
+from server.queries.users import MOVE_OWN
 
 _readers_decoder = Reader(Readers)
 
@@ -21,77 +22,107 @@ IS_ACTIVE = """EXISTS (SELECT FROM "user" u WHERE u.id = $2 AND u.is_active AND 
 
 
 class Position(NamedTuple):
-    """The caller's read position, whether it moved, and whether something was marked as unread. Without a lock,
-    `was_marked` tells that the statement must be repeated under the user's lock.
+    """The caller's read position, and what the statement changed.
+
+    `unread_count` counts the messages up to the conversation's version `version`. `revision` is the version of the
+    position, and `mark_version` the user version at which the mark was last set or removed.
     """
 
     conversation_id: ConversationId
     message_id: MessageId
+    revision: int
     unread_count: int
+    version: int
+    mark_version: int
     participant_count: int
     has_moved: bool
     was_marked: bool
+    """Whether something was marked as unread, so that the user version moved."""
+    is_stale: bool
+    """Whether another device changed the row meanwhile, so that the statement changed nothing and read an old row."""
 
 
-# An unread mark is removed, too. The counting statement sees the row as before the update, so it gets the new position
-# as a row.
+# An unread mark is removed, too, and only for that the user is locked. The counting statement sees the row as before
+# the update, so it gets the new position as a row. PostgreSQL evaluates the conditions on `p` again if the statement
+# has waited for the row. Then the other columns are those of `target`, from before that.
 READ = f"""
 WITH target AS (
-    SELECT m.id, m.conversation_id, m.sent_version, c.participant_count {VISIBLE} AND {IS_ACTIVE}
+    SELECT m.id, m.conversation_id, m.sent_version, c.participant_count, c.version, p.last_read_message_id,
+        p.last_read_version, p.user_version,
+        p.last_read_version < m.sent_version OR p.unread_from_id IS NOT NULL AS must_move,
+        p.unread_from_id IS NOT NULL AS is_marked
+    {VISIBLE} AND {IS_ACTIVE}
+), touched AS (
+    {MOVE_OWN} AND EXISTS (SELECT FROM target t WHERE t.is_marked) RETURNING version
 ), moved AS (
     UPDATE conversation_participant p
     SET last_read_message_id = CASE WHEN p.last_read_version < t.sent_version THEN t.id ELSE p.last_read_message_id END,
         last_read_version = greatest(p.last_read_version, t.sent_version), last_read_at = now(),
-        unread_from_id = NULL, unread_from_version = NULL
-    FROM target t
+        unread_from_id = NULL, unread_from_version = NULL, user_version = coalesce(touched.version, p.user_version)
+    FROM target t LEFT JOIN touched ON true
     WHERE p.conversation_id = t.conversation_id AND p.user_id = $2 AND p.status = 'active'
-        AND (p.last_read_version < t.sent_version OR p.unread_from_id IS NOT NULL) AND (p.unread_from_id IS NULL OR $4)
-    RETURNING p.last_read_version, p.last_read_message_id
+        AND (p.last_read_version < t.sent_version OR p.unread_from_id IS NOT NULL)
+        AND (p.unread_from_id IS NULL OR touched.version IS NOT NULL)
+    RETURNING p.last_read_message_id, p.last_read_version, p.user_version
 )
-SELECT me.conversation_id, coalesce(moved.last_read_message_id, before.last_read_message_id, t.id),
-    ({COUNT_UNREAD.format(me="me")}), t.participant_count,
-    coalesce(moved.last_read_version > before.last_read_version, false),
-    CASE WHEN $4 THEN moved.last_read_version IS NOT NULL AND before.unread_from_id IS NOT NULL
-        ELSE moved.last_read_version IS NULL
-            AND (before.unread_from_id IS NOT NULL OR before.last_read_version < t.sent_version) END
-FROM target t
-JOIN conversation_participant before
-    ON before.conversation_id = t.conversation_id AND before.user_id = $2 AND before.status = 'active'
-LEFT JOIN moved ON true
+SELECT t.conversation_id, coalesce(moved.last_read_message_id, t.last_read_message_id, t.id), me.last_read_version,
+    ({COUNT_UNREAD.format(me="me")}), t.version, coalesce(moved.user_version, t.user_version), t.participant_count,
+    coalesce(moved.last_read_version > t.last_read_version, false), EXISTS (SELECT FROM touched),
+    t.must_move AND moved.last_read_version IS NULL
+FROM target t LEFT JOIN moved ON true
 CROSS JOIN LATERAL (
-    SELECT before.user_id, before.conversation_id, NULL::bigint AS unread_from_version,
-        coalesce(moved.last_read_version, before.last_read_version) AS last_read_version
+    SELECT $2 AS user_id, t.conversation_id, NULL::bigint AS unread_from_version,
+        coalesce(moved.last_read_version, t.last_read_version) AS last_read_version
 ) me
 """  # noqa: S608 - only names are put in
 
 
-async def read(db: Db, frame: Read, user_id: UserId, *, is_locked: bool = False) -> Position | None:
-    """Move the read position to a message. Return None without access to it. If something is marked as unread, this
-    requires the user's lock, because the user version moves.
+async def read(db: Db, frame: Read, user_id: UserId) -> Position | None:
+    """Move the read position to a message. Return None without access to it. Under the locks of the user and of
+    `lock`, the result is never stale.
     """
-    row = await db.fetchrow(READ, frame.message_id, user_id, frame.conversation_id, is_locked)
+    row = await db.fetchrow(READ, frame.message_id, user_id, frame.conversation_id)
     return None if row is None else Position(*row)
+
+
+LOCK = "SELECT FROM conversation_participant WHERE conversation_id = $1 AND user_id = $2 FOR NO KEY UPDATE"
+
+
+async def lock(db: Db, conversation_id: ConversationId, user_id: UserId) -> None:
+    """Lock a user's positions in a conversation until the transaction ends. Requires the user's lock."""
+    await db.execute(LOCK, conversation_id, user_id)
+
+
+class Mark(NamedTuple):
+    """The number of messages from the mark on, up to the conversation's version `version`, and the user version of the
+    mark.
+    """
+
+    unread_count: int
+    version: int
+    mark_version: int
 
 
 MARK_UNREAD = f"""
 WITH target AS (
-    SELECT m.id, m.conversation_id, m.sent_version {VISIBLE}
+    SELECT m.id, m.conversation_id, m.sent_version, c.version {VISIBLE}
+), touched AS (
+    {MOVE_OWN} AND is_active AND NOT is_deleted AND EXISTS (SELECT FROM target) RETURNING version
 ), marked AS (
-    UPDATE conversation_participant p SET unread_from_id = t.id, unread_from_version = t.sent_version
-    FROM target t
+    UPDATE conversation_participant p
+    SET unread_from_id = t.id, unread_from_version = t.sent_version, user_version = touched.version
+    FROM target t, touched
     WHERE p.conversation_id = t.conversation_id AND p.user_id = $2 AND p.status = 'active'
-    RETURNING p.user_id, p.conversation_id, p.unread_from_version, p.last_read_version
+    RETURNING p.user_id, p.conversation_id, p.unread_from_version, p.last_read_version, p.user_version
 )
-SELECT ({COUNT_UNREAD.format(me="marked")}) FROM marked
+SELECT ({COUNT_UNREAD.format(me="marked")}), t.version, marked.user_version FROM marked, target t
 """  # noqa: S608 - only names are put in
 
 
-async def mark_unread(db: Db, frame: MarkUnread, user_id: UserId) -> int | None:
-    """Mark a conversation as unread from a message on. Return the number of unread messages, or None without access.
-    Requires the user's lock.
-    """
-    count = await db.fetchval(MARK_UNREAD, frame.message_id, user_id, frame.conversation_id)
-    return None if count is None else int(count)
+async def mark_unread(db: Db, frame: MarkUnread, user_id: UserId) -> Mark | None:
+    """Mark a conversation as unread from a message on. Return None without access, or if the user is not active."""
+    row = await db.fetchrow(MARK_UNREAD, frame.message_id, user_id, frame.conversation_id)
+    return None if row is None else Mark(*row)
 
 
 # An invisible user confirms nothing, because a confirmation would reveal that the user is online. If some participants
