@@ -269,8 +269,8 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "history, around": (messages.PAGE, (about, user, ids["middle"], 0, 11, 11)),
         "edits": (edits.EDITS, (ids["middle"], user, about, 101, None)),
         "read": (receipts.READ, (ids["middle"], user, about)),
-        "resume, 10 missed": (changes.MISSED, (about, user, 100, place.size - 8, 1001, MAX_CHANGES_BYTES)),
-        "resume, all missed": (changes.MISSED, (about, user, 100, 0, 1001, MAX_CHANGES_BYTES)),
+        "resume, 10 missed": (changes.MISSED, ([about], user, [place.size - 8], 100, MAX_CHANGES_BYTES, 1001)),
+        "resume, all missed": (changes.MISSED, ([about], user, [0], 100, MAX_CHANGES_BYTES, 1001)),
         "a gap": (changes.SINCE, (about, place.size - 8, 1001, MAX_CHANGES_BYTES)),
         "conversations": (conversation_views.PAGE, (user, 50, None, None, None, None, None)),
         "one conversation": (conversation_views.GET, (user, [about])),
@@ -581,6 +581,54 @@ async def test_cost_does_not_grow_with_the_data_of_other_users(
     await db.close()
     grown = {name: (before[name].rows, plan.rows) for name, plan in after.items() if plan.rows > before[name].rows + 50}
     assert grown.keys() <= READS_ALL, grown
+
+
+JOINED = """
+WITH made AS (
+    INSERT INTO conversation (type, title, created_by, version, last_activity_at)
+    SELECT 'group', 'Joined', $1, 8, now() - n * interval '1 minute' FROM generate_series(1, $2::int) n RETURNING id
+), joined AS (
+    INSERT INTO conversation_participant (conversation_id, user_id, version, last_read_version)
+    SELECT id, $1, 2, 4 FROM made
+)
+INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
+SELECT id, $1, 'Message', n, n FROM made, generate_series(3, 8) n
+"""
+
+
+@pytest.mark.parametrize("is_planned_first", [True, False])
+async def test_cost_of_a_page_does_not_grow_with_the_conversations_of_its_user(
+    db: "asyncpg.Connection[asyncpg.Record]",
+    filler: "asyncpg.Connection[asyncpg.Record]",
+    *,
+    is_planned_first: bool,
+) -> None:
+    """A fresh start reads one page after another, and so would a resume."""
+    user_id = await db.fetchval("INSERT INTO \"user\" (name, email) VALUES ('Ada', 'ada@example.org') RETURNING id")
+
+    def asked(ids: list[Any]) -> dict[str, tuple[str, tuple[Any, ...]]]:
+        versions, share = [6] * len(ids), 21
+        return {
+            "views": (conversation_views.GET, (user_id, ids)),
+            "versions": (conversations.VERSIONS, (ids,)),
+            "changes": (changes.MISSED, (ids, user_id, versions, 100, MAX_CHANGES_BYTES, share)),
+        }
+
+    if is_planned_first:
+        await prepare(db, asked([]))
+    pages: dict[int, dict[str, Plan]] = {}
+    for size in (100, 2_000):
+        await filler.execute(JOINED, user_id, size - sum(pages))
+        ids = [row[0] for row in await db.fetch(conversation_views.ORDER, user_id)][-50:]
+        if not is_planned_first and not pages:
+            await prepare(db, asked(ids))
+        pages[size] = {name: await explained(db, name, given) for name, (_, given) in asked(ids).items()}
+    small, large = pages.values()
+    for name, plan in large.items():
+        assert plan.scanned == [], (name, plan)
+        assert plan.rows <= small[name].rows + 10, (name, small[name], plan)
+        # Conversations are on more pages, and indexes are a level higher.
+        assert plan.pages <= 1.5 * small[name].pages + 50, (name, small[name], plan)
 
 
 CROWD = """

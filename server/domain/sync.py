@@ -7,7 +7,7 @@ delivered as usual.
 
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack
 
 import msgspec
 
@@ -31,6 +31,7 @@ from server.context import Context, UserNews
 from server.core.errors import RETRY_AFTER_MS
 from server.db.database import Db
 from server.queries import changes, conversation_views, own_news
+from server.queries.changes import Difference, Reading
 from server.queries.memberships import Membership
 from server.queries.own_news import OWN_PAGE, OwnNews
 
@@ -69,16 +70,10 @@ async def resume(context: Context, frame: Resume) -> Resumed:
         far = {one for one, version in known.items() if there[one].version - version > MAX_CHANGES}
         done = await _start_all_over(context, far, "too_many_changes")
         near = {one: version for one, version in known.items() if one not in far}
-        await connection.open(list(near))
-        for number, (conversation_id, version) in enumerate(near.items(), 1):
-            if number % CONVERSATIONS_PER_PAGE == 0:
-                await asyncio.sleep(0)
-            connection.detach(conversation_id)
-            await connection.open([conversation_id])  # the conversations before it may have taken long
-            if version != there[conversation_id].version or not connection.attach(conversation_id, version):
-                await _catch_up(context, conversation_id, version, done=done)
-                done += 1
-                await connection.drained()
+        for some in _batches(await _attach(context, near, there), there):
+            await _catch_up(context, some, done=done)
+            done += len(some)
+            await connection.drained()
     else:
         await _start_all_over(context, known, "other_epoch")
     await _join(context, there.keys() - frame.versions.keys() - set(connection.attached))
@@ -173,35 +168,90 @@ async def _follow(context: Context, views: list[ConversationView], frames: list[
     for frame in frames:
         connection.say(frame)
     behind = [view for view in views if not connection.attach(view.conversation.id, view.version)]
-    for view in behind:
-        await _catch_up(context, view.conversation.id, view.version)
+    await _catch_up(context, {view.conversation.id: view.version for view in behind})
 
 
-async def _catch_up(context: Context, conversation_id: ConversationId, version: int, *, done: int = 0) -> None:
-    while True:
-        with context.connection.catching_up(conversation_id):
-            known = await _say_difference(context, conversation_id, version, done)
-            if known is None:
-                return
-            version = known
-            await context.connection.open([conversation_id])
-            if context.connection.attach(conversation_id, version):
-                return
+async def _attach(
+    context: Context, versions: Mapping[ConversationId, int], there: Mapping[ConversationId, Membership]
+) -> dict[ConversationId, int]:
+    """Follow conversations. Return those that have changed since these versions, with the versions."""
+    connection = context.connection
+    await connection.open(list(versions))
+    behind = {}
+    for _, some in _pages(versions):
+        await asyncio.sleep(0)
+        for one in some:
+            connection.detach(one)
+        await connection.open(some)  # opening all of them may have taken long
+        for one in some:
+            if versions[one] != there[one].version or not connection.attach(one, versions[one]):
+                behind[one] = versions[one]
+    return behind
 
 
-async def _say_difference(context: Context, conversation_id: ConversationId, version: int, done: int) -> int | None:
-    """Send the changes after a version, and return the version that they lead to. Return None if something else was
-    sent: the whole conversation, or that the user is not in it.
+def _batches(
+    versions: Mapping[ConversationId, int], there: Mapping[ConversationId, Membership]
+) -> Iterator[dict[ConversationId, int]]:
+    """Return conversations in batches for `changes.missed`, those with few changes first. The changes of each one in a
+    batch fit into its share, unless more have been made meanwhile.
     """
-    async with _reading(context, done) as db:
-        found = await changes.missed(
-            db, conversation_id, context.user_id, version, limit=MAX_CHANGES, most=MAX_SHARED_PARTICIPANTS
-        )
-    if found is None:
-        await _say_left(context, [conversation_id])
-        return None
-    missed, reading = found
-    difference = await missed.decoded()
+    batch: dict[ConversationId, int] = {}
+    for one in sorted(versions, key=lambda one: there[one].version - versions[one]):
+        missed = there[one].version - versions[one]
+        if batch and (len(batch) == CONVERSATIONS_PER_PAGE or (len(batch) + 1) * missed > MAX_CHANGES):
+            yield batch
+            batch = {}
+        batch[one] = versions[one]
+    if batch:
+        yield batch
+
+
+async def _catch_up(context: Context, versions: Mapping[ConversationId, int], *, done: int = 0) -> None:
+    """Send the changes after these versions, and attach the conversations. One statement reads those of all. Then those
+    that it cannot complete, or that changed meanwhile, are read one by one.
+    """
+    behind = await _say_changes(context, versions, done) if versions else {}
+    for one, version in behind.items():
+        alone = {one: version}
+        while alone:
+            alone = await _say_changes(context, alone, done)
+
+
+async def _say_changes(
+    context: Context, versions: Mapping[ConversationId, int], done: int
+) -> dict[ConversationId, int]:
+    """Send the changes after these versions, and attach the conversations at the versions that they lead to. Return
+    those that are not attached yet, with the versions that the client has then.
+
+    If the changes of a single conversation are too many, it is sent whole.
+    """
+    connection = context.connection
+    await connection.open(list(versions))
+    behind: dict[ConversationId, int] = {}
+    with ExitStack() as kept:
+        for one in versions:
+            kept.enter_context(connection.catching_up(one))
+        async with _reading(context, done) as db:
+            found = await changes.missed(db, context.user_id, versions, limit=MAX_CHANGES, most=MAX_SHARED_PARTICIPANTS)
+        await _say_left(context, versions.keys() - found.keys())
+        for one, missed in found.items():
+            difference = await missed.difference.decoded()
+            if difference.is_whole or len(versions) == 1:
+                version = await _say_difference(context, difference, missed.reading, done)
+                if version is None:
+                    continue
+                await connection.open([one])
+                if connection.attach(one, version):
+                    continue
+                behind[one] = version
+            else:
+                behind[one] = versions[one]
+    return behind
+
+
+async def _say_difference(context: Context, difference: Difference, reading: Reading, done: int) -> int | None:
+    """Send changes, and return the version that they lead to. Return None if the whole conversation was sent."""
+    conversation_id = difference.changes.conversation_id
     parts = difference.parts(MAX_PAGE_BYTES) if difference.is_whole else None
     if difference.is_whole and difference.changes.since > difference.current_version:
         await _start_over(context, [conversation_id], "ahead_of_server", done=done)

@@ -1,10 +1,11 @@
 """Changes in a conversation after a version, by one indexed read of each table with versions."""
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping
 from itertools import groupby
 from typing import NamedTuple
+from uuid import UUID
 
-import asyncpg
 import msgspec
 
 from protocol.codec import encode
@@ -34,7 +35,7 @@ _EVENTS = """
                 WHEN m.sent_version > {since} THEN 'message_sent' ELSE 'message_edited' END,
             'conversation_id', m.conversation_id, 'version', m.version, 'message', message_json(m)
         ) END AS event, NULL::uuid AS gone
-    FROM message m WHERE m.conversation_id = $1 AND m.version > {since} ORDER BY m.version LIMIT {limit})
+    FROM message m WHERE m.conversation_id = c.id AND m.version > {since} ORDER BY m.version LIMIT {limit})
     UNION ALL
     (SELECT r.version, CASE WHEN {from_before} THEN {reacted} ELSE json_build_object(
             'type', CASE WHEN r.is_removed OR m.is_deleted THEN 'message_unreacted' ELSE 'message_reacted' END,
@@ -42,7 +43,7 @@ _EVENTS = """
             'user_id', r.user_id, 'emoji', r.emoji, 'count', coalesce((m.reactions ->> r.emoji)::int, 0)
         ) END, NULL
     FROM message_reaction r JOIN message m ON m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE
-    WHERE r.conversation_id = $1 AND r.version > {since} ORDER BY r.version LIMIT {limit})
+    WHERE r.conversation_id = c.id AND r.version > {since} ORDER BY r.version LIMIT {limit})
     UNION ALL
     (SELECT v.version, CASE WHEN {from_before} THEN {voted} ELSE json_build_object(
             'type', 'poll_voted', 'conversation_id', v.conversation_id, 'version', v.version,
@@ -51,15 +52,15 @@ _EVENTS = """
             'options', CASE WHEN m.payload @> '{{"is_anonymous": true}}' THEN NULL ELSE v.options END
         ) END, NULL
     FROM poll_vote v JOIN message m ON m.id = v.message_id AND (m.conversation_id = v.conversation_id) IS TRUE
-    WHERE v.conversation_id = $1 AND v.version > {since} AND m.payload IS NOT NULL ORDER BY v.version LIMIT {limit})
+    WHERE v.conversation_id = c.id AND v.version > {since} AND m.payload IS NOT NULL ORDER BY v.version LIMIT {limit})
     UNION ALL
     (SELECT p.version, participant_event(p, c.participant_count), CASE WHEN p.status <> 'active' THEN p.user_id END
     FROM conversation_participant p
-    WHERE p.conversation_id = $1 AND p.version > {since} ORDER BY p.version LIMIT {limit})
+    WHERE p.conversation_id = c.id AND p.version > {since} ORDER BY p.version LIMIT {limit})
     UNION ALL
     (SELECT p.left_version, participant_left_json(p, c.participant_count), p.user_id
     FROM conversation_participant p
-    WHERE p.conversation_id = $1 AND p.left_version > {since} AND p.left_version > 0 AND p.left_version < p.version
+    WHERE p.conversation_id = c.id AND p.left_version > {since} AND p.left_version > 0 AND p.left_version < p.version
         AND p.left_version > p.joined_version AND p.status <> 'active'
     ORDER BY p.left_version LIMIT {limit})
     UNION ALL
@@ -76,8 +77,8 @@ it.
 
 
 def _since(*, since: str, limit: str, most: str) -> str:
-    """Return a statement for the conversation $1. It returns all events of the first version, and then as
-    many as fit.
+    """Return a query for the conversation `c`. It returns one row, with all events of the first version, and then as
+    many as fit. `found` is their number before that.
     """
     events = _EVENTS.format(
         since=since,
@@ -89,19 +90,25 @@ def _since(*, since: str, limit: str, most: str) -> str:
         everyone=EVERYONE,
     )
     return f"""
-SELECT c.version, e.version, e.event, e.gone, e.found
-FROM conversation c LEFT JOIN LATERAL (
-    SELECT s.version, s.event, s.gone, s.found FROM (
-        SELECT e.*, count(*) OVER () AS found, min(e.version) OVER () AS first,
-            sum(octet_length(e.event::text)) OVER (ORDER BY e.version ROWS UNBOUNDED PRECEDING) AS bytes
-        FROM ({events}) e
-    ) s WHERE s.bytes <= {most} OR s.version = s.first
-) e ON true
-WHERE c.id = $1
+    SELECT coalesce(array_agg(e.version), '{{}}') AS versions, coalesce(array_agg(e.event), '{{}}') AS events,
+        coalesce(array_agg(e.gone), '{{}}') AS gone, coalesce(max(e.found), 0) AS found,
+        coalesce(max(e.bytes), 0) AS bytes
+    FROM (
+        SELECT s.* FROM (
+            SELECT e.version, e.event::text AS event, e.gone, count(*) OVER () AS found,
+                min(e.version) OVER () AS first,
+                sum(octet_length(e.event::text)) OVER (ORDER BY e.version ROWS UNBOUNDED PRECEDING) AS bytes
+            FROM ({events}) e
+        ) s WHERE s.bytes <= {most} OR s.version = s.first
+        ORDER BY s.version
+    ) e
 """  # noqa: S608 - only names of parameters, column references and constants are put in
 
 
-SINCE = _since(since="$2", limit="$3", most="$4")
+SINCE = f"""
+SELECT c.version, e.versions, e.events, e.gone, e.found
+FROM conversation c CROSS JOIN LATERAL ({_since(since="$2", limit="$3", most="$4")}) e WHERE c.id = $1
+"""  # noqa: S608 - as above
 
 
 class Difference(NamedTuple):
@@ -152,48 +159,63 @@ async def since(db: Db, conversation_id: ConversationId, version: int, *, limit:
 
     There is no access check, because the hub delivers to participants only.
     """
-    rows = await db.fetch(SINCE, conversation_id, version, limit + 1, MAX_CHANGES_BYTES)
-    return _difference(conversation_id, version, rows, limit=limit) if rows else None
+    row = await db.fetchrow(SINCE, conversation_id, version, limit + 1, MAX_CHANGES_BYTES)
+    return None if row is None else _difference(conversation_id, version, tuple(row), limit=limit)
 
 
 def _difference(
-    conversation_id: ConversationId, version: int, rows: Sequence[asyncpg.Record], *, limit: int
+    conversation_id: ConversationId,
+    version: int,
+    found: tuple[int, list[int], list[str], list[UUID | None], int],
+    *,
+    limit: int,
 ) -> Undecoded[Difference]:
-    current_version: int = rows[0][0]
-    reached = max(current_version, version)
-    kept = [row for row in rows if row[1] is not None]
-    if kept and (len(kept) > limit or len(kept) < kept[0][4]):
+    """`found` is the conversation's version, and the row of `_since`."""
+    current_version, versions, events, left, count = found
+    reached, end = max(current_version, version), len(versions)
+    if end > limit or end < count:
         # The last version may have further events. If it is also the first, it is complete, if it fits.
-        last = kept[-1][1]
-        reached = last if last == kept[0][1] and len(kept) <= limit else last - 1
-        kept = [row for row in kept if row[1] <= reached]
-    gone = [UserId(row[3]) for row in kept if row[3] is not None]
-    size = sum(len(row[2]) for row in rows if row[2] is not None)
+        last = versions[-1] if versions else version + 1
+        reached = last if versions and last == versions[0] and end <= limit else last - 1
+        end = bisect_right(versions, reached)
+    gone = [UserId(one) for one in left[:end] if one is not None]
+    size = sum(map(len, events))
 
     def of(events: list[DurableEvent]) -> Difference:
         changes = Changes(conversation_id=conversation_id, since=version, version=reached, events=events)
         return Difference(changes, gone, current_version, size)
 
-    return _event_decoder.each(row[2] for row in kept).then(of)
+    return _event_decoder.each(events[:end]).then(of)
 
 
-# One statement, so that each concurrent change is in all parts of the result or in none.
+# One statement, so that each concurrent change is in all parts of the result or in none. Without the events of a
+# conversation that do not fit besides those of the conversations before it.
 MISSED = f"""
-SELECT NULL, NULL, NULL, NULL, NULL, me.last_read_message_id, (
-    {COUNT_UNREAD.format(me="me")}
-), CASE WHEN c.participant_count <= $3 THEN coalesce((
-    SELECT json_agg(json_build_object('user_id', p.user_id, 'message_id', p.last_read_message_id,
-        'delivered_message_id', seen.delivered_message_id))
-    FROM conversation_participant p
+SELECT m.id, m.last_read_message_id, m.unread_count, m.receipts, m.version,
+    CASE WHEN m.is_first OR m.total <= $5 THEN m.versions ELSE '{{}}' END,
+    CASE WHEN m.is_first OR m.total <= $5 THEN m.events ELSE '{{}}' END,
+    CASE WHEN m.is_first OR m.total <= $5 THEN m.gone ELSE '{{}}' END, m.found
+FROM (
+    SELECT found.*, wanted.place = 1 AS is_first, sum(found.bytes) OVER (ORDER BY wanted.place) AS total
+    FROM unnest($1::uuid[], $3::bigint[]) WITH ORDINALITY AS wanted (id, since, place)
     CROSS JOIN LATERAL (
-        SELECT CASE WHEN NOT p.user_id = ANY({UNSEEN}) THEN p.delivered_message_id END AS delivered_message_id
-    ) seen
-    WHERE p.conversation_id = c.id AND p.status = 'active'
-        AND coalesce(p.last_read_message_id, seen.delivered_message_id) IS NOT NULL
-), '[]') ELSE '[]' END
-FROM conversation_participant me JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
-WHERE me.conversation_id = $1 AND me.user_id = $2 AND me.status = 'active'
-UNION ALL SELECT missed.*, NULL, NULL, NULL FROM ({_since(since="$4", limit="$5", most="$6")}) missed
+        SELECT c.id, c.version, me.last_read_message_id, (
+            {COUNT_UNREAD.format(me="me")}
+        ) AS unread_count, CASE WHEN c.participant_count <= $4 THEN coalesce((
+            SELECT json_agg(json_build_object('user_id', p.user_id, 'message_id', p.last_read_message_id,
+                'delivered_message_id', seen.delivered_message_id))
+            FROM conversation_participant p
+            CROSS JOIN LATERAL (
+                SELECT CASE WHEN NOT p.user_id = ANY({UNSEEN}) THEN p.delivered_message_id END AS delivered_message_id
+            ) seen
+            WHERE p.conversation_id = c.id AND p.status = 'active'
+                AND coalesce(p.last_read_message_id, seen.delivered_message_id) IS NOT NULL
+        ), '[]') ELSE '[]' END AS receipts, e.*
+        FROM conversation_participant me JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
+        CROSS JOIN LATERAL ({_since(since="wanted.since", limit="$6", most="$5")}) e
+        WHERE me.conversation_id = wanted.id AND me.user_id = $2 AND me.status = 'active' OFFSET 0
+    ) found
+) m
 """  # noqa: S608 - only column references are put in
 
 
@@ -205,16 +227,28 @@ class Reading(NamedTuple):
     receipts: list[Receipt]
 
 
+class Missed(NamedTuple):
+    """The changes of a conversation that a user has missed, and read positions."""
+
+    difference: Undecoded[Difference]
+    reading: Reading
+
+
 async def missed(
-    db: Db, conversation_id: ConversationId, user_id: UserId, version: int, *, limit: int, most: int
-) -> tuple[Undecoded[Difference], Reading] | None:
-    """Return the result of `since` for a user, and read positions. Positions of others are included if the conversation
-    has at most `most` participants. Return None without access.
+    db: Db, user_id: UserId, versions: Mapping[ConversationId, int], *, limit: int, most: int
+) -> dict[ConversationId, Missed]:
+    """Return what `since` returns after each of these versions, and read positions, for the conversations in which the
+    user participates.
+
+    The conversations have equal shares of `limit`, and share the bytes. So with several conversations, the changes of
+    some may not be whole, although they are if only one is given. Positions of others are included in conversations
+    with at most `most` participants.
     """
-    rows = await db.fetch(MISSED, conversation_id, user_id, most, version, limit + 1, MAX_CHANGES_BYTES)
-    positions = [row for row in rows if row[6] is not None]
-    if not positions:
-        return None
-    changed = [row for row in rows if row[6] is None]
-    found = Reading(positions[0][5], positions[0][6], _receipts_decoder.every(positions[0][7]))
-    return _difference(conversation_id, version, changed, limit=limit), found
+    share = max(1, limit // max(1, len(versions)))
+    rows = await db.fetch(MISSED, list(versions), user_id, list(versions.values()), most, MAX_CHANGES_BYTES, share + 1)
+    found = {}
+    for one, last_read, unread_count, receipts, *changed in rows:
+        reading = Reading(last_read, unread_count, _receipts_decoder.every(receipts))
+        difference = _difference(one, versions[one], tuple(changed), limit=share)
+        found[one] = Missed(difference, reading)
+    return found
