@@ -8,11 +8,13 @@ from asyncpg import Connection
 
 from protocol import client, server
 from protocol.errors import ErrorCode
+from protocol.ids import ConversationId
 from server.db.database import Database
 from server.domain import sync
 from server.fairness.share import Share
-from server.queries import conversation_views, latest, memberships, own_news
-from tests.world import Room, World, refused, sent
+from server.hub.topics import Topics
+from server.queries import changes, conversation_views, conversations, latest, memberships, own_news
+from tests.world import Room, UserSession, World, refused, sent
 
 FILL = """
 WITH made AS (
@@ -96,6 +98,116 @@ async def test_resume_of_many_conversations_reads_pages_in_turns(world: World, m
         assert max(asked, default=0) <= 3
         assert 0 < max(rows_read) <= 4
         assert len(in_turn) >= 3
+
+
+CHANGE = """
+WITH moved AS (UPDATE conversation SET version = version + $2::int WHERE id = ANY($1) RETURNING id, version)
+INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
+SELECT id, $3, repeat('x', $4), version - $2 + n, version - $2 + n FROM moved, generate_series(1, $2) n
+"""
+
+
+OF_RESUME = {memberships.READ, conversations.VERSIONS, changes.MISSED, conversation_views.GET, own_news.READ}
+"""The statements of a `resume`. Jobs run others meanwhile."""
+
+
+class Asked:
+    """The statements that workers send to PostgreSQL, and for each read of changes its conversations and rows."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.statements: list[str] = []
+        self.reads: list[tuple[int, int]] = []
+        for name in ("fetch", "fetchrow", "fetchval", "execute"):
+            monkeypatch.setattr(Connection, name, self._counted(getattr(Connection, name)))
+
+    def _counted(self, method: Any) -> Any:
+        async def counted(db: Any, query: str, *args: Any, **options: Any) -> Any:
+            self.statements.append(query)
+            rows = await method(db, query, *args, **options)
+            if query == changes.MISSED:
+                self.reads.append((len(args[0]), sum(len(row["versions"]) for row in rows)))
+            return rows
+
+        return counted
+
+
+async def resumed(
+    world: World, who: UserSession, versions: dict[ConversationId, int], asked: Asked
+) -> dict[ConversationId, list[int]]:
+    """Resume, and return the versions of the changes of each conversation. `asked` gets the statements of the frame."""
+    reader = await world.connect(who, query="?resume=1")
+    asked.statements.clear()
+    await reader.call(client.Resume(epoch=reader.ready.epoch, versions=versions, user_version=0), server.Resumed)
+    found: dict[ConversationId, list[int]] = {}
+    for event in reader.events:
+        if isinstance(event, server.Changes):
+            found.setdefault(event.conversation_id, []).extend(one.version for one in event.events)
+    return found
+
+
+async def test_resume_of_200_changed_conversations_takes_few_statements(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    await world.db.execute(FILL, ada.id, 300)
+    every = {row[0]: 2 for row in await world.db.fetch("SELECT id FROM conversation")}
+    changed = list(every)[:200]
+    for count in (1, 2, 3):
+        await world.db.execute(CHANGE, changed[:: 4 - count], count, charles.id, 10)
+    asked = Asked(monkeypatch)
+    found = await resumed(world, ada, every, asked)
+    assert found.keys() == set(changed)
+    assert all(versions == list(range(3, 3 + len(versions))) for versions in found.values())
+    assert sum(map(len, found.values())) == 200 * 3 + 100 * 2 + 67
+    assert len([one for one in asked.statements if one in OF_RESUME]) <= 10
+    assert len(asked.reads) == 200 / sync.CONVERSATIONS_PER_PAGE
+
+
+async def test_changes_that_do_not_fit_into_a_shared_statement_are_read_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This holds for their number and for their bytes. They arrive whole, and no statement exceeds the bounds."""
+    ada, charles = await world.users("Ada", "Charles")
+    await world.db.execute(FILL, ada.id, 12)
+    every = {row[0]: 2 for row in await world.db.fetch("SELECT id FROM conversation")}
+    few, many, large = list(every)[:8], list(every)[8:10], list(every)[10:]
+    await world.db.execute(CHANGE, few, 1, charles.id, 10)
+    await world.db.execute(CHANGE, many, 600, charles.id, 10)
+    await world.db.execute(CHANGE, large, 120, charles.id, 10_000)
+    asked = Asked(monkeypatch)
+    found = await resumed(world, ada, every, asked)
+    assert {one: len(versions) for one, versions in found.items()} == (
+        dict.fromkeys(few, 1) | dict.fromkeys(many, 600) | dict.fromkeys(large, 120)
+    )
+    # Both large ones have room by their number, and only one by its bytes.
+    assert asked.reads == [(8, 8), (2, 120), (1, 120), (1, 600), (1, 600)]
+
+
+async def test_changes_during_a_resume_exceed_the_share_of_a_conversation(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    await world.db.execute(FILL, ada.id, 50)
+    every = {row[0]: 2 for row in await world.db.fetch("SELECT id FROM conversation")}
+    busy, over, *_ = every
+    await world.db.execute(CHANGE, list(every), 1, charles.id, 10)
+    open_topics = Topics.open
+
+    async def late(self: Topics, conversation_ids: Any) -> None:
+        if not asked.reads and len(made) < 2:
+            made.append(await world.db.execute(CHANGE, [busy], 10, charles.id, 10))
+            await world.db.execute(CHANGE, [over], 600, charles.id, 10)
+        await open_topics(self, conversation_ids)
+
+    made: list[str] = []
+    asked = Asked(monkeypatch)
+    monkeypatch.setattr(Topics, "open", late)
+    found = await resumed(world, ada, every, asked)
+    assert over not in found, "it starts over"
+    assert {one: len(versions) for one, versions in found.items()} == dict.fromkeys(every.keys() - {over}, 1) | {
+        busy: 21
+    }
+    assert [count for count, _ in asked.reads] == [50, 1, 1]
 
 
 async def test_own_changes_are_read_in_pages_and_none_is_lost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

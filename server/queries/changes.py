@@ -192,11 +192,11 @@ def _difference(
 # conversation that do not fit besides those of the conversations before it.
 MISSED = f"""
 SELECT m.id, m.last_read_message_id, m.unread_count, m.receipts, m.version,
-    CASE WHEN m.is_first OR m.total <= $5 THEN m.versions ELSE '{{}}' END,
-    CASE WHEN m.is_first OR m.total <= $5 THEN m.events ELSE '{{}}' END,
-    CASE WHEN m.is_first OR m.total <= $5 THEN m.gone ELSE '{{}}' END, m.found
+    CASE WHEN m.fits THEN m.versions ELSE '{{}}' END AS versions,
+    CASE WHEN m.fits THEN m.events ELSE '{{}}' END AS events,
+    CASE WHEN m.fits THEN m.gone ELSE '{{}}' END AS gone, m.found
 FROM (
-    SELECT found.*, wanted.place = 1 AS is_first, sum(found.bytes) OVER (ORDER BY wanted.place) AS total
+    SELECT found.*, wanted.place = 1 OR sum(found.bytes) OVER (ORDER BY wanted.place) <= $5 AS fits
     FROM unnest($1::uuid[], $3::bigint[]) WITH ORDINALITY AS wanted (id, since, place)
     CROSS JOIN LATERAL (
         SELECT c.id, c.version, me.last_read_message_id, (
