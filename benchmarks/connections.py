@@ -28,8 +28,8 @@ class PlainConnection(Connection):
             self.ready.set_result(None)
         elif head.re is not None:
             self._answer(head)
-        elif head.message is not None:
-            self.delivered(frame, due_of(head.message.content))
+        elif head.sent is not None:
+            self.delivered(frame, due_of(head.sent.content))
 
     def delivered(self, frame: bytes, due: int) -> None:
         """Count an event, and add it to the stream that the other connections compare with."""

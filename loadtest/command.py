@@ -3,16 +3,18 @@
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import click
 import msgspec
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
 from loadtest import figures, report
+from loadtest.bystander import FAULTS, Bystander, Comparison, Row
 from loadtest.counters import Tally
 from loadtest.histogram import Histogram
 from loadtest.run import Moment, Phase, Progress, Result, Run
@@ -31,6 +33,9 @@ STEP = 1.5
 BISECTIONS = 3
 """Number of bisections of the last step after the bound was exceeded."""
 STEP_SECONDS = 6.0
+DEFAULT_URL = "http://127.0.0.1:8000"
+DELAYS = (0.0, 2.0, 10.0)
+"""Round trips to PostgreSQL that `bystander` adds by default, in milliseconds."""
 COUNT = Number(int, 1, 1_000_000)
 RATE = Number(float, 0.01, 1_000_000)
 SECONDS = Number(float, 0.1, 1_000_000)
@@ -42,13 +47,16 @@ class Options(NamedTuple):
     """The options of `openchat load`."""
 
     scenario: str
-    url: str
+    url: str | None
     rate: float | None
     seconds: float
     people: int | None
     connections: int | None
     group: int | None
     messages: int
+    only: tuple[str, ...]
+    database_delay: tuple[float, ...]
+    workers: int
     processes: int
     bound: float
     report: Path
@@ -64,13 +72,14 @@ class Options(NamedTuple):
         openchat load teams
         openchat load room --rate 100 --seconds 60
         openchat load teams --find-limit
+        openchat load bystander --database-delay 2 --only reactions
     """,
 )
 @click.argument(
     "scenario", type=OneOf(list(SCENARIOS)), default="teams", metavar="[SCENARIO]", help="Scenario to run. [teams]"
 )
 @click.option("--list", "is_list", is_flag=True, help="Print the scenarios.")
-@click.option("--url", default="http://127.0.0.1:8000", help="The server. [http://127.0.0.1:8000]", metavar="URL")
+@click.option("--url", help=f"The server. [{DEFAULT_URL}]", metavar="URL")
 @click.option("--rate", type=RATE, metavar="RATE", help="Actions per second, independent of the server's speed.")
 @click.option("--seconds", type=SECONDS, default=20.0, metavar="SECONDS", help="Duration. [20]")
 @click.option("--people", type=COUNT, metavar="COUNT", help="Accounts.")
@@ -80,6 +89,14 @@ class Options(NamedTuple):
     "--messages", type=Number(int, 1, 1_000_000_000), default=1_000_000, metavar="COUNT",
     help="Length of the conversation of `history`. [1000000]",
 )  # fmt: skip
+@click.option(
+    "--only", multiple=True, metavar="FAULT", help="For `bystander`: only faults whose names begin with FAULT."
+)
+@click.option(
+    "--database-delay", type=Number(float, 0, 1_000), multiple=True, metavar="MS",
+    help="For `bystander`: round trip to PostgreSQL, in milliseconds. [0, 2 and 10]",
+)  # fmt: skip
+@click.option("--workers", type=Number(int, 1, 256), default=1, metavar="COUNT", help="For `bystander`: workers. [1]")
 @click.option(
     "--processes", type=Number(int, 1, 256), default=os.cpu_count() or 1, metavar="COUNT",
     help="Processes of the crowd. [one per core]",
@@ -133,7 +150,9 @@ async def _load(options: Options, console: Console) -> int:
         messages=options.messages,
     )
     require_folder(options.report)
-    target = OpenChat(options.url)
+    if scenario.name == "bystander":
+        return await _bystander(options, size, console)
+    target = OpenChat(options.url or DEFAULT_URL)
     with Screen(console) as screen:
         try:
             async with Run(target, scenario.name, size, processes=options.processes, progress=screen) as run:
@@ -149,6 +168,55 @@ async def _load(options: Options, console: Console) -> int:
             screen.step("leaving …")
             await target.leave()
     return _conclude(result, options, console)
+
+
+async def _bystander(options: Options, size: Size, console: Console) -> int:
+    if options.url:
+        raise Unusable("`bystander` starts an installation of its own. Leave out --url.")
+    wanted = tuple(one.lower() for one in options.only)
+    faults = [one for one in FAULTS if not wanted or one.name.startswith(wanted)]
+    if not faults:
+        raise Unusable(f"no fault matches. Choose from: {', '.join(one.name for one in FAULTS)}.")
+    with Screen(console) as screen:
+        run = Bystander(faults, size=size, seconds=options.seconds, workers=options.workers, progress=screen)
+        screen.above = lambda: _comparison(run.rows)
+        try:
+            compared = await run.run(options.database_delay or DELAYS)
+        finally:
+            screen.step("stopping …")
+            if run.rows:
+                # Also after an error, because the results until then are useful.
+                console.print(_comparison(run.rows))
+    _write(compared, compared.strangers, options, console)
+    is_good, sentence = figures.verdict(compared.strangers)
+    console.print(visible(sentence, f"bold {'green' if is_good else 'red'}"))
+    return 0 if is_good else 1
+
+
+def _comparison(rows: list[Row]) -> Table:
+    """Return the table of `bystander`: latencies of strangers, and as multiples of those without a fault."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("database", "fault"):
+        table.add_column(column, no_wrap=True)
+    for column in ("send p50", "p99", "history p50", "p99", "refused"):
+        table.add_column(column, justify="right")
+    table.add_column("the hot party")
+    for row in rows:
+        quiet = next(one for one in rows if one.delay == row.delay and not one.fault)
+        cells = []
+        for span, base in ((row.send, quiet.send), (row.history, quiet.history)):
+            for value, usual in ((span.p50, base.p50), (span.p99, base.p99)):
+                ratio = f" ({value / usual:.1f} x)" if row.fault and usual else ""
+                cells.append(f"{value:,.1f} ms{ratio}")
+        table.add_row(f"{row.delay:g} ms", row.fault or "quiet", *cells, f"{row.refused:,}", _reached(row))
+    return table
+
+
+def _reached(row: Row) -> str:
+    parts = [row.reached] if row.reached else []
+    if row.offered:
+        parts.append(f"{row.answered:,.0f} of {row.offered:,.0f}/s answered")
+    return ", ".join([*parts, *(f"{count:,} {code}" for code, count in row.errors.items())])
 
 
 async def _write_history(run: Run, target: OpenChat, count: int, screen: "Screen") -> None:
@@ -196,11 +264,6 @@ def slowest(phase: Phase) -> float:
 def _conclude(result: Result, options: Options, console: Console) -> int:
     bound = options.bound / MS if options.is_limit_wanted else None
     console.print(_tables(result, bound))
-    stem = options.report / f"{result.scenario}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with aside(stem.with_suffix(".json")) as write:
-        write(msgspec.json.format(msgspec.json.encode(result)))
-    with aside(stem.with_suffix(".html")) as write:
-        write(report.page(result).encode())
     is_good, sentence = figures.verdict(result)
     if bound is not None:
         # The last steps exceed the limit on purpose, so only lost, duplicated and reordered events are failures.
@@ -214,9 +277,19 @@ def _conclude(result: Result, options: Options, console: Console) -> int:
                 f"[bold]Limit: {ceiling.rate:,.0f} per second, {delivered:,.0f} deliveries per second, "
                 f"with p99 at {slowest(ceiling) * MS:.0f} ms[/] (bound {options.bound:.0f} ms)."
             )
+    _write(result, result, options, console)
     console.print(visible(sentence, f"bold {'green' if is_good else 'red'}"))
-    console.print(visible(f"Report: {stem.with_suffix('.html')}"), soft_wrap=True)
     return 0 if is_good else 1
+
+
+def _write(result: Result | Comparison, plotted: Result, options: Options, console: Console) -> None:
+    """Write the figures as JSON and the report as HTML."""
+    stem = options.report / f"{plotted.scenario}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with aside(stem.with_suffix(".json")) as write:
+        write(msgspec.json.format(msgspec.json.encode(result)))
+    with aside(stem.with_suffix(".html")) as write:
+        write(report.page(plotted).encode())
+    console.print(visible(f"Report: {stem.with_suffix('.html')}"), soft_wrap=True)
 
 
 def _tables(result: Result, bound: float | None) -> Table:
@@ -251,6 +324,8 @@ class Screen(Progress):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = Live(console=console, transient=True, refresh_per_second=4)
+        self.above: Callable[[], Table] | None = None
+        """Returns the results until now, which are shown above the current figures."""
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -291,4 +366,4 @@ class Screen(Progress):
             table.add_row("[bold red]wrong", f"[bold red]{total.wrong:,}", "[red]lost, duplicated or out of order")
         for error, count in total.errors.items():
             table.add_row("[red]errors", f"[red]{count:,}", visible(error, "red"))
-        self._live.update(table)
+        self._live.update(table if self.above is None else Group(self.above(), table))

@@ -69,7 +69,8 @@ class Head(msgspec.Struct):
     conversation_id: str | None = None
     version: int = 0
     since: int | None = None
-    message: MessageHead | None = None
+    message: MessageHead | str | None = None
+    """The message of an event, or the text of an error."""
     re: int | None = None
     code: str | None = None
     is_last: bool = False
@@ -79,6 +80,11 @@ class Head(msgspec.Struct):
     epoch: str = ""
     reconnect_after_ms: int = 0
     ticket: str | None = None
+
+    @property
+    def sent(self) -> MessageHead | None:
+        """The message of an event."""
+        return self.message if isinstance(self.message, MessageHead) else None
 
 
 _head = msgspec.json.Decoder(Head)
@@ -408,7 +414,8 @@ class Connection(asyncio.Protocol):
         about = cast(str, head.conversation_id)
         stream = self.stream
         before = self.position(about)
-        due = due_of(head.message.content) if head.message is not None else 0
+        message = head.sent
+        due = due_of(message.content) if message is not None else 0
         if stream is not None:
             if self._offset == len(stream.log) and head.version == before + 1 and about == self._conversation:
                 stream.append(frame, due)
@@ -424,8 +431,8 @@ class Connection(asyncio.Protocol):
             counters.skipped += since - before
         counters.delivered += head.version - before
         self.positions[about] = head.version
-        if head.message is not None:
-            self.latest[about] = head.message.id
+        if message is not None:
+            self.latest[about] = message.id
         if due:
             counters.deliveries.add((time.monotonic_ns() - due) / 1e9)
 

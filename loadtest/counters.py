@@ -31,6 +31,8 @@ class Tally(msgspec.Struct):
     """Refusals by code, and connections that ended by close code."""
     answers: dict[int, int] = {}
     """Histogram of the time from a frame's due time to its answer."""
+    pages: dict[int, int] = {}
+    """Histogram of the time from a frame's due time to its answer, for pages of history that are not in `answers`."""
     deliveries: dict[int, int] = {}
     """Histogram of the time from a message's due time to each delivery."""
     opened: dict[int, int] = {}
@@ -60,7 +62,7 @@ class Counters:
         self.connected = self.resumed = self.deferred = 0
         self.duplicated = self.skipped = self.lost = 0
         self.errors: Counter[str] = Counter()
-        self.answers, self.deliveries, self.opened = Histogram(), Histogram(), Histogram()
+        self.answers, self.pages, self.deliveries, self.opened = (Histogram() for _ in range(4))
 
     def take(self) -> Tally:
         """Return the counts, and reset them."""

@@ -20,7 +20,7 @@ from loadtest.connection import Connection, RetryLater
 from loadtest.counters import Counters
 from loadtest.orders import Connect, Done, Drive, Fill, Order, Report, Settle, Tick
 from loadtest.scenario import Scenario
-from loadtest.scenarios import SCENARIOS
+from loadtest.scenarios import ALL
 from loadtest.scenarios.history import message_id
 from loadtest.stream import Stream
 from protocol.client import Send
@@ -88,7 +88,7 @@ class Crowd:
             self.counters.take()
 
     async def _drive(self, order: Drive) -> None:
-        scenario = SCENARIOS[order.scenario](self, order.size, order.seed)
+        scenario = ALL[order.scenario](self, order.size, order.seed)
         if scenario.is_broadcast:
             self._join_streams()
         scenario.begin()

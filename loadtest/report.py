@@ -40,7 +40,7 @@ def page(result: Result) -> str:
         f"<p class='verdict {'good' if is_good else 'bad'}'>{escape(sentence)}</p>",
     ]
     driven = result.phases[1:]
-    if len(driven) > 1:
+    if len({phase.rate for phase in driven}) > 1:
         parts.append(_limit(driven))
     parts += [_phase(phase, result) for phase in result.phases]
     return "\n".join(parts) + "\n"

@@ -16,7 +16,7 @@ from loadtest.histogram import Histogram
 from loadtest.machine import Machine, Usage
 from loadtest.orders import Connect, Done, Drive, Fill, Order, Report, Settle, Tick
 from loadtest.scenario import Size
-from loadtest.scenarios import SCENARIOS
+from loadtest.scenarios import ALL
 from loadtest.target import Target, Unusable
 
 SETTLE_SECONDS = 30.0
@@ -146,7 +146,7 @@ class Run:
 
     def __init__(self, target: Target, scenario: str, size: Size, *, processes: int, progress: "Progress") -> None:
         self._target = target
-        self._scenario = SCENARIOS[scenario]
+        self._scenario = ALL[scenario]
         self._size = size
         self._count = processes
         self.progress = progress
@@ -219,16 +219,21 @@ class Run:
             )
         return self._phases[-1]
 
-    async def drive(self, seconds: float, rate: float) -> Phase:
-        """Perform the scenario's actions at a rate, wait for remaining events, and return the results."""
+    async def drive(self, seconds: float, rate: float, *, name: str = "", scenario: str = "") -> Phase:
+        """Perform a scenario's actions at a rate, wait for remaining events, and return the results.
+
+        The scenario is that of the run, or another one for the same people. `name` is the name of the phase, by default
+        the scenario's.
+        """
+        scenario = scenario or self._scenario.name
         await asyncio.sleep(REST_SECONDS)
-        async with self._phase(self._scenario.name, rate, seconds):
+        async with self._phase(name or scenario, rate, seconds):
             begin = time.monotonic_ns() + int(START_SECONDS * 1e9)
             talking = [sum(user.talks for user in part) for part in self._parts]
             done = await asyncio.gather(*(
                 process.execute(
                     Drive(
-                        scenario=self._scenario.name, size=self._size, rate=rate * share / sum(talking),
+                        scenario=scenario, size=self._size, rate=rate * share / sum(talking),
                         begin=begin, end=begin + int(seconds * 1e9), seed=number,
                     )
                 )

@@ -31,6 +31,8 @@ class Layout(msgspec.Struct, kw_only=True):
     talkers: int = 0
     """Number of members of each conversation who send messages; 0 means all."""
     is_direct: bool = False
+    is_public: bool = False
+    """Whether the conversations are public channels, which everyone joins."""
     is_kept: bool = False
     """Whether the (one) conversation is kept for the next run."""
 

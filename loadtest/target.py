@@ -78,7 +78,8 @@ class OpenChat:
 
     connection = "loadtest.connection:Connection"
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, is_kept: bool = True) -> None:
+        """`is_kept` is whether the accounts are kept for later runs at the same address."""
         parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
         if parts.scheme != "http" or not parts.hostname:
             raise Unusable(f"{url} is not supported. Use a URL such as http://127.0.0.1:8000, without TLS.")
@@ -92,8 +93,14 @@ class OpenChat:
         self._is_loopback = self.address.startswith("127.")
         folder = Path(platformdirs.user_cache_dir("openchat", appauthor=False))
         self._path = folder / "load" / f"{self.host}_{self.port}.json"
+        self._is_kept = is_kept
         self._made: list[tuple[ConversationId, list[Person]]] = []
         self.cache = Cache()
+
+    @property
+    def conversations(self) -> list[ConversationId]:
+        """The conversations of the run."""
+        return [one for one, _ in self._made]
 
     async def prepare(self, layout: Layout, step: Callable[[str], None]) -> tuple[list[User], dict[str, list[str]]]:
         """Create the missing people, and the conversations."""
@@ -139,13 +146,15 @@ class OpenChat:
 
     def save(self) -> None:
         """Write the kept data to its file."""
+        if not self._is_kept:
+            return
         require_folder(self._path.parent)
         with aside(self._path, replaces=True) as write:
             write(msgspec.json.encode(self.cache))
 
     async def _open(self) -> None:
         """Read the accounts of earlier runs, if the server still accepts them."""
-        if self._path.exists() and not self.cache.people:
+        if self._is_kept and self._path.exists() and not self.cache.people:
             self.cache = msgspec.json.decode(self._path.read_bytes(), type=Cache)
         async with self._client() as http:
             try:
@@ -191,6 +200,12 @@ class OpenChat:
             assert isinstance(reply.result, OneConversation)  # noqa: S101 - the protocol guarantees it
             return reply.result.view.conversation.id
         made = ConversationId(uuid7())
+        if layout.is_public:
+            await self.call(http, first, client.CreateChannel(conversation_id=made, title="Crowd", is_public=True))
+            for one in others:
+                await self.call(http, one, client.Join(conversation_id=made))
+            self._made.append((made, people))
+            return made
         ids = [one.user_id for one in others]
         create = client.CreateGroup(conversation_id=made, title="Crowd", participants=ids[:MAX_PARTICIPANTS_NAMED])
         await self._follow(http, made, await self.call(http, first, create), others)

@@ -3,24 +3,21 @@
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import asyncpg
 import httpx
 import msgspec
 from redis.asyncio import Redis
 
+from loadtest.installation import Installation
 from loadtest.target import Unusable
 
 START_SECONDS = 60.0
-STOP_SECONDS = 60.0
 POLL_SECONDS = 0.05
 CONNECT_SECONDS = 5.0
 SETTINGS = {
@@ -112,46 +109,19 @@ class Cluster:
 
 
 class OwnCluster(Cluster):
-    """A cluster that is started for a run, in its own folder, and deleted after it. Faults may act on its processes."""
+    """A cluster that is started for a run and deleted after it. Faults may act on its processes."""
 
     def __init__(self, workers: int) -> None:
-        self._workers = workers
-        self._folder = Path(tempfile.mkdtemp(prefix="openchat-prove-"))
-        self._folder.chmod(0o755)
-        data = self._folder / "data"
-        run = quote(str(data / "run"))  # see docs/operations.md
-        super().__init__("", f"postgresql://openchat@/openchat?host={run}", f"unix://{data}/run/valkey.sock")
-        self._data = data
-        self.log = self._folder / "openchat.log"
-        self._process: subprocess.Popen[bytes]
+        self.installation = Installation(workers, SETTINGS)
+        super().__init__("", self.installation.database_url, self.installation.redis_url)
 
     async def __aenter__(self) -> Self:
         """Start the cluster. Raises Unusable, with its log, if it does not start."""
-        outside = {name: value for name, value in os.environ.items() if name not in {"DATABASE_URL", "REDIS_URL"}}
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: S603, ASYNC220 - our own program, without a wait
-                [sys.executable, "-P", "-m", "server.cli.main", "--port", "0", "--workers", str(self._workers),
-                 "--data-dir", str(self._data)],
-                stdout=log, stderr=subprocess.STDOUT, env=outside | SETTINGS, process_group=0,
-            )  # fmt: skip
-        async with asyncio.timeout(START_SECONDS):
-            while not self.url:
-                if self._process.poll() is not None:
-                    raise Unusable(f"openchat does not start: {self.log.read_text().strip()}")
-                await asyncio.sleep(POLL_SECONDS)
-                for line in self.log.read_text().splitlines():
-                    if line.strip().startswith("listening"):
-                        self.url = line.split()[1]
+        self.url = (await self.installation.__aenter__()).url
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._process.terminate()
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(self._process.wait, STOP_SECONDS)
-        finally:  # also after Ctrl-C
-            self._process.kill()
-            shutil.rmtree(self._folder, ignore_errors=True)
+        await self.installation.__aexit__()
 
     def workers(self) -> list[int]:
         """Return the process ids of the workers."""
@@ -167,13 +137,13 @@ class OwnCluster(Cluster):
 
     def roll(self) -> None:
         """Replace the workers one after the other."""
-        self._process.send_signal(signal.SIGHUP)
+        os.kill(self.installation.pid, signal.SIGHUP)
 
     def _child(self, program: bytes) -> int:
         return next(pid for pid in self._children() if _read(pid, "comm").strip() == program)
 
     def _children(self) -> list[int]:
-        tasks = Path(f"/proc/{self._process.pid}/task").iterdir()
+        tasks = Path(f"/proc/{self.installation.pid}/task").iterdir()
         return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
 
 

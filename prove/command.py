@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from loadtest.proxy import Proxy
 from loadtest.target import Unusable
 from prove import report
 from prove.cluster import Cluster, OwnCluster
 from prove.faults import FAULTS, Fault
-from prove.proxy import Proxy
 from prove.run import Outcome, Proof, Run
 from server.cli.arguments import Command, File, Number
 from server.cli.tables import visible
@@ -28,6 +28,8 @@ from server.core.errors import Fatal
 from server.core.terminal import complain
 
 PHASE_SECONDS = 15.0
+BUFFER_BYTES = 8 * 1024
+"""Receive buffer toward the server, in bytes. It is small, so that the server notices a client that does not read."""
 COLUMNS = (
     "sent", "acked", "lost", "dupli-\ncated", "out of\norder", "phan-\ntom", "wrong", "recon-\nnects", "wait\np50",
     "wait\nmax",
@@ -152,7 +154,7 @@ async def _prove(options: Options, console: Console) -> int:
 async def _run(faults: Sequence[Fault], proof: Proof, options: Options, console: Console) -> None:
     with Screen(console, proof) as screen:
         screen.step("starting a cluster …" if options.url is None else f"connecting to {options.url} …")
-        async with _cluster(options) as cluster, Proxy(*cluster.address) as proxy:
+        async with _cluster(options) as cluster, Proxy(cluster.address, receive_bytes=BUFFER_BYTES) as proxy:
             run = Run(cluster, proxy, proof, step=screen.step, tick=screen.show)
             await run.prepare()
             end = time.monotonic() + options.minutes * 60

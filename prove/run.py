@@ -15,6 +15,7 @@ import asyncpg
 import httpx
 import msgspec
 
+from loadtest.proxy import Proxy
 from loadtest.target import Unusable, some_at_once
 from protocol import client, server
 from protocol.codec import encode
@@ -25,7 +26,6 @@ from prove.actor import Actor, Tally
 from prove.cluster import Cluster
 from prove.faults import Fault, FaultContext
 from prove.mirror import Copy
-from prove.proxy import Proxy
 
 CHANNELS = 6
 HTTP_SECONDS = 30.0

@@ -314,7 +314,7 @@ def test_every_output_file_is_written_by_atomic_file() -> None:
 OTHER_WRITERS = {
     "server/describe/__main__.py": "generated documents",
     "server/processes/embedded/logfile.py": "uses file descriptors",
-    "prove/cluster.py": "a log",
+    "loadtest/installation.py": "a log",
     "server/core/metrics.py": "replaces a file that only this program reads",
 }
 """Source files that write files without server/core/atomic_file.py, and why."""

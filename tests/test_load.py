@@ -9,10 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from loadtest.bystander import Comparison
 from loadtest.histogram import Histogram
 from loadtest.plot import axis
+from loadtest.proxy import Proxy
 from loadtest.run import Result
-from loadtest.scenarios import SCENARIOS
+from loadtest.scenarios import ALL
 from loadtest.scenarios.history import message_id
 from server.cli import main
 from server.core.config import Settings
@@ -64,6 +66,12 @@ def written(folder: Path) -> Result | None:
     return msgspec.json.decode(reports[0].read_bytes(), type=Result) if reports else None
 
 
+def compared_in(folder: Path) -> Comparison:
+    (report,) = folder.glob("bystander-*.json")
+    assert "<svg" in report.with_suffix(".html").read_text()
+    return msgspec.json.decode(report.read_bytes(), type=Comparison)
+
+
 @pytest.mark.long
 async def test_load_reports_exactly_the_faults_of_the_network(cluster: Cluster, tmp_path: Path) -> None:
     port = cluster.workers[0].listener.getsockname()[1]
@@ -92,6 +100,62 @@ async def test_load_reports_exactly_the_faults_of_the_network(cluster: Cluster, 
     # The dropped event left a gap. The swapped one left a gap and came late.
     assert bad_result.phases[-1].tally.skipped >= 2, bad_said
     assert "out of order" in bad_said
+
+
+@pytest.mark.long
+async def test_bystander_measures_strangers_beside_a_busy_conversation_at_a_distance(tmp_path: Path) -> None:
+    size = ("--people", "8", "--rate", "40", "--seconds", "1.5")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "server.cli.main", "load", "bystander", *size,
+        "--only", "row", "--database-delay", "20", "--report", str(tmp_path),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    said, _ = await process.communicate()
+    assert process.returncode == 0, said.decode()
+    assert "row held" in said.decode()
+    quiet, held = compared_in(tmp_path).rows
+    assert (quiet.fault, held.fault, quiet.delay, held.delay) == ("", "row held", 20, 20)
+    assert 20 < quiet.send.p50 <= quiet.send.p99
+    assert 20 < quiet.history.p50 <= quiet.history.p99
+    assert 0 < held.answered <= held.offered
+
+
+@pytest.mark.parametrize(
+    ("argument", "why"), [(["--only", "earthquake"], "no fault matches"), (["--url", "http://a.example"], "--url")]
+)
+def test_bystander_refuses_options_that_do_not_fit(
+    argument: list[str], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["load", "bystander", "--report", str(tmp_path), *argument]) == 1
+    assert why in capsys.readouterr().err
+
+
+async def test_proxy_between_unix_sockets_keeps_the_order_of_data_when_its_delay_changes(tmp_path: Path) -> None:
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(100):
+            writer.write(data)
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_unix_server(echo, tmp_path / "server")
+    async with server, Proxy(tmp_path / "server", listen=tmp_path / "proxy") as proxy:
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "proxy")
+        for number in range(20):
+            proxy.delay = (20 - number) / 1_000
+            writer.write(b"%02d" % number)
+            await writer.drain()
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            heard = await reader.readexactly(40)
+        proxy.delay = 0.02
+        began = asyncio.get_running_loop().time()
+        writer.write(b"late")
+        async with asyncio.timeout(5):
+            assert await reader.readexactly(4) == b"late"
+        assert asyncio.get_running_loop().time() - began >= 0.04
+        writer.close()
+        await writer.wait_closed()
+    assert heard == b"".join(b"%02d" % number for number in range(20))
 
 
 async def test_load_reports_a_missing_server(tmp_path: Path) -> None:
@@ -135,7 +199,7 @@ def test_message_ids_are_reproducible_ordered_and_distinct() -> None:
 
 
 def test_every_scenario_has_the_name_of_its_function() -> None:
-    assert all(name == one.name and one.about for name, one in SCENARIOS.items())
+    assert all(name == one.name and one.about for name, one in ALL.items())
 
 
 @pytest.mark.parametrize("is_log", [False, True])

@@ -11,11 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from loadtest.proxy import Proxy
 from protocol.ids import uuid7
 from prove import report
 from prove.cluster import Cluster
 from prove.faults import FAULTS
-from prove.proxy import Proxy
 from prove.run import Outcome, Proof, Run
 from server.core.config import Settings
 from tests.relay import Relay, Spoil
@@ -107,7 +107,7 @@ async def outcome_of(settings: Settings, down: Callable[[], Spoil], up: Answer =
         port = int(world.url.rpartition(":")[2])
         proof = Proof(seed=1, people=8, rate=120, where="here")
         cluster = Cluster(world.url, settings.database_url, settings.redis_url)
-        async with Relay(port, down, up).serve() as spoiled, Proxy("127.0.0.1", spoiled) as proxy:
+        async with Relay(port, down, up).serve() as spoiled, Proxy(("127.0.0.1", spoiled)) as proxy:
             run = Run(cluster, proxy, proof, step=lambda _: None, tick=lambda: None)
             await run.prepare()
             outcome = await run.phase(FAULTS[0], 3.0)
@@ -165,7 +165,7 @@ async def test_final_check_reports_wrong_rows(world: World) -> None:
     cluster = Cluster(world.url, world.settings.database_url, world.settings.redis_url)
     run = Run(
         cluster,
-        Proxy(*cluster.address),
+        Proxy(cluster.address),
         Proof(seed=1, people=1, rate=1, where="here"),
         step=lambda _: None,
         tick=lambda: None,
@@ -189,7 +189,7 @@ async def test_proxy_loses_the_last_bytes_and_never_reorders() -> None:
         writer.close()
 
     listening = await asyncio.start_server(speak, "127.0.0.1", 0)
-    async with listening, Proxy(*listening.sockets[0].getsockname()) as proxy:
+    async with listening, Proxy(listening.sockets[0].getsockname()) as proxy:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.url.rpartition(":")[2]))
         async with asyncio.timeout(5):
             while not proxy.pipes:

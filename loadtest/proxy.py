@@ -1,12 +1,16 @@
-"""A TCP proxy between the crowd and the server, which simulates a bad network."""
+"""A proxy that simulates a distant or bad network, between a crowd and its server or a server and PostgreSQL."""
 
 import asyncio
 import socket
+from collections import deque
 from collections.abc import Callable
-from typing import Self, cast
+from pathlib import Path
+from typing import Self, TypeAlias, cast
 
-BUFFER_BYTES = 8 * 1024
-"""Receive buffer toward the server, in bytes. It is small, so that the server notices a client that does not read."""
+Address: TypeAlias = tuple[str, int] | Path
+"""A host and a TCP port, or the path of a Unix socket."""
+LOOPBACK = ("127.0.0.1", 0)
+"""Any free port of this machine."""
 CUT_SECONDS = 0.01
 """Delay between the last data of a connection and its abort, in seconds."""
 
@@ -17,7 +21,7 @@ class Pipe:
     def __init__(self) -> None:
         self.sides: list[Side] = []
         self.delay = 0.0
-        """Added latency in each direction, in seconds."""
+        """Added latency in each direction, in seconds. A change keeps the order of data."""
         self.bytes_per_second = 0.0
         """Bandwidth from the server to the client; 0 means no limit."""
         self.is_black_hole = False
@@ -41,10 +45,8 @@ class Pipe:
             side.pause()
             loop.call_later(len(data) / self.bytes_per_second, side.resume)
             other.write(data)
-        elif self.delay:
-            loop.call_later(self.delay, other.write, data)
         else:
-            other.write(data)
+            other.deliver(data, self.delay)
 
     def cut(self) -> None:
         """Abort the connection on both sides."""
@@ -59,6 +61,7 @@ class Side(asyncio.Protocol):
         self._pipe = pipe
         self._gone = gone
         self._early: list[bytes] = []
+        self._delayed: deque[tuple[float, bytes | None]] = deque()
         self._transport: asyncio.Transport | None = None
         pipe.sides.append(self)
 
@@ -79,7 +82,33 @@ class Side(asyncio.Protocol):
         if not self._pipe.is_black_hole:
             for side in self._pipe.sides:
                 if side is not self:
-                    asyncio.get_running_loop().call_later(self._pipe.delay, side.close)
+                    side.deliver(None, self._pipe.delay)
+
+    def deliver(self, data: bytes | None, delay: float) -> None:
+        """Write data to the peer after `delay` seconds and after all earlier data. None closes the connection."""
+        if not delay and not self._delayed:
+            self._pass(data)
+            return
+        loop = asyncio.get_running_loop()
+        due = loop.time() + delay
+        if self._delayed:
+            due = max(due, self._delayed[-1][0])
+        else:
+            loop.call_at(due, self._pass_due)
+        self._delayed.append((due, data))
+
+    def _pass_due(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._delayed and self._delayed[0][0] <= loop.time():
+            self._pass(self._delayed.popleft()[1])
+        if self._delayed:
+            loop.call_at(self._delayed[0][0], self._pass_due)
+
+    def _pass(self, data: bytes | None) -> None:
+        if data is None:
+            self.close()
+        else:
+            self.write(data)
 
     def write(self, data: bytes) -> None:
         """Write data to the peer, or buffer it until the connection is open."""
@@ -110,19 +139,35 @@ class Side(asyncio.Protocol):
 
 
 class Proxy:
-    """Listens on loopback and connects to a server."""
+    """Listens on loopback or on a Unix socket, and connects to a server."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self._address = (host, port)
+    def __init__(self, upstream: Address, *, listen: Address = LOOPBACK, receive_bytes: int = 0) -> None:
+        """`receive_bytes` is the size of the receive buffer toward the server; 0 means the system's default."""
+        self._upstream = upstream
+        self._listen = listen
+        self._receive_bytes = receive_bytes
         self._server: asyncio.Server
         self._connecting: set[asyncio.Task[None]] = set()
         self.pipes: set[Pipe] = set()
-        self.delay = 0.0
-        """The delay of new connections, in seconds."""
+        self._delay = 0.0
+
+    @property
+    def delay(self) -> float:
+        """Added latency in each direction, in seconds, of open and new connections."""
+        return self._delay
+
+    @delay.setter
+    def delay(self, seconds: float) -> None:
+        self._delay = seconds
+        for pipe in self.pipes:
+            pipe.delay = seconds
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.get_running_loop().create_server(self._accept, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        loop = asyncio.get_running_loop()
+        if isinstance(self._listen, Path):
+            self._server = await loop.create_unix_server(self._accept, str(self._listen))
+        else:
+            self._server = await loop.create_server(self._accept, *self._listen)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -130,9 +175,14 @@ class Proxy:
         for pipe in list(self.pipes):
             pipe.cut()
 
+    @property
+    def url(self) -> str:
+        """The proxy's URL, if it listens on TCP."""
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
     def _accept(self) -> Side:
         pipe = Pipe()
-        pipe.delay = self.delay
+        pipe.delay = self._delay
         self.pipes.add(pipe)
         client = Side(pipe, self.pipes.discard)
         server = Side(pipe, self.pipes.discard)
@@ -142,13 +192,19 @@ class Proxy:
         return client
 
     async def _connect(self, pipe: Pipe, server: Side) -> None:
-        upstream = socket.socket()
+        is_unix = isinstance(self._upstream, Path)
+        address = str(self._upstream) if isinstance(self._upstream, Path) else self._upstream
+        upstream = socket.socket(socket.AF_UNIX if is_unix else socket.AF_INET)
         upstream.settimeout(0)
-        upstream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+        if self._receive_bytes:
+            upstream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_bytes)
         loop = asyncio.get_running_loop()
         try:
-            await loop.sock_connect(upstream, self._address)
-            await loop.create_connection(lambda: server, sock=upstream)
+            await loop.sock_connect(upstream, address)
+            if is_unix:
+                await loop.create_unix_connection(lambda: server, sock=upstream)
+            else:
+                await loop.create_connection(lambda: server, sock=upstream)
         except OSError:
             upstream.close()
             self.pipes.discard(pipe)
