@@ -283,6 +283,9 @@ def main() -> int:
         "--rounds", type=int, default=3, help="turns of each server (3); workloads with a fixed number ignore it"
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="seconds of load per turn (10)")
+    parser.add_argument(
+        "--database-delay", type=float, default=0.0, metavar="MS", help="round trip to add to PostgreSQL, in ms (0)"
+    )
     parser.add_argument("--json", type=Path, default=Path("bench.json"), help="file for the figures (bench.json)")
     options = parser.parse_args()
     if unknown := set(options.workload) - set(WORKLOADS):
@@ -292,7 +295,7 @@ def main() -> int:
     path = Path(tempfile.mkdtemp(prefix="openchat-bench-"))
     path.chmod(0o755)  # root starts PostgreSQL as another user
     try:
-        with Environment(path) as environment:
+        with Environment(path, database_delay=options.database_delay / MS) as environment:
             results = uvloop.run(compare(options, environment, console))
     finally:
         shutil.rmtree(path, ignore_errors=True)

@@ -17,6 +17,7 @@ from urllib.parse import quote
 import asyncpg
 
 from loadtest.connection import User
+from loadtest.distance import DistantDatabase
 from loadtest.machine import Machine
 from loadtest.scenario import Layout
 from loadtest.target import Unusable
@@ -35,8 +36,10 @@ POLL_SECONDS = 0.05
 class Environment:
     """One PostgreSQL with a database per server, one Valkey, and a folder for OpenChat, which starts its own."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, database_delay: float = 0.0) -> None:
+        """`database_delay` is the round trip that is added between each server and its database, in seconds."""
         self.path = path
+        self.database_delay = database_delay
         self.folder = DataFolder(path / "others")
         self.postgres = Postgres(self.folder, max_connections=100)
         self.valkey = Valkey(self.folder)
@@ -57,6 +60,8 @@ class Server:
 
     name: ClassVar[str]
     is_stored: ClassVar[bool] = True
+    starts_database: ClassVar[bool] = False
+    """Whether it starts its own PostgreSQL, instead of using that of the environment."""
     connection: str = "benchmarks.connections:PlainConnection"
     host, address = "127.0.0.1", "127.0.0.1"
 
@@ -66,6 +71,7 @@ class Server:
         self.port = 0
         self.machine = Machine([])
         self._process: subprocess.Popen[bytes] | None = None
+        self._distance = contextlib.AsyncExitStack()
 
     @classmethod
     def is_there(cls) -> bool:
@@ -88,8 +94,21 @@ class Server:
         """Return the URL of its database."""
         return self.environment.postgres.url(type(self).__name__.lower())
 
+    @property
+    def run(self) -> Path:
+        """The folder with the socket of its PostgreSQL."""
+        return self.environment.folder.run
+
+    async def _move_database(self) -> None:
+        """Add the round trip of the environment."""
+        if delay := self.environment.database_delay:
+            database = await self._distance.enter_async_context(DistantDatabase(self.run))
+            await database.set_round_trip(delay)
+
     async def __aenter__(self) -> Self:
         await self.create()
+        if not self.starts_database:
+            await self._move_database()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -109,6 +128,8 @@ class Server:
                 writer.write(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                 await reader.read(1)
                 writer.close()
+                if self.starts_database:
+                    await self._move_database()
                 return self
             await asyncio.sleep(POLL_SECONDS)
         await self.__aexit__()
@@ -116,6 +137,7 @@ class Server:
 
     async def __aexit__(self, *_: object) -> None:
         assert self._process is not None  # noqa: S101 - entered
+        await self._distance.aclose()
         self._process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(START_SECONDS)
@@ -170,6 +192,7 @@ class OpenChat(Server):
     """OpenChat, with the PostgreSQL and the Valkey that it starts itself."""
 
     name = "OpenChat"
+    starts_database = True
     connection = "loadtest.connection:Connection"
 
     @property
@@ -198,7 +221,12 @@ class OpenChat(Server):
 
     def database(self) -> str:
         """Return the URL of its database."""
-        return f"postgresql://openchat@/openchat?host={quote(str(self.folder / 'run'))}"
+        return f"postgresql://openchat@/openchat?host={quote(str(self.run))}"
+
+    @property
+    def run(self) -> Path:
+        """The folder with the socket of its PostgreSQL."""
+        return self.folder / "run"
 
     async def create(self) -> None:
         """Do nothing. The server creates its database."""

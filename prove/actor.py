@@ -90,9 +90,9 @@ class Actor:
         """`log_in` returns a new token. It is called when a session has ended."""
         self.account = account
         self.token = account.token
-        self._urls = urls
-        self._channels = channels
-        self._log_in = log_in
+        self.urls = urls
+        self.channels = channels
+        self.log_in = log_in
         self._random = random.Random(seed)
         self.others: list[UserId] = []
         """The users whom it may add, write to and watch."""
@@ -116,7 +116,7 @@ class Actor:
         while True:
             await asyncio.sleep(max(0.0, self._back_at - time.monotonic()))
             token, self._ticket = self._ticket or self.token, None
-            fresh = Client(self._random.choice(self._urls()), token, query="?resume=1", open_timeout=CONNECT_SECONDS)
+            fresh = Client(self._random.choice(self.urls()), token, query="?resume=1", open_timeout=CONNECT_SECONDS)
             fresh.on_event = self._receive
             # Before the connection is open, because the server may send events on it before `resume`.
             self.mirror.begin_resume()
@@ -139,8 +139,8 @@ class Actor:
                 self.client = None
                 self.tally.ends[f"HTTP {error.response.status_code}"] += 1
                 is_over = error.response.status_code == UNAUTHORIZED and token == self.token
-                if is_over and self._log_in is not None:
-                    self.token = await self._log_in()
+                if is_over and self.log_in is not None:
+                    self.token = await self.log_in()
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             except (OSError, ConnectionClosed, InvalidHandshake, InvalidMessage, TimeoutError, Refused) as error:
@@ -172,7 +172,7 @@ class Actor:
             count = None if count is None else count - 1
             if self._chance(DROPS) and self.client is not None:
                 await self.client.drop()
-            await self._do(self._frame())
+            await self._do(self.frame())
             await self._load()
             if self.client is not None:
                 self.client.events.clear()
@@ -332,10 +332,10 @@ class Actor:
 
     # ------------------------------------------------------------------------------------------------------ frames
 
-    def _frame(self) -> Frame:
+    def frame(self) -> Frame:
         """Return a random frame. Frames that people send often have higher weights."""
         mine = list(self.mirror.copies)
-        channel = self._random.choice(self._channels)
+        channel = self._random.choice(self.channels)
         if channel not in mine and self._chance(JOINS):
             return client.Join(conversation_id=channel)
         if not mine or self._chance(GLOBAL):

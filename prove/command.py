@@ -58,7 +58,7 @@ class Options(NamedTuple):
     "prove",
     cls=Command,
     examples="""
-        openchat prove                        # every fault once, about six minutes
+        openchat prove                        # every fault once, about seven minutes
         openchat prove --list
         openchat prove worker sockets
         openchat prove --minutes 60 --seed 7 --report proof

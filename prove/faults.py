@@ -8,15 +8,21 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
+from loadtest.distance import DistantDatabase
 from loadtest.proxy import Pipe, Proxy
 from prove.actor import Actor
 from prove.cluster import Cluster, OwnCluster
+from prove.device import Device
 
 FREEZE_SECONDS = 8.0
 CUT_EVERY_SECONDS = 0.5
 FAULT_SECONDS = 8.0
 SLOW_BYTES_PER_SECOND = 2_000.0
 DELAY_SECONDS = 0.3
+ROUND_TRIP_SECONDS = 0.01
+"""Added round trip to PostgreSQL, in seconds."""
+DEVICES = 4
+"""Further devices of the busy account."""
 ROLL_SECONDS = 60.0
 POLL_SECONDS = 0.1
 
@@ -28,6 +34,8 @@ class FaultContext(NamedTuple):
     proxy: Proxy
     actors: Sequence[Actor]
     random: random.Random
+    devices: list[Device]
+    """Devices that the fault has added. They are compared with the rows, too, and leave after that."""
 
     @property
     def own(self) -> OwnCluster:
@@ -120,6 +128,32 @@ async def _slow_network(context: FaultContext) -> None:
     context.proxy.delay = 0.0
 
 
+async def _hold_row(context: FaultContext) -> None:
+    """Lock the row of a channel in which everyone acts, as a long transaction of another program would."""
+    db = await context.cluster.database()
+    try:
+        async with db.transaction():
+            await db.execute("SELECT FROM conversation WHERE type = 'channel' ORDER BY id LIMIT 1 FOR UPDATE")
+            await asyncio.sleep(FAULT_SECONDS)
+    finally:
+        await db.close()
+
+
+async def _busy_account(context: FaultContext) -> None:
+    """Act on further devices of one user without pauses, so that its rate limits apply."""
+    actor = context.random.choice(context.actors)
+    context.devices.extend(Device.of(actor, context.random.getrandbits(32)) for _ in range(DEVICES))
+    await asyncio.gather(*(device.connect() for device in context.devices))
+    end = time.monotonic() + FAULT_SECONDS
+    await asyncio.gather(*(device.act(is_over=lambda: time.monotonic() > end) for device in context.devices))
+
+
+async def _distant_database(context: FaultContext) -> None:
+    async with DistantDatabase(context.own.installation.run) as database:
+        await database.set_round_trip(ROUND_TRIP_SECONDS)
+        await asyncio.sleep(FAULT_SECONDS)
+
+
 async def _expire_sessions(context: FaultContext) -> None:
     """Expire the sessions of some users, as a clock that steps by a month would. The new user versions make the workers
     check them.
@@ -163,6 +197,9 @@ FAULTS = (
     Fault("PostgreSQL restarted", "fast shutdown and restart", _restart_postgres, needs_processes=True),
     Fault("PostgreSQL killed", "SIGKILL and recovery", _kill_postgres, needs_processes=True),
     Fault("database sessions ended", "PostgreSQL terminates all connections", _end_database_sessions),
+    Fault("distant database", "PostgreSQL is 10 ms away for 8 s", _distant_database, needs_processes=True),
+    Fault("row held", "a session locks the row of a channel for 8 s", _hold_row),
+    Fault("busy account", "one account on 5 devices acts for 8 s as fast as its rate limits allow", _busy_account),
     Fault("new epoch", "as after a restore: all workers end, and clients start over", _new_epoch, needs_processes=True),
     Fault("Valkey killed", "SIGKILL and an empty restart", _kill_valkey, needs_processes=True),
     Fault("Valkey frozen", "SIGSTOP for 8 s", _freeze_valkey, needs_processes=True),

@@ -175,7 +175,8 @@ class Run:
         end = time.monotonic() + seconds
         await asyncio.sleep(WARM_UP_SECONDS)
         outcome.begin = time.monotonic() - self._began
-        await fault.inject(FaultContext(self._cluster, self._proxy, self._actors, self._random))
+        context = FaultContext(self._cluster, self._proxy, self._actors, self._random, [])
+        await fault.inject(context)
         outcome.end = time.monotonic() - self._began
         await asyncio.sleep(max(WARM_UP_SECONDS, end - time.monotonic()))
         is_over.set()
@@ -188,7 +189,8 @@ class Run:
             if task not in stuck:
                 task.result()
         self._step(f"{fault.name}: comparing …")
-        await self._compare(outcome)
+        await self._compare(outcome, [*self._actors, *context.devices])
+        await asyncio.gather(*(device.leave() for device in context.devices))
         return outcome
 
     async def leave(self) -> None:
@@ -216,8 +218,8 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------- comparing
 
-    async def _compare(self, outcome: Outcome) -> None:
-        for actor in self._actors:
+    async def _compare(self, outcome: Outcome, actors: Sequence[Actor]) -> None:
+        for actor in actors:
             tally = actor.tally
             outcome.sent += tally.sent
             outcome.acknowledged += tally.acknowledged
@@ -232,11 +234,11 @@ class Run:
         try:
             await self._wait_for_scheduled(db, outcome)
             clocks = {row[0]: row[1] for row in await db.fetch("SELECT id, version FROM conversation")}
-            settled = await asyncio.gather(*(actor.settle(clocks.__getitem__) for actor in self._actors))
-            for actor, is_settled in zip(self._actors, settled, strict=True):
+            settled = await asyncio.gather(*(actor.settle(clocks.__getitem__) for actor in actors))
+            for actor, is_settled in zip(actors, settled, strict=True):
                 outcome.record("lost", not is_settled, f"{actor.account.name} does not receive the current versions")
-            truths = {one: await truth.read_conversation(db, one) for one in self._everywhere()}
-            for actor in self._actors:
+            truths = {one: await truth.read_conversation(db, one) for one in self._everywhere(actors)}
+            for actor in actors:
                 await self._compare_one(db, outcome, actor, truths)
             for difference in await truth.recount(db):
                 outcome.record("wrong", 1, f"a recount differs: {difference}")
@@ -253,8 +255,8 @@ class Run:
             await asyncio.sleep(0.25)
         outcome.record("lost", left, f"{left} scheduled messages are not sent")
 
-    def _everywhere(self) -> set[ConversationId]:
-        return set().union(*(actor.mirror.copies for actor in self._actors))
+    def _everywhere(self, actors: Sequence[Actor]) -> set[ConversationId]:
+        return set().union(*(actor.mirror.copies for actor in actors))
 
     async def _compare_one(
         self,

@@ -12,10 +12,11 @@ import msgspec
 import pytest
 
 from loadtest.proxy import Proxy
-from protocol.ids import uuid7
-from prove import report
+from protocol.ids import MessageId, uuid7
+from prove import faults, report
 from prove.cluster import Cluster
-from prove.faults import FAULTS
+from prove.device import Device
+from prove.faults import FAULTS, Fault
 from prove.run import Outcome, Proof, Run
 from server.core.config import Settings
 from tests.relay import Relay, Spoil
@@ -100,7 +101,9 @@ class Forgets:
         return msgspec.json.encode({"type": "reply", "re": asked["id"], "result": result})
 
 
-async def outcome_of(settings: Settings, down: Callable[[], Spoil], up: Answer = passes_through) -> Outcome:
+async def outcome_of(
+    settings: Settings, down: Callable[[], Spoil], up: Answer = passes_through, *, fault: Fault = FAULTS[0]
+) -> Outcome:
     """Run one phase against a server with a defect, and return the outcome."""
     settings = msgspec.structs.replace(settings, heartbeat_seconds=3.0, login_attempts_per_address=1000)
     async with World(settings) as world:
@@ -110,7 +113,7 @@ async def outcome_of(settings: Settings, down: Callable[[], Spoil], up: Answer =
         async with Relay(port, down, up).serve() as spoiled, Proxy(("127.0.0.1", spoiled)) as proxy:
             run = Run(cluster, proxy, proof, step=lambda _: None, tick=lambda: None)
             await run.prepare()
-            outcome = await run.phase(FAULTS[0], 3.0)
+            outcome = await run.phase(fault, 3.0)
             await run.stop()
         assert outcome.acknowledged > 75
         assert ("phases" in report.verdict(proof)) == outcome.is_good == proof.is_good
@@ -120,6 +123,28 @@ async def outcome_of(settings: Settings, down: Callable[[], Spoil], up: Answer =
 async def test_correct_server_passes(settings: Settings) -> None:
     outcome = await outcome_of(settings, lambda: honest)
     assert outcome.is_good, outcome.violations
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["row held", "busy account"])
+async def test_correct_server_passes_under_a_fault(
+    name: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "FAULT_SECONDS", 2.0)
+    (fault,) = (one for one in FAULTS if one.name == name)
+    outcome = await outcome_of(settings, lambda: honest, fault=fault)
+    assert outcome.is_good, outcome.violations
+
+
+@pytest.mark.long
+async def test_devices_of_a_busy_account_are_compared_with_the_rows(settings: Settings) -> None:
+    async def add_device(context: faults.FaultContext) -> None:
+        context.devices.append(Device.of(context.actors[0], 7))
+        await context.devices[0].connect()
+        context.devices[0].mirror.shown.add(MessageId(uuid7()))
+
+    outcome = await outcome_of(settings, lambda: honest, fault=Fault("one more device", "", add_device))
+    assert (outcome.phantom, outcome.lost, outcome.wrong) == (1, 0, 0)
 
 
 @pytest.mark.parametrize(
