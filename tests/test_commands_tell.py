@@ -31,6 +31,7 @@ Effect: TypeAlias = Callable[[Client], Awaitable[None]]
 @pytest.fixture(autouse=True)
 def _never_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "COMPARE_SECONDS", 3600.0)
+    monkeypatch.setattr(hub, "COMPARE_USERS_SECONDS", 3600.0)
 
 
 async def _ended(socket: Client) -> None:

@@ -177,6 +177,7 @@ async def test_event_is_published_after_a_failed_first_attempt(
     monkeypatch.setattr(connection, "REFRESH_RETRY_SECONDS", 0.1)
     monkeypatch.setattr(online_users, "RECHECK_PAUSE_MOST_SECONDS", 0.1)
     monkeypatch.setattr(hub, "COMPARE_SECONDS", 0.1)
+    monkeypatch.setattr(hub, "COMPARE_USERS_SECONDS", 0.1)
     async with World(settings, workers=1) as world:
         on = Stage(world, settings)
         await on.begin()

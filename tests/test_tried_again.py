@@ -137,6 +137,7 @@ async def test_erasure_aborted_twice_publishes_every_committed_departure(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     monkeypatch.setattr(hub, "COMPARE_SECONDS", 3600.0)
+    monkeypatch.setattr(hub, "COMPARE_USERS_SECONDS", 3600.0)
     for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
         monkeypatch.setattr(background, name, 36_000.0)
     async with World(settings) as world:

@@ -176,7 +176,8 @@ async def test_worker_detects_a_missed_block_without_a_new_user_version(room: Ro
     ada = room.users[0].id
     before = await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', ada)
     await relationships.put(world.db, who.id, ada, RelationshipChange("block", "active"), who.id)
-    await world.workers[0].app.hub.online_users.compare(parts=1)
+    online_users = world.workers[0].app.hub.online_users
+    await online_users.compare(online_users.ids())
     await room.ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
     assert await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', ada) == before
     again = await world.connect(room.users[0])

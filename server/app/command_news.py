@@ -11,10 +11,10 @@ from server.context import Events
 from server.core.errors import REDIS_LOST, Fatal
 from server.core.terminal import complain
 from server.domain.presence_entries import has_worker
-from server.hub.hub import COMPARE_SECONDS, USER_PARTS, Hub, HubStore
+from server.hub.hub import COMPARE_SECONDS, COMPARE_USERS_SECONDS, Hub, HubStore
 from server.hub.watchers import Describe
 
-BOUND_SECONDS = COMPARE_SECONDS * USER_PARTS
+BOUND_SECONDS = max(COMPARE_SECONDS, COMPARE_USERS_SECONDS)
 """Max time until a worker without a notification finds the change, by comparing versions, in seconds."""
 UNTOLD = f"Open sockets see it within {BOUND_SECONDS:.0f} seconds."
 NO_SERVER = "no server uses this Redis. If one runs, set REDIS_URL as it does"

@@ -1,8 +1,7 @@
 """The hub delivers events of handlers and of other workers to sockets."""
 
 import asyncio
-import contextlib
-import logging
+import random
 import struct
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -12,21 +11,23 @@ from uuid import UUID
 from protocol.codec import encode, text_frame
 from protocol.ids import ConversationId, UserId
 from protocol.server import DurableEvent, ServerFrame, UserUpdated
-from server.core.failures import Failures
+from server.core.periodic import end
 from server.hub import online_users, topics, watchers
 from server.hub.bus import Bus, Connect
 from server.hub.online_users import OnlineUsers, Socket, UserStore
+from server.hub.rounds import Rounds
 from server.hub.topics import NOBODY, ConversationStore, Topics
 from server.hub.watchers import Describe, Watchers, WatchStore
 
 COMPARE_SECONDS = 5.0
-COMPARE_SECONDS_WITHOUT_BUS = 0.5
-"""Intervals at which all positions are compared with PostgreSQL, in seconds, with and without the bus. The comparison
+"""Interval at which all conversations are compared with PostgreSQL while the bus is up, in seconds. The comparison
 finds all events that the bus lost.
 """
-USER_PARTS = 6
-"""Number of parts in which users are compared while the bus is up, one part per interval. Users outnumber
-conversations, and their news is rare.
+COMPARE_USERS_SECONDS = 30.0
+"""The same for users, in seconds. Users outnumber conversations, and their news is rare."""
+MAX_JITTER_SECONDS = 0.5
+"""Max delay of the comparison after an outage, in seconds. It is random, because an outage ends for all workers
+together.
 """
 
 _ENTRY = struct.Struct("!QI16s")
@@ -37,8 +38,6 @@ version.
 """
 WATCHING = 1
 """Kind of a notification about a change that affects whom the user may watch. It takes the place of the version."""
-
-log = logging.getLogger(__name__)
 
 
 class HubStore(ConversationStore, UserStore, WatchStore, Protocol):
@@ -51,7 +50,7 @@ class Hub:
     def __init__(self, store: HubStore, connect: Connect, *, describe: Describe) -> None:
         """`connect` returns the bus to the other workers. `describe` returns the presences of watched users."""
         self._store = store
-        self.bus: Bus = connect(deliver=self._hear, caught_up=self.compare_soon)
+        self.bus: Bus = connect(deliver=self._hear, caught_up=self._caught_up)
         self.watchers = Watchers(store, self.bus, describe=describe)
         self.online_users = OnlineUsers(store, self.bus, doubt=self.watchers.doubt_watched)
         self.topics = Topics(
@@ -60,22 +59,31 @@ class Hub:
             self.online_users,
             flush_soon=self._flush_soon,
             doubt=lambda user_id, left: self.watchers.doubt_watched(user_id, cause=left),
+            compare_soon=self._compare_topics,
+        )
+        self._rounds = (
+            Rounds(self.topics.ids, self.topics.compare, seconds=COMPARE_SECONDS, is_urgent=self._is_bus_down),
+            Rounds(
+                self.online_users.ids,
+                self.online_users.compare,
+                seconds=COMPARE_USERS_SECONDS,
+                is_urgent=self._is_bus_down,
+            ),
         )
         self._outgoing: dict[bytes, list[bytes]] = {}
         self._is_flushing = False
         self._loop = asyncio.get_running_loop()
-        self._compare_now = asyncio.Event()
-        self._comparing: asyncio.Task[None] | None = None
+        self._has_been_up = False
+        self._comparing: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Connect to the bus, and start comparing positions. Raises Fatal if the bus cannot be reached."""
         await self.bus.start()
-        self._comparing = asyncio.create_task(self._compare())
+        self._comparing = [asyncio.create_task(rounds.run()) for rounds in self._rounds]
 
     async def close(self) -> None:
         """Stop."""
-        if self._comparing is not None:
-            self._comparing.cancel()
+        await end(self._comparing)
         self.online_users.close()
         self.watchers.close()
         self.topics.close()
@@ -183,22 +191,22 @@ class Hub:
 
     def compare_soon(self) -> None:
         """Compare all positions with PostgreSQL now, because events may have been missed."""
-        self._compare_now.set()
+        self.watchers.doubt_all()
+        for rounds in self._rounds:
+            rounds.soon()
 
-    async def _compare(self) -> None:
-        failures = Failures(log, "comparing positions")
-        while True:
-            pause = COMPARE_SECONDS if self.bus.is_up else COMPARE_SECONDS_WITHOUT_BUS
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._compare_now.wait(), pause)
-            was_away = self._compare_now.is_set()
-            self._compare_now.clear()
-            if was_away:
-                self.watchers.doubt_all()
-            is_all = was_away or not self.bus.is_up
-            try:
-                await self.topics.compare()
-                await self.online_users.compare(parts=1 if is_all else USER_PARTS)
-                failures.end()
-            except Exception as error:  # noqa: BLE001 - the database is away, so compare again later
-                failures.add(error)
+    def _caught_up(self) -> None:
+        if not self._has_been_up:
+            self._has_been_up = True
+            self.compare_soon()
+            return
+        self.watchers.doubt_all()
+        delay = random.random() * MAX_JITTER_SECONDS  # noqa: S311 - it spreads load, and needs no secrecy
+        for rounds in self._rounds:
+            self._loop.call_later(delay, rounds.soon)
+
+    def _compare_topics(self) -> None:
+        self._rounds[0].soon()
+
+    def _is_bus_down(self) -> bool:
+        return not self.bus.is_up

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import Protocol
 
@@ -15,8 +15,10 @@ from protocol.server import ServerFrame
 from server.context import UserNews
 from server.core.errors import log_failure
 from server.hub.bus import Bus
+from server.hub.rounds import follow_up
 
-COMPARE_AT_ONCE = 2_000
+RECHECKS_AT_ONCE = 32
+"""Max concurrent rechecks that a comparison starts, with their pauses. After an outage many users have news."""
 RECHECK_PAUSE_FACTOR, RECHECK_PAUSE_MOST_SECONDS = 4, 2.0
 """Pause between a user's rechecks, as a multiple of the last one's duration, and its max in seconds."""
 
@@ -98,7 +100,6 @@ class OnlineUsers:
         self._doubt = doubt
         self._users: dict[UserId, OnlineUser] = {}
         self._rechecks: set[asyncio.Task[None]] = set()
-        self._turn = 0
 
     def sockets(self, user_id: UserId) -> list[Socket]:
         """Return a user's sockets."""
@@ -165,25 +166,27 @@ class OnlineUsers:
             user.is_recheck_due = True
             user.recheck = self._spawn(self._recheck(user_id, user, user.recheck))
 
-    async def compare(self, *, parts: int) -> None:
-        """Compare the versions of users with PostgreSQL, and recheck those whose news was missed. Each call compares
-        one of `parts` parts of the users, in turn.
-        """
-        self._turn += 1
-        user_ids = list(self._users)[self._turn % parts :: parts]
-        for start in range(0, len(user_ids), COMPARE_AT_ONCE):
-            versions = await self._store.user_versions(user_ids[start : start + COMPARE_AT_ONCE])
-            for user_id, clocks in versions.items():
-                user = self._users.get(user_id)
-                if user is None or user.version < 0:
-                    continue
-                version, hidden, shared = clocks
-                if user.compared != (hidden, shared):
-                    # The bus may have lost a notification with `may_watch_others`, which a recheck does not replace.
-                    user.compared = (hidden, shared)
-                    self._doubt(user_id)
-                if (user.version, user.shared) != (version, shared):
-                    self.recheck(user_id)
+    def ids(self) -> list[UserId]:
+        """Return all users."""
+        return list(self._users)
+
+    async def compare(self, user_ids: Sequence[UserId]) -> None:
+        """Compare the versions of users with PostgreSQL, and recheck those whose news was missed."""
+        versions = await self._store.user_versions(user_ids)
+        await follow_up(self._compared(versions), at_once=RECHECKS_AT_ONCE)
+
+    def _compared(self, versions: Mapping[UserId, tuple[int, int, int]]) -> Iterator[asyncio.Task[None] | None]:
+        for user_id, (version, hidden, shared) in versions.items():
+            user = self._users.get(user_id)
+            if user is None or user.version < 0:
+                continue
+            if user.compared != (hidden, shared):
+                # The bus may have lost a notification with `may_watch_others`, which a recheck does not replace.
+                user.compared = (hidden, shared)
+                self._doubt(user_id)
+            if (user.version, user.shared) != (version, shared):
+                self.recheck(user_id)
+                yield user.recheck
 
     def close(self) -> None:
         """Cancel the rechecks."""

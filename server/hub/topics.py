@@ -8,7 +8,7 @@ before it arrive or are fetched. Events of this worker's handlers, of the bus an
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 from uuid import UUID
@@ -21,10 +21,15 @@ from server.core.errors import log_failure
 from server.hub.backlog import Backlog
 from server.hub.bus import Bus
 from server.hub.delivery_times import DeliveryTimes
-from server.hub.online_users import COMPARE_AT_ONCE, OnlineUsers, Socket
+from server.hub.online_users import OnlineUsers, Socket
+from server.hub.rounds import follow_up
 
 GAP_SECONDS = 0.1
 """Delay before the events before an early one are fetched, in seconds."""
+FETCHES_AT_ONCE = 4
+"""Max concurrent fetches that a comparison starts. After an outage many conversations have changed, and frames of
+clients would wait behind all of their fetches.
+"""
 MAX_EARLY = 256
 """Max early events that are kept, per conversation. Others are fetched."""
 LINGER_SECONDS = 30.0
@@ -93,15 +98,18 @@ class Topics:
         *,
         flush_soon: Callable[[], None],
         doubt: Callable[[UserId, ConversationId], None],
+        compare_soon: Callable[[], None],
     ) -> None:
         """`flush_soon` is called when `flush` has something to write in this turn of the loop. `doubt` is called with
         each user who leaves a conversation, and with the conversation, because the user may see fewer people.
+        `compare_soon` is called when missing events could not be read.
         """
         self._store = store
         self._bus = bus
         self._online_users = online_users
         self._flush_soon = flush_soon
         self._doubt = doubt
+        self._compare_soon = compare_soon
         self._topics: dict[ConversationId, Topic] = {}
         self._dirty: list[Topic] = []
         self._loop = asyncio.get_running_loop()
@@ -289,6 +297,7 @@ class Topics:
             is_filled = await self._fill(topic)
         except Exception as error:  # noqa: BLE001 - the database is away, and the next comparison finds the gap again
             log_failure(log, f"reading the changes of {topic.id}", error)
+            self._compare_soon()
         finally:
             topic.fetch = None
         if is_filled and topic.early:
@@ -312,17 +321,28 @@ class Topics:
             self._drain(topic)
         return True
 
-    async def compare(self) -> None:
-        """Compare all positions with PostgreSQL, and fetch missed events."""
+    def ids(self) -> list[ConversationId]:
+        """Return all followed conversations. Stop following those that have been without sockets for a while."""
         self._close_quiet()
-        ids = list(self._topics)
-        for start in range(0, len(ids), COMPARE_AT_ONCE):
-            versions = await self._store.versions(ids[start : start + COMPARE_AT_ONCE])
-            for conversation_id, version in versions.items():
-                topic = self._topics.get(conversation_id)
-                if topic is not None and topic.opening is None and version > topic.delivered:
-                    # With the bus up, the event is probably on its way.
-                    self._fetch_soon(topic, GAP_SECONDS if self._bus.is_up else 0)
+        return list(self._topics)
+
+    async def compare(self, conversation_ids: Sequence[ConversationId]) -> None:
+        """Compare the positions of conversations with PostgreSQL, and fetch missed events."""
+        versions = await self._store.versions(conversation_ids)
+        if self._bus.is_up and any(self._is_behind(*one) for one in versions.items()):
+            await asyncio.sleep(GAP_SECONDS)  # the events are probably on their way
+        await follow_up(self._fetches(versions), at_once=FETCHES_AT_ONCE)
+
+    def _is_behind(self, conversation_id: ConversationId, version: int) -> bool:
+        topic = self._topics.get(conversation_id)
+        return topic is not None and topic.opening is None and version > topic.delivered
+
+    def _fetches(self, versions: Mapping[ConversationId, int]) -> Iterator[asyncio.Task[None] | None]:
+        for conversation_id, version in versions.items():
+            if self._is_behind(conversation_id, version):
+                topic = self._topics[conversation_id]
+                self._fetch_soon(topic, 0)
+                yield topic.fetch
 
     def told_at(self, conversation_id: ConversationId, version: int) -> float | None:
         """Return when this worker delivered a version, as `DeliveryTimes.of` does."""

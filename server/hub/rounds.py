@@ -1,0 +1,111 @@
+"""Rounds: compare what this worker has delivered with PostgreSQL, some items at a time."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Generic, TypeVar
+
+from server.core.failures import Failures
+
+AT_ONCE = 500
+"""Max items per batch."""
+PAUSE_FACTOR, PAUSE_MOST_SECONDS = 2.0, 0.1
+"""Pause after each batch of a fast round, as a multiple of the batch's duration, and its max in seconds. So a round
+takes a bounded share of the loop and of PostgreSQL, however many items there are.
+"""
+FAST_SECONDS = 0.5
+"""Min interval between the starts of two fast rounds, and max delay until a slow round becomes fast, in seconds."""
+RETRY_SECONDS = 1.0
+"""Pause after a failed batch, in seconds."""
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+
+class Rounds(Generic[Item]):
+    """Compares all items, again and again. A slow round takes `seconds`, with pauses of equal length between batches. A
+    fast round follows `soon`, and there are only fast rounds while `is_urgent`.
+    """
+
+    def __init__(
+        self,
+        items: Callable[[], Sequence[Item]],
+        compare: Callable[[Sequence[Item]], Awaitable[None]],
+        *,
+        seconds: float,
+        is_urgent: Callable[[], bool],
+    ) -> None:
+        """`items` returns all items at the start of a round. `compare` is called with some of them."""
+        self._items = items
+        self._compare = compare
+        self._seconds = seconds
+        self._is_urgent = is_urgent
+        self._soon = asyncio.Event()
+
+    def soon(self) -> None:
+        """Start a fast round, after the current one if that is fast, because events may have been missed."""
+        self._soon.set()
+
+    async def run(self) -> None:
+        """Run rounds until cancelled. After a failure, try again by a fast round."""
+        failures = Failures(log, self._compare.__qualname__)
+        await self._wait(FAST_SECONDS)  # for the bus, which calls `soon` when it is up
+        while True:
+            try:
+                await (self._run_fast() if self._is_fast() else self._run_slow())
+                failures.end()
+            except Exception as error:  # noqa: BLE001 - the database is away, so compare again later
+                failures.add(error)
+                await asyncio.sleep(RETRY_SECONDS)
+                self.soon()
+
+    def _is_fast(self) -> bool:
+        return self._soon.is_set() or self._is_urgent()
+
+    async def _run_fast(self) -> None:
+        self._soon.clear()
+        began = time.monotonic()
+        for batch in self._batches():
+            batch_began = time.monotonic()
+            await self._compare(batch)
+            await asyncio.sleep(min(PAUSE_FACTOR * (time.monotonic() - batch_began), PAUSE_MOST_SECONDS))
+        await asyncio.sleep(began + FAST_SECONDS - time.monotonic())
+
+    async def _run_slow(self) -> None:
+        """Run a round until it has to be fast. An item may be missed once, which the next round compares."""
+        batches = self._batches() or [[]]
+        began = time.monotonic()
+        for number, batch in enumerate(batches, start=1):
+            until = began + self._seconds * number / len(batches)
+            while (pause := until - time.monotonic()) > 0:
+                await self._wait(min(pause, FAST_SECONDS))
+                if self._is_fast():
+                    return
+            await self._compare(batch)
+
+    async def _wait(self, seconds: float) -> None:
+        """Return when `soon` was called, or after `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._soon.wait()
+
+    def _batches(self) -> list[Sequence[Item]]:
+        items = self._items()
+        return [items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE)]
+
+
+async def follow_up(started: Iterable[asyncio.Task[None] | None], *, at_once: int) -> None:
+    """Wait for the tasks that a comparison starts, which `started` yields. At most `at_once` of them run concurrently.
+    None stands for one that has ended already.
+    """
+    running: set[asyncio.Task[None]] = set()
+    for task in started:
+        if task is not None:
+            running.add(task)
+        if len(running) == at_once:
+            _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    if running:
+        await asyncio.wait(running)
