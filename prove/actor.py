@@ -200,6 +200,14 @@ class Actor:
         """Whether others should see this user as connected."""
         return self._status not in {"invisible", "offline"}
 
+    async def try_to(self, frame: Frame) -> ErrorCode | None:
+        """Send a frame until it is answered, and return the code of the refusal, if it was refused."""
+        try:
+            await self.ask(frame)
+        except Refused as refused:
+            return refused.code
+        return None
+
     async def settle(self, version: Callable[[ConversationId], int], *, seconds: float = 30.0) -> bool:
         """Wait until the mirror has reached the given versions. Return whether it has."""
         deadline = time.monotonic() + seconds

@@ -20,6 +20,7 @@ from loadtest.target import Unusable
 from prove import report
 from prove.cluster import Cluster, OwnCluster
 from prove.faults import FAULTS, Fault
+from prove.pairs_command import conclude, prove_pairs
 from prove.run import Outcome, Proof, Run
 from server.cli.arguments import Command, File, Number
 from server.cli.tables import visible
@@ -52,6 +53,7 @@ class Options(NamedTuple):
     redis_url: str | None
     report: Path | None
     is_list: bool
+    is_pairs: bool
 
 
 @click.command(
@@ -62,10 +64,15 @@ class Options(NamedTuple):
         openchat prove --list
         openchat prove worker sockets
         openchat prove --minutes 60 --seed 7 --report proof
+        openchat prove --pairs
+        openchat prove --pairs read mark_unread
     """,
 )
-@click.argument("faults", nargs=-1, metavar="[FAULT]...", help="Only faults whose names begin with FAULT.")
+@click.argument(
+    "faults", nargs=-1, metavar="[FAULT]...", help="Only faults, or frames with --pairs, whose names begin with FAULT."
+)
 @click.option("--only", multiple=True, metavar="FAULT", help="The same, for scripts.", hidden=True)
+@click.option("--pairs", "is_pairs", is_flag=True, help="Send all pairs of writing frames concurrently instead.")
 @click.option("--list", "is_list", is_flag=True, help="Print the faults.")
 @click.option(
     "--seed", type=Number(int, 0, 2**32), default=1, metavar="NUMBER", help="Seed of the schedule of faults. [1]"
@@ -102,7 +109,8 @@ class Options(NamedTuple):
 def prove(**given: Any) -> int:  # noqa: ANN401 - the options
     """Inject faults into a cluster while a crowd uses it.
 
-    After each fault, the command compares what each client received with the database.
+    After each fault, the command compares what each client received with the database. With --pairs, it sends each pair
+    of writing frames concurrently, by two devices of one user and by two users, and compares after each pair.
 
     With --url, --database-url and --redis-url it tests an existing installation, with the faults that need no access to
     its processes. It creates accounts and conversations and leaves them there. Do not use an installation in which
@@ -135,6 +143,10 @@ def _list() -> Table:
 
 
 async def _prove(options: Options, console: Console) -> int:
+    if options.is_pairs:
+        async with _cluster(options) as cluster:
+            proved = await prove_pairs(cluster, options.faults + options.only, options.seed, console)
+        return conclude(proved, console)
     faults = _chosen(options)
     if options.report:
         require_folder(options.report)

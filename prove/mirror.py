@@ -200,6 +200,7 @@ class Mirror:
 
     def _begin(self, view: ConversationView) -> None:
         self.copies[view.conversation.id] = Copy(version=view.version, conversation=view.conversation)
+        self.preferences[view.conversation.id] = view.preferences
         self.unloaded.add(view.conversation.id)
         self.invitations.pop(view.conversation.id, None)
 

@@ -4,31 +4,26 @@ rows.
 
 import asyncio
 import random
-import secrets
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import asyncpg
-import httpx
 import msgspec
 
 from loadtest.proxy import Proxy
 from loadtest.target import Unusable, some_at_once
 from protocol import client, server
-from protocol.codec import encode
-from protocol.http import LoggedIn, Login, Register
-from protocol.ids import ConversationId, UserId, uuid7
+from protocol.ids import ConversationId, uuid7
 from prove import truth
+from prove.accounts import Account
 from prove.actor import Actor, Tally
 from prove.cluster import Cluster
 from prove.faults import Fault, FaultContext
 from prove.mirror import Copy
 
 CHANNELS = 6
-HTTP_SECONDS = 30.0
 WARM_UP_SECONDS = 2.0
 """Time before a fault, in seconds."""
 MAX_WAIT_SECONDS = 60.0
@@ -111,16 +106,6 @@ class Proof(msgspec.Struct, kw_only=True):
         return bool(self.outcomes) and all(one.is_good for one in self.outcomes)
 
 
-class Account(NamedTuple):
-    """One of the people."""
-
-    id: UserId
-    name: str
-    token: str
-    email: str
-    password: str
-
-
 class Run:
     """The actors of a run, and its results."""
 
@@ -142,14 +127,16 @@ class Run:
     async def prepare(self) -> None:
         """Create accounts and channels, and connect all actors. Raises Unusable if the server refuses."""
         self._step("creating accounts …")
-        accounts = await some_at_once(self._register(number) for number in range(self.proof.people))
+        accounts = await some_at_once(
+            Account.register(self._cluster.url, f"Person {number}") for number in range(self.proof.people)
+        )
         for number, account in enumerate(accounts):
             actor = Actor(
                 account,
                 lambda: [self._proxy.url],
                 self._channels,
                 self.proof.seed * 1_000 + number,
-                log_in=lambda account=account: self._log_in(account),  # type: ignore[misc]
+                log_in=account.log_in,
             )
             actor.others = [one.id for one in accounts if one is not account]
             self._actors.append(actor)
@@ -349,23 +336,3 @@ class Run:
             )
             before = answers
             self._tick()
-
-    async def _register(self, number: int) -> Account:
-        name = f"Person {number}"
-        email, password = f"{secrets.token_hex(6)}@prove.example", secrets.token_urlsafe(12)
-        made = await self._post("/v1/auth/register", Register(name=name, email=email, password=password))
-        if made is None:
-            raise Unusable("the server refuses to create accounts. Check its limits (docs/prove.md).")
-        return Account(made.user.id, name, made.token, email, password)
-
-    async def _log_in(self, account: Account) -> str:
-        made = await self._post("/v1/auth/login", Login(email=account.email, password=account.password))
-        return account.token if made is None else made.token
-
-    async def _post(self, path: str, body: msgspec.Struct) -> LoggedIn | None:
-        async with httpx.AsyncClient(trust_env=False, timeout=HTTP_SECONDS) as http:
-            try:
-                answer = await http.post(self._cluster.url + path, content=encode(body))
-            except httpx.HTTPError:
-                return None
-        return msgspec.json.decode(answer.content, type=LoggedIn) if answer.is_success else None

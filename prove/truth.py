@@ -111,8 +111,9 @@ UNION ALL
 SELECT 'invitation', p.conversation_id::text, '' FROM conversation_participant p
 JOIN conversation c ON c.id = p.conversation_id WHERE p.user_id = $1 AND p.status = 'invited' AND c.is_active
 UNION ALL
-SELECT 'pin', conversation_id::text, pin_order::text FROM conversation_participant
-WHERE user_id = $1 AND status = 'active' AND pin_order IS NOT NULL
+SELECT 'pin', p.conversation_id::text, p.pin_order::text FROM conversation_participant p
+JOIN conversation c ON c.id = p.conversation_id
+WHERE p.user_id = $1 AND p.status = 'active' AND p.pin_order IS NOT NULL AND NOT c.is_deleted
 UNION ALL
 SELECT 'star', message_id::text, '' FROM message_star WHERE user_id = $1 AND NOT is_removed
 UNION ALL
@@ -153,7 +154,9 @@ async def recount(db: Db) -> list[str]:
 async def memberships(db: Db, user_id: UserId) -> set[ConversationId]:
     """Return the conversations in which a user participates."""
     rows = await db.fetch(
-        "SELECT conversation_id FROM conversation_participant WHERE user_id = $1 AND status = 'active'", user_id
+        "SELECT p.conversation_id FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id"
+        " WHERE p.user_id = $1 AND p.status = 'active' AND NOT c.is_deleted",
+        user_id,
     )
     return {row[0] for row in rows}
 
