@@ -197,7 +197,7 @@ UNDONE: Mapping[type[Frame], Make] = {
         conversation_id=side.scene.group, user_id=side.subject, ban=True
     ),
 }
-"""What the sender of a frame does before it, so that the frame has something to undo."""
+"""Frames that each sender must send first, so that their frame has something to undo."""
 
 
 def before(kind: type[Frame], side: Side) -> list[tuple[UserId, Frame]]:
