@@ -11,6 +11,7 @@ from typing import NamedTuple
 import asyncpg
 import msgspec
 
+from loadtest.counters import Tally
 from loadtest.distance import DistantDatabase
 from loadtest.histogram import Histogram
 from loadtest.installation import Installation
@@ -35,9 +36,12 @@ BACKLOG = 6_000
 FILL_RATE = 1_000.0
 """Messages of the backlog per second, before they expire."""
 POLL_SECONDS = 0.1
+QUIET = 0.5
+"""Duration of the strangers alone before each fault, as a share of that beside it."""
 
 HOLD = "SELECT FROM conversation WHERE id = $1 FOR UPDATE"
 EXPIRE = "UPDATE message SET expires_at = now() WHERE conversation_id = $1 AND NOT is_deleted"
+SPARE = "UPDATE message SET expires_at = NULL WHERE conversation_id = $1 AND NOT is_deleted"
 EXPIRED = "SELECT count(*) FROM message WHERE conversation_id = $1 AND is_deleted"
 
 
@@ -96,6 +100,7 @@ async def _expire(beside: Beside) -> str:
         while gone < total and took < beside.seconds:
             await asyncio.sleep(POLL_SECONDS)
             gone, took = await db.fetchval(EXPIRED, beside.conversation_id), time.monotonic() - began
+        await db.execute(SPARE, beside.conversation_id)  # so that the next phase begins without a backlog
     finally:
         await db.close()
     return f"{gone:,} of {total:,} expired, {gone / took:,.0f}/s"
@@ -180,8 +185,14 @@ class Bystander:
                 await strangers.connect()
                 for delay in delays:
                     await database.set_round_trip(delay / MS)
-                    await self._alone(strangers, delay)
+                    alone, place = Tally(), len(self.rows)
+                    self.rows.append(_row(delay, "", alone))
                     for fault in self._faults:
+                        # Before each fault, because other programs may use the machine, too.
+                        phase = await strangers.drive(
+                            self._seconds * QUIET, self._size.rate, name=_name(delay, "quiet")
+                        )
+                        self.rows[place] = _row(delay, "", alone.add(phase.tally))
                         await self._beside(fault, strangers, delay, hot, database.url("openchat"))
                 return Comparison(
                     scenario="bystander",
@@ -190,10 +201,6 @@ class Bystander:
                     strangers=strangers.result,
                     hot=self._hot,
                 )
-
-    async def _alone(self, strangers: Run, delay: float) -> None:
-        phase = await strangers.drive(self._seconds, self._size.rate, name=_name(delay, "quiet"))
-        self.rows.append(_row(delay, "", phase))
 
     async def _beside(self, fault: Fault, strangers: Run, delay: float, target: OpenChat, url: str) -> None:
         kind = ALL[fault.scenario]
@@ -213,7 +220,7 @@ class Bystander:
                 fault.meanwhile(beside) if fault.meanwhile else _nothing(),
             )
         self._hot.append(busy)
-        row = _row(delay, fault.name, phase)
+        row = _row(delay, fault.name, phase.tally)
         # The phase ends with the last answer, which may be long after the last frame.
         row.offered, row.answered = fault.rate, busy.tally.answered / (busy.seconds - START_SECONDS)
         row.errors, row.reached = busy.tally.errors, reached
@@ -225,8 +232,7 @@ async def _nothing() -> str:
     return ""
 
 
-def _row(delay: float, fault: str, phase: Phase) -> Row:
-    tally = phase.tally
+def _row(delay: float, fault: str, tally: Tally) -> Row:
     return Row(
         delay=delay, fault=fault, send=Span.of(tally.answers), history=Span.of(tally.pages),
         refused=tally.sent - tally.answered,

@@ -1,6 +1,7 @@
 """The server under load. Creates the people and conversations that a run needs, by the wire protocol only."""
 
 import asyncio
+import contextlib
 import secrets
 import socket
 from collections.abc import Callable, Coroutine, Iterable
@@ -120,13 +121,12 @@ class OpenChat:
     async def leave(self) -> None:
         """Make everyone leave the conversations of this run, so that the next one starts without them."""
         async with self._client() as http:
-            leaves = (
-                self.call(http, one, client.Leave(conversation_id=about))
-                for about, group in self._made
-                for one in group
-            )
-            await some_at_once(leaves)
+            await some_at_once(self._leave(http, one, about) for about, group in self._made for one in group)
         self._made.clear()
+
+    async def _leave(self, http: httpx.AsyncClient, one: Person, about: ConversationId) -> None:
+        with contextlib.suppress(Unusable):  # a person who has left during the run
+            await self.call(http, one, client.Leave(conversation_id=about))
 
     async def call(self, http: httpx.AsyncClient, person: Person, frame: client.Frame) -> Reply:
         """Send one frame as a person, and retry when the server asks to wait. Raises Unusable if it is refused."""

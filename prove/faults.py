@@ -143,7 +143,8 @@ async def _busy_account(context: FaultContext) -> None:
     """Act on further devices of one user without pauses, so that its rate limits apply."""
     actor = context.random.choice(context.actors)
     context.devices.extend(Device.of(actor, context.random.getrandbits(32)) for _ in range(DEVICES))
-    await asyncio.gather(*(device.connect() for device in context.devices))
+    for device in context.devices:  # one after the other, because they share the limits of their user
+        await device.connect()
     end = time.monotonic() + FAULT_SECONDS
     await asyncio.gather(*(device.act(is_over=lambda: time.monotonic() > end) for device in context.devices))
 

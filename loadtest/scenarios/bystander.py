@@ -18,7 +18,7 @@ class Bystander(Scenario):
     unit = "frames"
     people = 40
     group = 4
-    rate = 80.0
+    rate = 160.0
 
     def begin(self) -> None:
         self._turns = cycle(

@@ -138,17 +138,23 @@ class Busy(Scenario):
         return Layout(people=size.people, groups=[[0]] * CONVERSATIONS, is_public=True)
 
     def begin(self) -> None:
-        self._sent: dict[str, str] = {}
-        for about in self.crowd.connections[0].user.conversations:
-            self._sent[about] = str(self.crowd.connections[0].send(about, 0))
+        self._places: list[tuple[ConversationId, MessageId]] = []
+        first = self.crowd.connections[0]
+        for about in first.user.conversations:
+            place = ConversationId(UUID(about)), MessageId(uuid7())
+            message = client.Send(conversation_id=place[0], message_id=place[1], content="I am here")
+            first.ask(message, 0, lambda _, place=place: self._places.append(place))  # type: ignore[misc]
 
     def act(self, due: int) -> None:
         connection = self.random.choice(self.crowd.connections)
-        about, message = self.random.choice(list(self._sent.items()))
+        if not self._places:
+            connection.ask(client.Ping(), due)
+            return
+        about, message = self.random.choice(self._places)
         (kind,) = self.random.choices(
             (self._write, self._read, self._signal, self._search), (WRITES, READS, EPHEMERAL, SEARCHES)
         )
-        connection.ask(kind(ConversationId(UUID(about)), at(about, message)), due)
+        connection.ask(kind(about, {"conversation_id": about, "message_id": message}), due)
 
     def _write(self, about: ConversationId, place: dict[str, Any]) -> Frame:
         return self.random.choice(
