@@ -19,6 +19,7 @@ from server.fairness.lanes import Lanes
 from server.queries import users
 from server.queries.memberships import Membership
 from server.queries.own_news import OwnNews
+from server.queries.reactions import NotChanged, ReactionChange, ReactionRequest
 from server.queries.sending import NotStored, Outgoing, Stored
 
 
@@ -148,6 +149,7 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     events: Events
     presence: Presences
     sends: Lanes[ConversationId, Outgoing, Stored | NotStored]
+    reactions: Lanes[ConversationId, ReactionRequest, ReactionChange | NotChanged]
     memberships: Batcher[UserId, dict[ConversationId, Membership]]
     """Reads users' conversations. When many users reconnect concurrently, one query reads those of several."""
     unconfirmed: Unconfirmed

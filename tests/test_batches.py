@@ -26,7 +26,7 @@ from server.fairness.batcher import Batcher, Slow
 from server.fairness.lanes import HELD, Held, Lanes
 from server.http import endpoints
 from server.hub import hub
-from server.queries import sending
+from server.queries import batches, sending
 from server.queries.push import PushPost
 from server.queries.sending import NotStored, Outgoing, Source
 from tests.test_held_rows import schedule
@@ -184,7 +184,7 @@ WAITS = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'transactionid' AN
 async def test_message_whose_id_is_taken_concurrently_causes_one_statement_for_the_others(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sending, "SHARED_LOCK_MS", 1_000)
+    monkeypatch.setattr(batches, "SHARED_LOCK_MS", 1_000)
     async with staged(settings) as (world, stage):
         bad, good = message(stage.own), stage.good(OTHERS)
         async with world.db.transaction():
@@ -453,8 +453,9 @@ async def test_invalid_item_causes_no_further_query_for_the_others(settings: Set
             assert read.good is None or not (answers[-1] is None or isinstance(answers[-1], Exception)), name
             assert runs == [1, len(asked) - 1], name
         app = world.workers[0].app
-        # These batchers send messages or write presence, and have no row in the table.
-        others = {app._sends._light, app._sends._heavy, app.presence._flushes, app.presence._pending._tells}
+        # These batchers send messages, change reactions or write presence, and have no row in the table.
+        writes = {one for lanes in (app._sends, app._reactions) for one in (lanes._light, lanes._heavy)}
+        others = writes | {app.presence._flushes, app.presence._pending._tells}
         assert _batchers(app) - others == {read.batcher for read in reads.values()}, "each has a row"
 
 
@@ -529,9 +530,8 @@ async def test_items_of_one_key_wait_in_one_lane() -> None:
         return [HELD] * len(items)
 
     lanes = Lanes[str, str, str](
-        key=lambda item: item[0], owner=lambda item: item, run=run, wait=wait, most=4, weigh=lambda _: 0,
-        most_weight=1, lanes=2,
-    )  # fmt: skip
+        key=lambda item: item[0], owner=lambda item: item, run=run, wait=wait, turns=asyncio.Semaphore(2), most=4
+    )
     first, second, third = [asyncio.create_task(lanes.submit(f"a{number}")) for number in range(3)]
     while not batches:
         await asyncio.sleep(0)

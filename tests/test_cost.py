@@ -95,6 +95,7 @@ WITHOUT_KEY = {
     "guests": "by invited user, and by inviting user",
     "send": "by message: whether its id is taken, since the key of `message` is the id",
     "send past what is held": "the same",
+    "react": "by message: PostgreSQL checks the foreign key of the reaction",
     "earlier": "by message: read when an id is taken, to compare",
     "made in a day": "by creator",
     "reported in a day": "by reporter",
@@ -191,6 +192,8 @@ def literal(value: Any) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
+FUNCTIONS = {"send_messages", "change_reactions"}
+"""Functions that contain the statements of a batch."""
 EXPLAIN_INNER = """
 LOAD 'auto_explain';
 SET LOCAL auto_explain.log_min_duration = 0;
@@ -204,7 +207,9 @@ SET LOCAL client_min_messages = log
 
 
 async def explained(db: "asyncpg.Connection[asyncpg.Record]", name: str, arguments: tuple[Any, ...]) -> Plan:
-    """Run a prepared statement and roll it back. Return its plan, or that of all statements in send_messages()."""
+    """Run a prepared statement and roll it back. Return its plan, or that of all statements in a function of
+    `FUNCTIONS`.
+    """
     inner: list[str] = []
 
     def note(_: object, message: asyncpg.PostgresLogMessage) -> None:
@@ -220,7 +225,7 @@ async def explained(db: "asyncpg.Connection[asyncpg.Record]", name: str, argumen
     db.remove_log_listener(note)
     top = json.loads(text)[0]["Plan"]
     rows, scanned, without_key = 0, [], []
-    is_call = top.get("Function Name") == "send_messages"
+    is_call = top.get("Function Name") in FUNCTIONS
     nodes = [json.loads(one)["Plan"] for one in inner if one] if is_call else [top]
     assert len(nodes) > (5 if is_call else 0), "auto_explain reports each statement"
     while nodes:
@@ -254,6 +259,10 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "hashtags": ["there"], "parent_message_id": str(ids["middle"]), "also_in_conversation": False,
         "quoted_message_id": str(ids["middle"]),
     }])  # fmt: skip
+    reaction = json.dumps([{
+        "place": 0, "conversation_id": str(about), "message_id": str(ids["middle"]), "user_id": str(user),
+        "normal": "x", "typed": "x", "is_added": True,
+    }])  # fmt: skip
     return {
         "send": (sending.SEND, (send, "false", "10ms")),
         "send past what is held": (sending.SEND, (send, "true", "10ms")),
@@ -283,10 +292,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "edit": (edits.EDIT, (about, ids["middle"], ids["new"], user, "Edited", None, [], [], [])),
         "edited": (edits.EDITED, (ids["new"], ids["middle"], user, "Edited", "false", about)),
         "delete": (edits.DELETE, (about, ids["middle"], user)),
-        "react": (reactions.REACT, (about, ids["middle"], user, "x")),
-        "unreact": (reactions.UNREACT, (about, ids["middle"], user, "x")),
-        "stored": (reactions.STORED, (about, ids["middle"], user, "x", "x")),
-        "reacted": (reactions.AS_IT_IS, (about, ids["middle"], user, "x")),
+        "react": (reactions.CHANGE, (reaction, "true", "10ms", *reactions.LIMITS)),
         "lock": (locks.LOCK, (about,)),
         "lock as": (locks.LOCK_AS, (about, user, "active")),
         "keep": (conversations.KEEP, (about, user)),
@@ -415,8 +421,9 @@ async def test_cost_does_not_grow_with_history(
             ),
         }
         statements = hot(place, ids)
-        # After ANALYZE, the first call plans the statements of send_messages(), and reads pages for that.
-        await explained(db, "send", statements["send"][1])
+        # After ANALYZE, the first call plans the statements of a function, and reads pages for that.
+        for name in ("send", "react"):
+            await explained(db, name, statements[name][1])
         plans[place.size] = {name: await explained(db, name, arguments) for name, (_, arguments) in statements.items()}
     await db.close()
     lines = [

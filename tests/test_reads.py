@@ -117,8 +117,6 @@ WHY = {
         "messages.PAGE": "message_reaction(message_id, user_id)",
         "messages.TIMELINE": "message_reaction(message_id, user_id)",
         "messages.REPLIES": "message_reaction(message_id, user_id)",
-        "reactions.REACT": "message_reaction(message_id, user_id)",
-        "reactions.STORED": "message_reaction(message_id, user_id) cut 1",
     },
     "a job, page by page": {
         "invitations.END": "conversation_participant(conversation_id)",

@@ -17,7 +17,7 @@ from protocol.values import ConversationSettings
 from server.core.config import Settings
 from server.db.database import Db
 from server.handlers.sending import REFUSALS
-from server.queries import sending
+from server.queries import batches, sending
 from server.queries.sending import Derived, NotStored, Outgoing, Reason, Source, Stored
 from tests.world import UserSession, World, message, refused, sent, until
 
@@ -235,7 +235,7 @@ async def test_slow_mode_refuses_while_the_conversation_is_locked(stage: Stage) 
 async def test_locked_participant_delays_no_others_in_slow_mode(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sending, "ALONE_LOCK_MS", 50)
+    monkeypatch.setattr(batches, "ALONE_LOCK_MS", 50)
     async with World(settings, workers=1) as world:
         stage = Stage(world)
         await stage.begin()

@@ -12,7 +12,7 @@ from server.core.config import Settings
 from server.db.database import speak
 from server.ops.progress import Progress
 from server.ops.reindex import rebuild_search_index
-from server.queries import sending
+from server.queries import batches, sending
 from server.queries.sending import Outgoing, Source
 from tests.world import World, are_stored, message, refused, sent
 
@@ -79,7 +79,7 @@ class Stage:
 async def test_message_does_not_wait_for_a_row_of_another_message(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sending, "ALONE_LOCK_MS", 50)
+    monkeypatch.setattr(batches, "ALONE_LOCK_MS", 50)
     async with World(settings, workers=1) as world:
         stage = Stage(world)
         await stage.begin()
@@ -125,7 +125,7 @@ async def test_every_table_that_a_message_locks_is_covered(settings: Settings) -
 async def test_sender_whose_row_is_locked_is_refused_with_a_retry_time(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sending, "ALONE_LOCK_MS", 50)
+    monkeypatch.setattr(batches, "ALONE_LOCK_MS", 50)
     async with World(settings, workers=1) as world:
         stage = Stage(world)
         await stage.begin()

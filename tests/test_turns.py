@@ -51,7 +51,7 @@ async def test_user_whose_frames_wait_for_a_lock_leaves_connections_to_others(wo
     try:
         await holding.execute("BEGIN")
         await holding.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE", busy)
-        frame = client.React(conversation_id=busy, message_id=about, emoji="👍")
+        frame = client.Pin(conversation_id=busy, message_id=about)
         asking: list[asyncio.Future[server.Result]] = [asyncio.ensure_future(one.call(frame)) for one in more]
         await until(lambda: pool._turns._waiting.get(ada.id) is not None)  # noqa: SLF001
         async with asyncio.timeout(5):
@@ -266,6 +266,8 @@ async def test_every_route_of_a_user_takes_turns_with_the_users_frames(
 
 NO_STATEMENT = {"ping", "unwatch", "get_push_key"}
 """Frames that do not query the database."""
+IN_BATCHES = {"react", "unreact"}
+"""Frames that only run in statements for many users, where one of each user is next in turn."""
 FURTHER_FIELDS = {"join": {"invite_code": "none"}, "search": {"text": "words"}}
 """Fields without which a frame is refused before it queries the database."""
 
@@ -292,7 +294,7 @@ async def test_every_frame_takes_a_turn_of_its_user(world: World) -> None:
             answered[frame["type"]] = answer
     for _ in range(turns._most):  # noqa: SLF001
         turns.give(ada.id)
-    assert answered.keys() == NO_STATEMENT, answered
+    assert answered.keys() == NO_STATEMENT | IN_BATCHES, answered
 
 
 async def test_due_messages_need_no_turn_of_their_senders(world: World) -> None:

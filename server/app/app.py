@@ -56,7 +56,8 @@ from server.limits.load_shedding import LoadShedding
 from server.limits.per_address import Addresses
 from server.limits.shared_rate_limit import SharedRateLimit
 from server.limits.token_bucket import Pace, TokenBuckets
-from server.queries import push, sending
+from server.queries import push, reactions, sending
+from server.queries.reactions import NotChanged, ReactionChange, ReactionRequest
 from server.queries.sending import NotStored, Outgoing, Stored
 from server.routes import ROUTES
 
@@ -69,6 +70,8 @@ The statement holds the locks of all their conversations. 64 messages of the max
 Messages with more than 2,000 characters are stored in statements of their own. Parsing the words of one with 10,000
 takes ten times as long as everything else (docs/performance.md).
 """
+REACTIONS_AT_ONCE = 64
+"""Max reactions that one statement changes."""
 REDIS_SECONDS = 1.0
 """Max time of a command to Redis, in seconds."""
 METRICS_SECONDS = 1.0
@@ -130,15 +133,24 @@ class App:
         )
         self.load_shedding = LoadShedding()
         self.admission = Admission()
+        self._lanes = asyncio.Semaphore(max(1, settings.database_connections // LANES_SHARE))
         self._sends: Lanes[ConversationId, Outgoing, Stored | NotStored] = Lanes(
             key=lambda out: out.frame.conversation_id,
             owner=lambda out: out.sender_id,
             run=self._send_free,
             wait=self._send,
+            turns=self._lanes,
             most=SENDS_AT_ONCE,
             weigh=sending.weight,
             most_weight=SENT_AT_ONCE,
-            lanes=max(1, settings.database_connections // LANES_SHARE),
+        )
+        self._reactions: Lanes[ConversationId, ReactionRequest, ReactionChange | NotChanged] = Lanes(
+            key=lambda reaction: reaction.conversation_id,
+            owner=lambda reaction: reaction.user_id,
+            run=self._react_free,
+            wait=self._react,
+            turns=self._lanes,
+            most=REACTIONS_AT_ONCE,
         )
 
         self._safe_http = SafeHttp(to_private=settings.private_addresses)
@@ -166,6 +178,7 @@ class App:
             events=self.hub,
             presence=self.presence,
             sends=self._sends,
+            reactions=self._reactions,
             memberships=hub_store.memberships,
             unconfirmed=Unconfirmed(),
             web_push=self.web_push,
@@ -334,6 +347,14 @@ class App:
     async def _send(self, batch: list[Outgoing]) -> list[Stored | NotStored]:
         async with self._database.connection() as db:
             return await sending.send(db, batch)
+
+    async def _react_free(self, batch: list[ReactionRequest]) -> list[ReactionChange | NotChanged | Held]:
+        async with self._database.sending() as db:
+            return await reactions.change_free(db, batch)
+
+    async def _react(self, batch: list[ReactionRequest]) -> list[ReactionChange | NotChanged]:
+        async with self._database.connection() as db:
+            return await reactions.change(db, batch)
 
     def _arrived(self, connection: Connection) -> None:
         self.connections.add(connection)

@@ -25,11 +25,13 @@ CONNECT_SECONDS = 5.0
 STATEMENT_SECONDS = 10.0
 """Max time of a statement, in seconds."""
 SENDING_SECONDS = 2.0
-"""Max time of a statement that stores messages, which are of many users, in seconds. PostgreSQL cancels it before the
-commit or not at all, so a cancelled statement stored nothing (docs/decisions/0066).
+"""Max time of a statement that stores messages or reactions of many users, in seconds. PostgreSQL cancels it before
+the commit or not at all, so a cancelled statement stored nothing (docs/decisions/0066).
 """
-SENDING_CONNECTIONS = 2
-"""Connections for statements that store messages, per worker, in addition to `OPENCHAT_DATABASE_CONNECTIONS`."""
+SENDING_CONNECTIONS = 3
+"""Connections for statements of many users, per worker, in addition to `OPENCHAT_DATABASE_CONNECTIONS`. They store
+short messages, long messages and reactions.
+"""
 SEARCH_SHARE = 4
 """Max share of a worker's connections that searches hold, as 1 / `SEARCH_SHARE`, but at least one."""
 SEARCHES_WAITING = 8

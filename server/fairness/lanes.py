@@ -42,14 +42,14 @@ class Lanes(Generic[Key, Item, Outcome]):
         owner: Callable[[Item], Hashable],
         run: Callable[[list[Item]], Awaitable[list[Outcome | Held]]],
         wait: Callable[[list[Item]], Awaitable[list[Outcome]]],
+        turns: asyncio.Semaphore,
         most: int,
-        weigh: Callable[[Item], int],
-        most_weight: int,
-        lanes: int,
+        weigh: Callable[[Item], int] = lambda _: 0,
+        most_weight: int = 0,
     ) -> None:
         """`run` processes items without waiting for a row; `wait` waits for the row of the key. Both take items of one
         `Batcher`, where owners take turns. Items that weigh more than one in `HEAVY_SHARE` of `most_weight` have a
-        `Batcher` of their own. Max `lanes` lanes wait concurrently, each for its own row.
+        `Batcher` of their own. A lane that waits for its row holds one of `turns`, which several `Lanes` may share.
         """
         self._key = key
         self._owner = owner
@@ -61,7 +61,7 @@ class Lanes(Generic[Key, Item, Outcome]):
         self._most = most
         self._weigh = weigh
         self._most_weight = most_weight
-        self._turns = asyncio.Semaphore(lanes)
+        self._turns = turns
         self._lanes: dict[Key, Batcher[Item, Outcome]] = {}
 
     async def submit(self, item: Item) -> Outcome:

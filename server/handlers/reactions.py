@@ -1,57 +1,86 @@
 """Reactions: add and remove."""
 
+from collections.abc import Callable
+
 from protocol import client
 from protocol.errors import ErrorCode, Refused
-from protocol.limits import MAX_EMOJI_PER_MESSAGE
+from protocol.limits import MAX_EMOJI_OF_USER, MAX_EMOJI_PER_MESSAGE
+from protocol.reaction import normalized
 from protocol.server import Changed, MessageChanged, MessageReacted, MessageUnreacted
 from server.context import Context
-from server.core.errors import NotFound
-from server.db.database import Db
-from server.domain.permissions import require_may_send
-from server.queries import messages, reactions
-from server.queries.messages import FoundMessage
-from server.queries.reactions import ReactionChange
+from server.core.errors import NotActive, NotFound
+from server.domain.permissions import OBSTACLES, slow_mode
+from server.queries.reactions import NotChanged, ReactionChange, ReactionRequest, Reason
+
+
+def _forbidden(outcome: NotChanged) -> Refused:
+    return Refused(ErrorCode.FORBIDDEN, OBSTACLES[outcome.reason], path="conversation_id")  # type: ignore[index]
+
+
+def _too_many(message: str) -> Callable[[NotChanged], Refused]:
+    return lambda _: Refused(ErrorCode.CONFLICT, message, path="emoji")
+
+
+REFUSALS: dict[Reason, Callable[[NotChanged], Refused]] = {
+    "missing": lambda _: NotFound("message_id"),
+    "inactive": lambda _: NotActive(),
+    "archived": _forbidden,
+    "role": _forbidden,
+    "unwanted": _forbidden,
+    "slow": lambda outcome: slow_mode(outcome.wait_ms),
+    "too_many_of_message": _too_many(
+        f"A message can have at most {MAX_EMOJI_PER_MESSAGE} different emoji. Use one of them."
+    ),
+    "too_many_of_user": _too_many(
+        f"You can use at most {MAX_EMOJI_OF_USER} different emoji per message, removed ones included. Reuse one."
+    ),
+}
+"""Errors for reactions that no further attempt would change, by the reason."""
 
 
 async def react(context: Context, frame: client.React) -> Changed:
     """Add an emoji to a message, and publish that. A repetition changes nothing."""
-    async with context.transaction() as db:
-        found = await _locked(db, context, frame)
-        # A repeated reaction reaches nobody, so it needs no permission to send.
-        if not (found.obstacle and await reactions.is_there(db, found.message, context.user_id, frame.emoji)):
-            require_may_send(found)
-        there = found.message.reactions
-        if frame.emoji not in there and len(there) >= MAX_EMOJI_PER_MESSAGE:
-            raise Refused(
-                ErrorCode.CONFLICT,
-                f"A message can have at most {MAX_EMOJI_PER_MESSAGE} different emoji. Use one of them.",
-                path="emoji",
-            )
-        change = await reactions.react(db, found.message, context.user_id, frame.emoji)
-    return _publish(context, found, change, MessageReacted)
+    change = await _change(context, frame, frame.emoji)
+    return _publish(context, frame, change, MessageReacted)
 
 
 async def unreact(context: Context, frame: client.Unreact) -> Changed:
     """Remove an emoji, and publish that. Without it, nothing changes. Removing needs no permission to send."""
-    async with context.transaction() as db:
-        found = await _locked(db, context, frame)
-        emoji = await reactions.stored(db, found.message, context.user_id, frame.emoji)
-        change = await reactions.unreact(db, found.message, context.user_id, emoji)
-    return _publish(context, found, change, MessageUnreacted)
+    invalid = None
+    try:
+        emoji = normalized(frame.emoji)
+    except ValueError as error:
+        emoji, invalid = frame.emoji, str(error)
+    change = await _change(context, frame, emoji)
+    if change.total is None and invalid is not None:
+        raise Refused(ErrorCode.INVALID, invalid, path="emoji")
+    return _publish(context, frame, change, MessageUnreacted)
 
 
-async def _locked(db: Db, context: Context, frame: client.React | client.Unreact) -> FoundMessage:
-    found = await messages.lock(db, frame, context.user_id)
-    if found is None or found.message.is_deleted:
-        raise NotFound("message_id")
-    return found
+async def _change(context: Context, frame: client.React | client.Unreact, emoji: str) -> ReactionChange:
+    """Add or remove a reaction in the next batch."""
+    reaction = ReactionRequest(
+        frame.conversation_id,
+        frame.message_id,
+        context.user_id,
+        normal=emoji,
+        typed=frame.emoji,
+        is_added=isinstance(frame, client.React),
+    )
+    while isinstance(outcome := await context.services.reactions.submit(reaction), NotChanged):
+        if outcome.reason != "changed":
+            raise REFUSALS[outcome.reason](outcome)
+    return outcome
 
 
 def _publish(
-    context: Context, found: FoundMessage, change: ReactionChange, event: type[MessageReacted | MessageUnreacted]
+    context: Context,
+    frame: client.React | client.Unreact,
+    change: ReactionChange,
+    event: type[MessageReacted | MessageUnreacted],
 ) -> Changed:
-    about, message_id = found.message.conversation_id, found.message.id
-    if change.total is not None and found.is_from_before:
+    about, message_id = frame.conversation_id, frame.message_id
+    if change.total is not None and change.is_from_before:
         context.events.publish(MessageChanged(conversation_id=about, version=change.version, message_id=message_id))
     elif change.total is not None:
         context.events.publish(

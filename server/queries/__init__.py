@@ -2,8 +2,8 @@
 its result.
 
 Every statement checks access itself, or runs in a transaction that has done so. A durable write happens under the
-conversation's row lock. `send` takes the lock inside its one statement. All others call `conversations.lock_as` or
-`messages.lock` first, so that all later reads stay true until they commit.
+conversation's row lock. Statements for many users, such as that of `send`, take the lock themselves. All others call
+`conversations.lock_as` or `messages.lock` first, so that all later reads stay true until they commit.
 
 No frame locks a conversation's row for a user whom it refuses as no participant. Both functions check that before the
 lock, and the handler checks it again under the lock. `conversations.lock` checks nothing. Jobs, operators and `join`

@@ -1,121 +1,98 @@
-"""Reactions, with a row per user and emoji. The same statement changes the counts in the message."""
+"""Reactions, with a row per user and emoji. The statement that changes a row changes the counts in the message, too."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, NamedTuple
 
-from protocol.errors import ErrorCode, Refused
-from protocol.ids import UserId
-from protocol.limits import MAX_EMOJI_OF_USER
-from protocol.reaction import normalized
-from protocol.values import Message
+import msgspec
+from asyncpg import Record
+
+from protocol.ids import ConversationId, MessageId, UserId
+from protocol.limits import MAX_EMOJI_OF_USER, MAX_EMOJI_PER_MESSAGE
 from server.db.database import Db
+from server.fairness.lanes import HELD, Held
+from server.queries import batches
 
-REACT = f"""
-WITH reacted AS (
-    INSERT INTO message_reaction (message_id, user_id, emoji, conversation_id, version, author_id)
-    SELECT $2, $3, $4, c.id, c.version + 1, m.sender_id
-    FROM conversation c, message m WHERE c.id = $1 AND m.id = $2 AND (m.conversation_id = $1) IS TRUE AND (
-        SELECT count(*) FROM message_reaction o
-        WHERE o.message_id = $2 AND o.user_id = $3 AND (o.conversation_id = $1) IS TRUE AND o.emoji <> $4
-    ) < {MAX_EMOJI_OF_USER}
-    ON CONFLICT (message_id, user_id, emoji)
-        DO UPDATE SET is_removed = false, version = excluded.version, created_at = now()
-        WHERE message_reaction.is_removed
-    RETURNING version
-), bumped AS (
-    UPDATE conversation c SET version = r.version FROM reacted r WHERE c.id = $1
-)
-UPDATE message m SET reactions = m.reactions || jsonb_build_object($4::text, coalesce((m.reactions ->> $4)::int, 0) + 1)
-FROM reacted r WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
-RETURNING r.version, (m.reactions ->> $4)::int
-"""  # noqa: S608 - a number is put in
 
-UNREACT = """
-WITH unreacted AS (
-    UPDATE message_reaction r SET is_removed = true, version = c.version + 1
-    FROM conversation c
-    WHERE c.id = $1 AND (r.conversation_id = $1) IS TRUE AND r.message_id = $2 AND r.user_id = $3 AND r.emoji = $4
-        AND NOT r.is_removed
-    RETURNING r.version
-), bumped AS (
-    UPDATE conversation c SET version = r.version FROM unreacted r WHERE c.id = $1
-)
-UPDATE message m SET reactions = CASE WHEN (m.reactions ->> $4)::int > 1
-    THEN m.reactions || jsonb_build_object($4::text, (m.reactions ->> $4)::int - 1)
-    ELSE m.reactions - $4 END
-FROM unreacted r WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
-RETURNING r.version, coalesce((m.reactions ->> $4)::int, 0)
-"""
+class ReactionRequest(NamedTuple):
+    """A reaction to add or remove.
 
-AS_IT_IS = """
-SELECT version FROM message_reaction
-WHERE (conversation_id = $1) IS TRUE AND message_id = $2 AND user_id = $3 AND emoji = $4
-"""
+    A new one is stored as `normal`. A removal finds the spelling `typed`, then `normal`, then one that differs in
+    variation selectors. Older versions stored any text, and imports store any name.
+    """
 
-STORED = """
-SELECT r.emoji FROM message_reaction r
-WHERE (r.conversation_id = $1) IS TRUE AND r.message_id = $2 AND r.user_id = $3 AND NOT r.is_removed
-    AND (r.emoji = $5 OR translate(r.emoji, '\ufe0e\ufe0f', '') = translate($4, '\ufe0e\ufe0f', ''))
-ORDER BY r.emoji = $4 DESC, r.emoji = $5 DESC LIMIT 1
-"""
-
-IS_THERE = """
-SELECT EXISTS (
-    SELECT FROM message_reaction r
-    WHERE (r.conversation_id = $1) IS TRUE AND r.message_id = $2 AND r.user_id = $3 AND r.emoji = $4
-        AND NOT r.is_removed
-)
-"""
+    conversation_id: ConversationId
+    message_id: MessageId
+    user_id: UserId
+    normal: str
+    typed: str
+    is_added: bool
 
 
 class ReactionChange(NamedTuple):
-    """A reaction, the version of its last change, and the number of users with it, or None if nothing changed."""
+    """A reaction as stored, the version of its last change, and the number of users who have it now. `total` is None if
+    nothing changed. `is_from_before` tells that some participants joined later and may not see the message.
+    """
 
     emoji: str
     version: int
     total: int | None
+    is_from_before: bool
 
 
-async def is_there(db: Db, found: Message, user_id: UserId, emoji: str) -> bool:
-    """Whether a user's reaction to a message exists. Requires the conversation's lock."""
-    return bool(await db.fetchval(IS_THERE, found.conversation_id, found.id, user_id, emoji))
+Reason = Literal[
+    "changed", "missing", "inactive", "archived", "role", "unwanted", "slow", "too_many_of_user", "too_many_of_message"
+]
+"""Why a reaction was not changed. Of several reasons, it is the first one in change_reactions().
+
+Another attempt may succeed for `changed`. The user joined while the statement ran, or the batch has another request of
+the user about the message.
+"""
 
 
-async def stored(db: Db, found: Message, user_id: UserId, emoji: str) -> str:
-    """Return a user's reaction as stored, in the spelling of `emoji`, in the normalized one, or in another one.
+class NotChanged(NamedTuple):
+    """A reaction that was not changed. `wait_ms` is the time until the user may send in slow mode, in milliseconds."""
 
-    Raises Refused if there is none, and `emoji` is invalid. Older versions stored any text, and imports store any name.
+    reason: Reason
+    wait_ms: int = 0
+
+
+CHANGE = "SELECT * FROM change_reactions($1, $2, $3, $4, $5)"
+"""Changes a batch. schema.sql has the function."""
+LIMITS = (MAX_EMOJI_PER_MESSAGE, MAX_EMOJI_OF_USER)
+
+
+async def change(db: Db, batch: Sequence[ReactionRequest]) -> list[ReactionChange | NotChanged]:
+    """Add and remove reactions, and return the outcomes in the order of the batch. Raises what `batches.waiting`
+    raises.
     """
-    error = None
-    try:
-        now = normalized(emoji)
-    except ValueError as found_out:
-        now, error = emoji, found_out
-    there: str | None = await db.fetchval(STORED, found.conversation_id, found.id, user_id, emoji, now)
-    if there is None and error is not None:
-        raise Refused(ErrorCode.INVALID, str(error), path="emoji") from error
-    return there or now
+    rows = await batches.waiting(partial(db.fetch, CHANGE, _encoded(batch)), *LIMITS, count=len(batch))
+    return [outcome for outcome in _outcomes(batch, rows) if not isinstance(outcome, Held)]
 
 
-async def react(db: Db, found: Message, user_id: UserId, emoji: str) -> ReactionChange:
-    """Add an emoji to a message. Raises Refused if the user has used too many different ones there, because removed
-    ones keep their rows. Requires the conversation's lock.
+async def change_free(db: Db, batch: Sequence[ReactionRequest]) -> list[ReactionChange | NotChanged | Held]:
+    """Do the same as `change`, but skip locked conversations, whose outcome is `HELD`. So is that of a single reaction
+    that would wait for another row. Raises what `batches.passing` raises.
     """
-    row = await db.fetchrow(REACT, found.conversation_id, found.id, user_id, emoji)
-    if row is not None:
-        return ReactionChange(emoji, row[0], row[1])
-    version = await db.fetchval(AS_IT_IS, found.conversation_id, found.id, user_id, emoji)
-    if version is None:
-        sentence = (
-            f"You can use at most {MAX_EMOJI_OF_USER} different emoji per message, removed ones included. Reuse one."
-        )
-        raise Refused(ErrorCode.CONFLICT, sentence, path="emoji")
-    return ReactionChange(emoji, version, None)
+    rows = await batches.passing(partial(db.fetch, CHANGE, _encoded(batch)), *LIMITS, count=len(batch))
+    return [HELD] if rows is None else _outcomes(batch, rows)
 
 
-async def unreact(db: Db, found: Message, user_id: UserId, emoji: str) -> ReactionChange:
-    """Remove an emoji from a message. Requires the conversation's lock."""
-    row = await db.fetchrow(UNREACT, found.conversation_id, found.id, user_id, emoji)
-    if row is not None:
-        return ReactionChange(emoji, row[0], row[1])
-    version = await db.fetchval(AS_IT_IS, found.conversation_id, found.id, user_id, emoji)
-    return ReactionChange(emoji, found.version if version is None else version, None)
+def _outcomes(batch: Sequence[ReactionRequest], rows: Sequence[Record]) -> list[ReactionChange | NotChanged | Held]:
+    outcomes: list[ReactionChange | NotChanged | Held] = [NotChanged("changed")] * len(batch)
+    for place, outcome, wait_ms, emoji, version, total, is_from_before in rows:
+        if outcome in {"stored", "unchanged"}:
+            outcomes[place] = ReactionChange(emoji, version, total if outcome == "stored" else None, is_from_before)
+        else:
+            outcomes[place] = HELD if outcome == "held" else NotChanged(outcome, wait_ms or 0)
+    return outcomes
+
+
+def _encoded(batch: Sequence[ReactionRequest]) -> str:
+    """Return the reactions as JSON with the fields of the type `reaction_request`. Leaves out further ones of a user
+    about a message, because each depends on the one before.
+    """
+    first: dict[tuple[UserId, MessageId], tuple[int, ReactionRequest]] = {}
+    for place, item in enumerate(batch):
+        first.setdefault((item.user_id, item.message_id), (place, item))
+    return msgspec.json.encode([{"place": place} | item._asdict() for place, item in first.values()]).decode()

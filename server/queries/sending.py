@@ -2,23 +2,19 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from typing import Literal, NamedTuple
 
 import msgspec
-from asyncpg import LockNotAvailableError, QueryCanceledError, Record, UniqueViolationError
+from asyncpg import Record, UniqueViolationError
 
 from protocol.client import Send
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.payloads import Poll
 from protocol.values import ContentType
 from server.db.database import Db
-from server.fairness.batcher import Slow
 from server.fairness.lanes import HELD, Held
-
-SHARED_LOCK_MS, ALONE_LOCK_MS = 10, 200
-"""Max wait for a row other than the conversation's, in milliseconds. The first is for a batch of several messages, the
-second for a single one, which delays only its conversation.
-"""
+from server.queries import batches
 
 _encode = msgspec.json.Encoder().encode
 
@@ -109,39 +105,23 @@ class NotStored(NamedTuple):
 async def send(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored]:
     """Store a batch, and return the outcomes in its order. Of several messages with the same id, the first is stored.
 
-    Stores none of them and raises UniqueViolationError if another transaction took an id meanwhile. It does the same
-    with LockNotAvailableError if it waited for another row longer than `SHARED_LOCK_MS` or `ALONE_LOCK_MS`. In a
-    transaction, this limit stays in force for later statements.
+    Stores none of them and raises UniqueViolationError if another transaction took an id meanwhile. Also raises what
+    `batches.waiting` raises.
     """
-    patience = ALONE_LOCK_MS if len(batch) == 1 else SHARED_LOCK_MS
-    rows = await _fetched(db, batch, patience, passes_held=False)
+    rows = await batches.waiting(partial(db.fetch, SEND, _encoded(batch)), count=len(batch))
     return [outcome for outcome in _outcomes(batch, rows) if not isinstance(outcome, Held)]
 
 
 async def send_free(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored | Held]:
     """Do the same as `send`, but skip locked conversations. The outcome of their messages is `HELD`. So is that of a
-    single message that would wait for another row longer than `SHARED_LOCK_MS`. A batch of several raises
-    LockNotAvailableError in that case, and the caller repeats it in parts.
-
-    Raises Slow if PostgreSQL cancelled the statement. Nothing is stored then, because the limit does not apply to the
-    commit. After a timeout of the client, messages may be stored (docs/decisions/0066).
+    single message that would wait for another row. Also raises what `batches.passing` raises.
     """
+    items = _encoded(batch)
     try:
-        try:
-            rows = await _fetched(db, batch, SHARED_LOCK_MS, passes_held=True)
-        except UniqueViolationError:  # another transaction took an id meanwhile, and a second run sees its message
-            rows = await _fetched(db, batch, SHARED_LOCK_MS, passes_held=True)
-    except QueryCanceledError:
-        raise Slow from None
-    except LockNotAvailableError:
-        if len(batch) > 1:
-            raise
-        return [HELD]
-    return _outcomes(batch, rows)
-
-
-async def _fetched(db: Db, batch: Sequence[Outgoing], patience_ms: int, *, passes_held: bool) -> list[Record]:
-    return await db.fetch(SEND, _encoded(batch), passes_held, f"{patience_ms}ms")
+        rows = await batches.passing(partial(db.fetch, SEND, items), count=len(batch))
+    except UniqueViolationError:  # another transaction took an id meanwhile, and a second run sees its message
+        rows = await batches.passing(partial(db.fetch, SEND, items), count=len(batch))
+    return [HELD] if rows is None else _outcomes(batch, rows)
 
 
 def _outcomes(batch: Sequence[Outgoing], rows: Sequence[Record]) -> list[Stored | NotStored | Held]:
