@@ -34,8 +34,8 @@ class ErrorCode(StrEnum):
     field, such as a conversation in slow mode.
     """
     UNAVAILABLE = "unavailable"
-    """The database is unreachable, or the server is busy, full or shutting down. Retry the same frame after
-    `retry_after_ms`; it takes effect once.
+    """The database cannot be reached or cannot store anything, or the server is busy, full or shutting down. Retry the
+    same frame after `retry_after_ms`; it takes effect once.
     """
     INTERNAL = "internal"
     """Internal error; it was logged. No partial change was stored. Show the message."""

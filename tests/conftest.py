@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import io
 import logging
 import shutil
 import sys
@@ -19,6 +20,7 @@ from redis.asyncio import Redis
 
 from protocol import server
 from protocol.ids import uuid7
+from server.core import log
 from server.core.config import Settings
 from server.db import migrate
 from server.limits import load_shedding
@@ -203,3 +205,24 @@ async def reader(world: World) -> AsyncIterator[Reader]:
     yield Reader(name, db)
     await db.close()
     await world.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+class Lines:
+    """The log of this process, configured as in the server."""
+
+    def __init__(self) -> None:
+        self._stream = io.StringIO()
+        log.configure("worker 1")
+        (handler,) = logging.getLogger().handlers
+        assert isinstance(handler, logging.StreamHandler)
+        handler.setStream(self._stream)
+        (self.bound,) = handler.filters
+
+    @property
+    def text(self) -> str:
+        return self._stream.getvalue()
+
+
+@pytest.fixture
+def lines() -> Lines:
+    return Lines()

@@ -23,7 +23,8 @@ from prove.client import Client
 from prove.truth import assert_same, read_conversation
 from server.app import background
 from server.core.config import Settings
-from server.core.errors import Away, Fatal
+from server.core.errors import Fatal
+from server.core.faults import Away
 from server.db import migrate
 from server.db.database import Database
 from server.db.epoch import Epoch, begin_epoch, epoch_id

@@ -4,7 +4,6 @@ import ast
 import asyncio
 import contextlib
 import gc
-import io
 import logging
 import socket
 import struct
@@ -21,6 +20,7 @@ from protocol.errors import ErrorCode
 from server.core import log
 from server.core.config import Settings
 from server.core.errors import told
+from tests.conftest import Lines
 from tests.test_hostile import idle
 from tests.world import Room, World, http_client, message, until
 
@@ -35,27 +35,6 @@ BEGIN RAISE EXCEPTION 'refused' USING DETAIL = NEW.content, HINT = NEW.content; 
 CREATE TRIGGER tell BEFORE INSERT ON draft FOR EACH ROW EXECUTE FUNCTION tell()
 """
 """A constraint and a trigger that the server does not know, so that their errors count as defects."""
-
-
-class Lines:
-    """The log of this process, configured as in the server."""
-
-    def __init__(self) -> None:
-        self._stream = io.StringIO()
-        log.configure("worker 1")
-        (handler,) = logging.getLogger().handlers
-        assert isinstance(handler, logging.StreamHandler)
-        handler.setStream(self._stream)
-        (self.bound,) = handler.filters
-
-    @property
-    def text(self) -> str:
-        return self._stream.getvalue()
-
-
-@pytest.fixture
-def lines() -> Lines:
-    return Lines()
 
 
 async def test_rejected_row_is_not_in_the_log(room: Room, world: World, lines: Lines) -> None:

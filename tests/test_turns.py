@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import timedelta
@@ -24,15 +23,16 @@ from protocol.errors import ErrorCode, Refused
 from protocol.ids import MessageId, SessionId, UserId, uuid7
 from server.core.config import Settings
 from server.core.deadlines import Deadlines
-from server.core.errors import Away
+from server.core.faults import Away, Exhausted
 from server.db.database import Database, Db
 from server.db.pool import OfSessions, Pool, UserPool
-from server.db.reconnecting import RETRY_SECONDS, Reconnecting
+from server.db.reconnecting import RETRY_MOST_SECONDS, RETRY_SECONDS, Reconnecting
 from server.fairness.turns import Turns
 from server.gateway.connection import Connection
 from server.gateway.dispatch import Rate
 from server.hub.hub import Hub
 from server.routes import ROUTES
+from tests.conftest import Lines
 from tests.test_hostile_values import valid
 from tests.world import World, http_client, message, sent, until
 
@@ -457,7 +457,7 @@ async def test_cancelled_requests_cost_no_turn_and_leave_one_place() -> None:
             for one in more:
                 one.cancel()
         assert {type(one) for one in await asyncio.gather(*more, return_exceptions=True)} == {
-            asyncio.CancelledError if way == "cancelled" else TimeoutError
+            asyncio.CancelledError if way == "cancelled" else Exhausted
         }
     # No connection was returned, and the cancelled requests leave only one place for sessions.
     lines = pool._waiting._lines  # noqa: SLF001
@@ -567,8 +567,11 @@ async def test_requests_that_wait_for_a_closed_pool_fail() -> None:
         await waiting
 
 
+PAUSES = (RETRY_SECONDS, 2 * RETRY_SECONDS, 4 * RETRY_SECONDS)
+
+
 async def test_few_tasks_connect_during_an_outage_and_the_others_fail_immediately(
-    settings: Settings, caplog: pytest.LogCaptureFixture
+    settings: Settings, lines: Lines
 ) -> None:
     at, tries, is_away = 0.0, 0, True
 
@@ -586,27 +589,28 @@ async def test_few_tasks_connect_during_an_outage_and_the_others_fail_immediatel
     async def many() -> "list[Db | BaseException]":
         return await asyncio.gather(*(pool.take() for _ in range(100)), return_exceptions=True)
 
-    with caplog.at_level(logging.INFO):
-        refused = await many()
-        assert tries <= CONNECTIONS, "only attempts that had created_sessions"
-        for _ in range(10):
-            before = tries
-            refused += await many()
-            at += RETRY_SECONDS
-            assert tries == before
-            refused += await many()
-            assert tries == before + 1
-        assert {type(error) for error in refused} == {Away}
-        assert {str(error) for error in refused} == {"the database system is starting up"}
-        is_away = False
-        at += RETRY_SECONDS
-        first = await pool.take()
-        await asyncio.gather(*(pool.take() for _ in range(CONNECTIONS - 1)))
+    refused = await many()
+    assert tries <= CONNECTIONS, "only attempts that had created_sessions"
+    for pause in (*PAUSES, *[RETRY_MOST_SECONDS] * 8):
+        before = tries
+        refused += await many()
+        at += pause - 0.001
+        refused += await many()
+        assert tries == before
+        at += 0.001
+        refused += await many()
+        assert tries == before + 1
+    assert {type(error) for error in refused} == {Away}
+    assert {str(error) for error in refused} == {"the database system is starting up"}
+    is_away = False
+    at += RETRY_MOST_SECONDS
+    first = await pool.take()
+    await asyncio.gather(*(pool.take() for _ in range(CONNECTIONS - 1)))
     pool.give(first, is_usable=True)
     pool.close()
-    assert [record.getMessage() for record in caplog.records] == [
-        "connecting to PostgreSQL failed and will be retried: the database system is starting up",
-        "PostgreSQL can be reached again",
+    assert [line.split(" worker 1 ")[1] for line in lines.text.splitlines()] == [
+        "WARNING connecting to PostgreSQL failed, database lost (57P03): the database system is starting up",
+        "INFO PostgreSQL can be reached again",
     ]
 
 

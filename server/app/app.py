@@ -268,6 +268,7 @@ class App:
         self.starlette.router.default = no_path
         metrics.values = self._values
         metrics.push_dropped = self.web_push.dropped
+        metrics.faults = database.faults
         metrics.closed = self.sockets.closed
         metrics.answers = self.sockets.answers
 

@@ -1,6 +1,7 @@
 """Sessions: from a token to its user, and how long sessions last."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime, timedelta
 from typing import Protocol
@@ -10,7 +11,8 @@ from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import SessionId, UserId
 from server.auth.tickets import PREFIX, TicketRefused, Tickets
 from server.auth.tokens import token_hash
-from server.core.errors import is_lost
+from server.core.errors import log_failure
+from server.core.faults import fault_of
 from server.db.database import Database
 from server.fairness.batcher import Batcher
 from server.queries import sessions
@@ -18,6 +20,8 @@ from server.queries.sessions import Active
 
 SLIDE_EVERY = timedelta(days=1)
 """Min interval between two extensions of a session in use. Half of the session's lifetime, if that is shorter."""
+
+log = logging.getLogger(__name__)
 
 
 class OpenSocket(Protocol):
@@ -101,14 +105,15 @@ class Sessions:
             return await sessions.clear_expired(db)
 
     async def _slide(self, session_ids: Sequence[SessionId]) -> dict[SessionId, datetime] | None:
-        """Extend sessions. Return when each valid one expires, or None if the database is lost."""
+        """Extend sessions. Return when each valid one expires, or None after a fault of the database."""
         try:
             async with self._database.connection() as db:
                 return await sessions.slide(db, session_ids, self.lasts)
         except Exception as error:
             # The next use of the session extends it.
-            if not is_lost(error):
+            if fault_of(error) is None:
                 raise
+            log_failure(log, "extending sessions", error)
             return None
 
     async def _keep(self, sockets: Sequence[OpenSocket]) -> None:

@@ -1,16 +1,13 @@
-"""Failures below the handlers, mapped to the protocol's errors: violated constraints and lost databases."""
+"""Failures below the handlers, mapped to the protocol's errors: violated constraints and faults of the database."""
 
 import asyncio
 import logging
-import re
 
 import asyncpg
 from redis.exceptions import RedisClusterException, RedisError
 
 from protocol.errors import ErrorCode, Refused
-
-RETRY_AFTER_MS = 500
-
+from server.core.faults import fault_of, log_fault, refusal_of
 
 UNFIT = "A value is out of range for the database. Send a smaller one."
 INTERNAL = Refused(ErrorCode.INTERNAL, "Internal error; it was logged. Tell the operator.")
@@ -18,10 +15,6 @@ INTERNAL = Refused(ErrorCode.INTERNAL, "Internal error; it was logged. Tell the 
 
 class Fatal(Exception):  # noqa: N818 - it ends the program, and is no defect of it
     """The program cannot start or continue. The text is the one line that the operator sees."""
-
-
-class Away(ConnectionError):  # noqa: N818 - a state of the environment
-    """PostgreSQL cannot be reached. The code that raises this has logged it."""
 
 
 class NotFound(Refused):
@@ -62,38 +55,17 @@ CONSTRAINTS: dict[str, tuple[ErrorCode, str, str | None]] = {
     "conversation_direct_high_fkey": (ErrorCode.NOT_FOUND, "There is no such user. Check the id.", "user_id"),
 }
 
-_LOST: tuple[type[BaseException], ...] = (
-    OSError,  # the base of ConnectionError and TimeoutError
-    asyncio.TimeoutError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.TransactionRollbackError,
-    asyncpg.ReadOnlySQLTransactionError,
-)
-
 _NO_ENTRY = (asyncpg.InvalidCatalogNameError, asyncpg.InvalidAuthorizationSpecificationError)
 """Raised by connecting if the database does not exist, or if the role or its password is wrong."""
-ROLLED_BACK = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
-"""Raised when PostgreSQL ends a transaction that succeeds if it is retried once."""
-HELD_UP = (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError)
-"""Raised by a statement that waited or ran for too long. It is not a defect of this program."""
-
 _UNFIT: tuple[type[BaseException], ...] = (
-    asyncpg.DataError,  # U+0000, times and numbers out of range
     asyncpg.ProgramLimitExceededError,
     asyncpg.StatementTooComplexError,
 )
-"""Values that PostgreSQL cannot store: the last check below the limits of protocol/."""
+"""Raised for values that PostgreSQL cannot process, beside those of `_is_about_a_value`: U+0000, times and numbers out
+of range. It is the last check below the limits of protocol/.
+"""
 _BRIEF: tuple[type[BaseException], ...] = (RecursionError, OverflowError, UnicodeError)
 """Defects that a client's value reveals. Their tracebacks are long, say little, and quote the value."""
-
-_BROKEN = re.compile(r"\bclosed\b|\breleased\b|operation .*\bin progress\b|\bnot connected\b")
-"""Texts of asyncpg's errors about a connection that is lost or closing. Its other errors are defects of this
-program.
-"""
 
 REDIS_LOST = (RedisError, RedisClusterException, OSError, asyncio.TimeoutError)
 """Raised when Redis cannot be reached."""
@@ -104,40 +76,26 @@ def redis_unreachable(error: Exception) -> Fatal:
     return Fatal(f"Redis cannot be reached: {str(error).rstrip('.')}. Check REDIS_URL.")
 
 
-def is_lost(error: BaseException) -> bool:
-    """Whether the database was lost during a statement, or the system refused a thread. Retrying later is right."""
-    return isinstance(error, _LOST) or is_without_thread(error)
-
-
-def is_without_thread(error: BaseException) -> bool:
-    """Whether the system refused a new thread. Python has no class for this."""
-    return type(error) is RuntimeError and str(error) == "can't start new thread"
-
-
 def is_known(error: BaseException) -> bool:
     """Whether the machine, the database or Redis explains a failure, so that a traceback adds nothing."""
-    if isinstance(error, (asyncpg.InterfaceError, asyncpg.InternalClientError)):
-        return _BROKEN.search(str(error)) is not None
-    return isinstance(error, (Fatal, *_NO_ENTRY, *HELD_UP, *REDIS_LOST)) or is_lost(error)
-
-
-def cause(error: BaseException) -> BaseException:
-    """Return the error that closed a connection, given an error that was raised because the connection is closed."""
-    while isinstance(error, asyncpg.InterfaceError) and error.__context__ is not None and is_lost(error.__context__):
-        error = error.__context__
-    return error
+    return fault_of(error) is not None or isinstance(error, (Fatal, *_NO_ENTRY, *REDIS_LOST))
 
 
 def told(error: BaseException) -> str:
     """Return the text of `error` for the log. It leaves out DETAIL, HINT and context of PostgreSQL's errors, which
     quote rows and parameters. It also leaves out messages that quote a value.
     """
-    is_about_a_value = isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError)
-    if is_about_a_value or isinstance(error, asyncpg.DataError):
+    if _is_about_a_value(error):
         return "a value was refused"
     if isinstance(error, (asyncpg.PostgresError, asyncpg.InterfaceError)):
         return str(error.args[0]) if error.args else type(error).__name__
     return str(error) or type(error).__name__
+
+
+def _is_about_a_value(error: BaseException) -> bool:
+    """Whether PostgreSQL or its client refused a value. The client's class has no public name."""
+    is_of_the_client = isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError)
+    return is_of_the_client or isinstance(error, asyncpg.DataError)
 
 
 def log_defect(log: logging.Logger, what: str, error: Exception) -> None:
@@ -150,18 +108,19 @@ def log_defect(log: logging.Logger, what: str, error: Exception) -> None:
 
 def log_failure(log: logging.Logger, what: str, error: Exception) -> None:
     """Log that `what` failed and will be retried. It takes one line if the machine, the database or Redis explains it.
-    While PostgreSQL is away, only the code that connects to it logs that, and not each job that needs it.
+    `log_fault` bounds the lines about the database.
     """
-    if isinstance(error, Away):
-        return
-    if is_known(error):
+    if fault_of(error) is not None:
+        log_fault(log, what, error, of=log.name)
+    elif is_known(error):
         log.warning("%s failed and will be retried: %s", what, error)
     else:
         log_defect(log, what, error)
 
 
-def refusal(error: Exception) -> Refused | None:
-    """Return the refusal for `error`, or None if it is a defect of this program.
+def refusal(error: Exception, what: str) -> Refused | None:
+    """Return the refusal of `what` for `error`, or None if it is a defect of this program. A fault of the database is
+    logged.
 
     The result has no traceback, because a traceback refers to the caller's frame, which refers to the result. Such a
     cycle would keep the request until the collector runs, which is late.
@@ -171,13 +130,10 @@ def refusal(error: Exception) -> Refused | None:
     if isinstance(error, asyncpg.IntegrityConstraintViolationError):
         known = CONSTRAINTS.get(error.constraint_name or "")
         return Refused(known[0], known[1], path=known[2]) if known else None
-    if isinstance(error, _UNFIT):
+    if isinstance(error, _UNFIT) or _is_about_a_value(error):
         logging.getLogger(__name__).warning("PostgreSQL rejected a value: %s", type(error).__name__)
         return Refused(ErrorCode.INVALID, UNFIT)
-    if is_lost(error) or isinstance(error, HELD_UP):
-        return Refused(
-            ErrorCode.UNAVAILABLE,
-            "Temporarily unavailable. Retry the same frame after `retry_after_ms`.",
-            retry_after_ms=RETRY_AFTER_MS,
-        )
-    return None
+    if (fault := fault_of(error)) is None:
+        return None
+    log_fault(logging.getLogger(__name__), what, error)
+    return refusal_of(fault)

@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from server.core.errors import Away, is_known, log_failure
+from server.core.errors import is_known, log_failure
+from server.core.faults import Away
 from server.core.throttle import Throttle
 
 

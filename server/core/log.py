@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from server.core.errors import told
+from server.core.faults import ONCE, OVER
 from server.core.terminal import plain
 
 MOST_ENTRIES = 10
@@ -50,7 +51,8 @@ def _ended(kind: type[BaseException], error: BaseException, trace: TracebackType
 
 
 class _Bound(logging.Filter):
-    """Passes `MOST_ENTRIES` per place in the code and `WINDOW_SECONDS`, and logs how many more there were.
+    """Passes `MOST_ENTRIES` per place in the code and `WINDOW_SECONDS`, and logs how many more there were. Of records
+    with a key in `ONCE` it passes one, and another one after a record that has the key in `OVER`.
 
     A client can repeat a logged action as fast as the network allows, and the disk is shared by all.
     """
@@ -58,8 +60,8 @@ class _Bound(logging.Filter):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        # The windows by place. Places are lines of code, so their number is bounded.
-        self._windows: dict[_Place, _Window] = {}
+        # The windows by key or place. Places are lines of code, and keys are of few kinds, so their number is bounded.
+        self._windows: dict[_Place | str, _Window] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is logged."""
@@ -67,22 +69,32 @@ class _Bound(logging.Filter):
             return True
         now = self._clock()
         self._conclude(now)
-        place = _place(record)
-        window = self._windows.setdefault(place, _Window(now + WINDOW_SECONDS, record.levelno))
+        for state in getattr(record, OVER, ()):
+            if (window := self._windows.get(state)) is not None and window.most < MOST_ENTRIES:
+                # The next record is of a new state, and is logged unless states change too often.
+                window.entries, window.most = window.most, window.most + 1
+        key: str | None = getattr(record, ONCE, None)
+        place = _place(record) if key is None else key
+        if (window := self._windows.get(place)) is None:
+            most = MOST_ENTRIES if key is None else 1
+            window = self._windows[place] = _Window(now + WINDOW_SECONDS, record.levelno, most)
         window.entries += 1
-        if window.entries == MOST_ENTRIES + 1:
+        if window.entries == window.most + 1:
             with contextlib.suppress(RuntimeError):  # without a loop, the next record of any place ends the window
                 asyncio.get_running_loop().call_later(WINDOW_SECONDS, self._conclude, window.end)
-        return window.entries <= MOST_ENTRIES
+        return window.entries <= window.most
 
     def _conclude(self, now: float) -> None:
-        over = [(place, window) for place, window in self._windows.items() if window.end <= now]
-        for place, window in over:
+        """Log how many records were left out in the windows that have ended. Another window of the same key follows if
+        there were any, so that the key has one line per window.
+        """
+        for place, window in [(place, window) for place, window in self._windows.items() if window.end <= now]:
             del self._windows[place]
-            if (more := window.entries - MOST_ENTRIES) > 0:
-                summary = "%d more entries like those of %s line %d within %.0f seconds"
-                about = (more, place.logger, place.line, WINDOW_SECONDS)
-                logging.getLogger(__name__).log(window.level, summary, *about)
+            if (more := window.entries - window.most) > 0:
+                if isinstance(place, str):
+                    self._windows[place] = _Window(now + WINDOW_SECONDS, window.level, 0)
+                summary = "%d more entries like those of %s within %.0f seconds"
+                logging.getLogger(__name__).log(window.level, summary, more, place, WINDOW_SECONDS)
 
 
 class _Place(NamedTuple):
@@ -94,13 +106,17 @@ class _Place(NamedTuple):
     error: str
     raised: int
 
+    def __str__(self) -> str:
+        return f"{self.logger} line {self.line}"
+
 
 @dataclass(slots=True)
 class _Window:
-    """The entries of a place since the first one."""
+    """The entries of a place or a key since the first one, of which `most` are logged."""
 
     end: float
     level: int
+    most: int
     entries: int = 0
 
 

@@ -62,6 +62,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
     answers: dict[str, int] = {}
     closed: dict[str, int] = {}
     job_overruns: dict[str, int] = {}
+    faults: dict[str, int] = {}
     latency: list[int]
     latency_seconds: float
 
@@ -87,6 +88,11 @@ LABELLED: dict[str, tuple[str, list[str], Callable[[Snapshot], dict[str, int]]]]
         ["job"],
         lambda one: one.job_overruns,
     ),
+    "database_faults": (
+        "Statements that failed because the database was lost, busy or full, by kind.",
+        ["kind"],
+        lambda one: one.faults,
+    ),
 }
 """Counters with labels: the description, the label names, and a function that returns counts by label values."""
 
@@ -107,6 +113,8 @@ class Metrics:
         """WebSockets that the server closed, by close code."""
         self.job_overruns: Counter[str] = Counter()
         """Runs of periodic jobs that took longer than their interval, by the job's name."""
+        self.faults: Counter[str] = Counter()
+        """Statements that failed because of a fault of the database, by its kind."""
         self.values: Callable[[], dict[str, float]] = dict
         self._latency = [0] * (len(BUCKETS) + 1)
         self._latency_seconds = 0.0
@@ -133,6 +141,7 @@ class Metrics:
             answers={f"{path} {status}": count for (path, status), count in self.answers.items()},
             closed=dict(self.closed),
             job_overruns=dict(self.job_overruns),
+            faults=dict(self.faults),
             latency=self._latency,
             latency_seconds=self._latency_seconds,
         )

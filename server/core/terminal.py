@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from server.core.errors import Fatal, cause, is_lost, is_without_thread, told
+from server.core.errors import Fatal, told
+from server.core.faults import cause, fault_of, is_without_thread
 
 INTERRUPTED = 130
 """The exit status of a command that Ctrl-C ended."""
@@ -89,7 +90,7 @@ def status_of(work: Callable[[], int]) -> int:
         _discard_output()
         return INTERRUPTED
     except Exception as error:
-        if not is_lost(error):
+        if fault_of(error) is None and not isinstance(error, OSError):
             raise
         complain(_failure(cause(error)))
     else:

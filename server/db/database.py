@@ -1,6 +1,7 @@
 """The database of a worker: pools of connections, transactions and retries."""
 
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -11,7 +12,8 @@ import asyncpg
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import SessionId, UserId
 from server.core.config import Settings
-from server.core.errors import ROLLED_BACK, Fatal, is_lost
+from server.core.errors import Fatal
+from server.core.faults import ROLLED_BACK, Fault, fault_of
 from server.db.epoch import Epoch
 from server.db.migrate import is_current
 from server.db.pool import Connection, Lease, Pool, UserPool
@@ -99,6 +101,13 @@ class PoolState:
             max(1, most // CATCHING_UP_SHARE), waiting=CATCHING_UP_WAITING, patience=CATCHING_UP_PATIENCE
         )
         self.deadlocks = 0
+        self.faults: Counter[str] = Counter()
+
+    def count(self, error: Exception) -> bool:
+        """Count an error that is a fault. Return whether its connection may still be busy."""
+        if (fault := fault_of(error)) is not None:
+            self.faults[fault] += 1
+        return fault is Fault.LOST
 
 
 class Database:
@@ -138,6 +147,11 @@ class Database:
     def deadlocks(self) -> int:
         """The number of transactions that PostgreSQL ended to break a deadlock, and that were retried."""
         return self._state.deadlocks
+
+    @property
+    def faults(self) -> Counter[str]:
+        """The number of faults, by kind."""
+        return self._state.faults
 
     @classmethod
     async def open(cls, settings: Settings) -> "Database":
@@ -180,11 +194,11 @@ class Database:
 
     def connection(self) -> Lease:
         """Borrow a connection. Each statement commits on its own."""
-        return Lease(self._pool, is_lost)
+        return Lease(self._pool, self._state.count)
 
     def sending(self) -> Lease:
         """Borrow a connection on which PostgreSQL cancels statements after `SENDING_SECONDS`."""
-        return Lease(self._state.sending, is_lost)
+        return Lease(self._state.sending, self._state.count)
 
     @asynccontextmanager
     async def catching_up(self) -> AsyncIterator[Db]:
@@ -243,7 +257,7 @@ class Database:
         """Borrow a connection of a share. The user's turn comes first, because a user who waits for it must not hold a
         part of the share.
         """
-        async with self._pool.turn() as pool, share.hold(Lease(pool, is_lost)) as connection:
+        async with self._pool.turn() as pool, share.hold(Lease(pool, self._state.count)) as connection:
             yield connection
 
     @asynccontextmanager

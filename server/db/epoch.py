@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import asyncpg
 
-from server.core.errors import Away
+from server.core.faults import Away
 
 # A restored dump has the `epoch` of the original. The numbers of the PostgreSQL cluster, the database or the table
 # distinguish them. `openchat new-epoch` is only needed after a copy of a cluster's files, or after replacing rows.

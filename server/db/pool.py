@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeAlias
 import asyncpg
 
 from protocol.ids import SessionId, UserId
+from server.core.faults import Exhausted
 from server.fairness.fair_queue import FairQueue
 from server.fairness.turns import Turns
 
@@ -82,7 +83,7 @@ class Pool:
         """Return a connection, which is the caller's until `give`. Waiting clients take turns, and no later call
         overtakes them. A call without a client, such as that of a job, waits as a client of its own.
 
-        Raises TimeoutError if none becomes free in time, InterfaceError if the pool is closed, and the errors of
+        Raises Exhausted if none becomes free in time, InterfaceError if the pool is closed, and the errors of
         connecting.
         """
         if self._is_closed:
@@ -101,13 +102,15 @@ class Pool:
         try:
             async with asyncio.timeout(self._patience):
                 got = await turn
-        except BaseException:
+        except BaseException as error:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
                 self._hand_on(turn.result())  # the connection came too late
             elif client is None:
                 self._waiting.leave(line)
             else:
                 self._waiting.drop(line, turn)
+            if isinstance(error, TimeoutError):
+                raise Exhausted("no connection became free in time") from None
             raise
         return await self._open() if got is None else got
 
@@ -181,7 +184,7 @@ class UserPool:
         self._asker = asker
 
     async def take(self) -> Connection:
-        """Return a connection as `Pool.take` does. Raises TimeoutError also if the user's other connections are not
+        """Return a connection as `Pool.take` does. Raises Exhausted also if the user's other connections are not
         returned in time.
         """
         await self._turns.take(self._client, self._asker)
@@ -196,7 +199,7 @@ class UserPool:
         """Hold one of the user's turns, for a block that takes a connection later. A user who waits for a turn holds
         nothing that others need, such as a part of a share.
 
-        Raises TimeoutError if no turn of the user is returned in time.
+        Raises Exhausted if no turn of the user is returned in time.
         """
         await self._turns.take(self._client, self._asker)
         try:
@@ -235,14 +238,20 @@ class Lease:
 
     __slots__ = ("_connection", "_is_lost", "_pool")
 
-    def __init__(self, pool: Pool | UserPool | HeldTurn, is_lost: Callable[[BaseException], bool]) -> None:
-        """`is_lost` returns whether a connection may still be busy after an error."""
+    def __init__(self, pool: Pool | UserPool | HeldTurn, is_lost: Callable[[Exception], bool]) -> None:
+        """`is_lost` gets each error of the block, and each error because of which there was no connection. It returns
+        whether the connection may still be busy after it.
+        """
         self._pool = pool
         self._is_lost = is_lost
         self._connection: Connection
 
     async def __aenter__(self) -> Connection:
-        self._connection = await self._pool.take()
+        try:
+            self._connection = await self._pool.take()
+        except Exception as error:
+            self._is_lost(error)
+            raise
         return self._connection
 
     async def __aexit__(

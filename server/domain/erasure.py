@@ -9,7 +9,8 @@ from uuid import UUID
 
 from protocol.ids import ConversationId, UserId
 from server.context import Events
-from server.core.errors import is_lost, log_failure
+from server.core.errors import log_failure
+from server.core.faults import is_lost
 from server.db.database import Database, Db
 from server.domain.publish import publish_participant
 from server.queries import conversations, erasure, participants, users

@@ -6,6 +6,7 @@ only. PostgreSQL stores the users' choices and when they were last seen.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -18,7 +19,8 @@ from protocol.server import PresenceChanged
 from protocol.values import Presence as Seen
 from protocol.values import PresenceStatus
 from server.context import Subscriber
-from server.core.errors import REDIS_LOST, is_lost
+from server.core.errors import REDIS_LOST, log_failure
+from server.core.faults import fault_of
 from server.core.periodic import end, every
 from server.db.database import Database
 from server.domain.pending_presence import PendingPresence, PresenceNews, Reason
@@ -42,6 +44,8 @@ LAST_TRIES = 5
 
 CALLS_AT_ONCE = 256
 """Max calls that share an exchange with Redis."""
+
+log = logging.getLogger(__name__)
 
 WatchedBy = TypeVar("WatchedBy", bound=tuple[UserId, UserId])
 """A watcher and a watched user."""
@@ -358,8 +362,9 @@ class Presence:
             async with self._database.connection() as db:
                 left = await presence.seen(db, current)
         except Exception as error:
-            if not is_lost(error):
+            if fault_of(error) is None:
                 raise
+            log_failure(log, "recording who is online", error)
         finally:
             self._transitions = left | self._transitions
 

@@ -28,14 +28,13 @@ from protocol.server import (
 )
 from protocol.values import ConversationView
 from server.context import Context, UserNews
-from server.core.errors import RETRY_AFTER_MS
 from server.db.database import Db
 from server.queries import changes, conversation_views, own_news
 from server.queries.changes import Difference, Reading
 from server.queries.memberships import Membership
 from server.queries.own_news import OWN_PAGE, OwnNews
 
-CLOSED = Refused(ErrorCode.UNAVAILABLE, "The connection is closed. Connect again.", retry_after_ms=RETRY_AFTER_MS)
+CLOSED = Refused(ErrorCode.UNAVAILABLE, "The connection is closed. Connect again.", retry_after_ms=500)
 CONVERSATIONS_PER_PAGE = 50
 """Max conversations per `conversations` frame, per statement that reads them, and per turn of the loop."""
 

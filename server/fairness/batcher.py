@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
-from server.core.errors import is_lost
+from server.core.faults import ROLLED_BACK, Exhausted, fault_of
 from server.fairness.fair_queue import FairQueue
 
 Item = TypeVar("Item")
@@ -29,9 +29,9 @@ class Batcher(Generic[Item, Outcome]):
     """Runs `work` on the items that arrived while the previous run was in flight, one of each owner in turn.
 
     1. If nothing is in flight, an item runs immediately. 2. Runs do not overlap, so the items of one owner keep their
-    order. 3. A failed run is repeated in halves, unless the database was lost, so that one bad item does not fail its
-    neighbours. After `Slow`, which costs more time, it is repeated in more and smaller parts. `work` must be all or
-    nothing. 4. If the database is lost, or too many single items are slow, the rest of the batch fails without a run.
+    order. 3. A failed run is repeated in halves, so that one bad item does not fail its neighbours. After `Slow`, which
+    costs more time, it is repeated in more and smaller parts. `work` must be all or nothing. 4. The rest of the batch
+    fails if too many single items are slow, or after any fault of the database but a deadlock.
     """
 
     def __init__(
@@ -119,10 +119,10 @@ class Batcher(Generic[Item, Outcome]):
                 try:
                     outcomes = await self._outcomes([item for item, _ in part])
                 except Exception as error:
-                    if is_lost(error) or isinstance(error, WrongCount):
+                    if _is_of_all(error):
                         raise
                     if isinstance(error, Slow) and len(part) == 1 and (slow := slow + 1) == MAX_SLOW:
-                        raise TimeoutError from error
+                        raise Exhausted("single items are slow") from error
                     if len(part) == 1:
                         _fail(part, error)
                         continue
@@ -139,6 +139,11 @@ class Batcher(Generic[Item, Outcome]):
             # Submitters must not take a cancellation inside the run as their own.
             _fail(batch, ConnectionError("the work was cancelled"))
             raise
+
+
+def _is_of_all(error: Exception) -> bool:
+    """Whether the rest of a batch would fail, too."""
+    return isinstance(error, WrongCount) or (fault_of(error) is not None and not isinstance(error, ROLLED_BACK))
 
 
 def _fail(batch: list[tuple[Item, asyncio.Future[Outcome]]], error: Exception) -> None:

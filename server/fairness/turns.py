@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
+from server.core.faults import Exhausted
 from server.fairness.fair_queue import FairQueue
 
 Key = TypeVar("Key", bound=Hashable)
@@ -21,7 +22,7 @@ class Turns(Generic[Key]):
 
     async def take(self, key: Key, client: Hashable = None) -> None:
         """Return when the caller has a turn, which lasts until `give`. Clients of a key take turns, and each is served
-        in order. Raises TimeoutError if no turn is free in time.
+        in order. Raises Exhausted if no turn is free in time.
         """
         taken = self._taken.get(key, 0)
         if taken < self._most:
@@ -35,12 +36,14 @@ class Turns(Generic[Key]):
         try:
             async with asyncio.timeout(self._patience):
                 await turn
-        except BaseException:
+        except BaseException as error:
             if turn.done() and not turn.cancelled():
                 self.give(key, client)  # the turn came too late, so pass it to the next one
             else:
                 waiting.drop(client, turn)
                 self._end_if_empty(key)
+            if isinstance(error, TimeoutError):
+                raise Exhausted("no turn became free in time") from None
             raise
 
     def give(self, key: Key, client: Hashable = None) -> None:

@@ -358,7 +358,7 @@ class Connection:
             elif self._slot is not None and not self._inbox:
                 self._slot.end()  # the connection waits for its client, so it needs no slot
         except Exception as error:
-            if refusal(error) is None:
+            if refusal(error, "a new connection") is None:
                 raise
             self.close(CloseCode.GOING_AWAY)
 
@@ -369,7 +369,7 @@ class Connection:
         try:
             await self._deps.hooks.refresh(self.context, user_news, whole)
         except Exception as error:
-            if refusal(error) is None:
+            if refusal(error, "the news of a user") is None:
                 raise
             # One recheck serves all sockets of the user, which failed alike.
             again = partial(self._deps.hub.online_users.recheck, self.user_id, is_whole=True)

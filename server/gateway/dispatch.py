@@ -41,7 +41,8 @@ from protocol.limits import (
 )
 from protocol.server import Error, Reply, Result
 from server.context import Context
-from server.core.errors import INTERNAL, ROLLED_BACK, log_defect, refusal
+from server.core.errors import INTERNAL, log_defect, refusal
+from server.core.faults import ROLLED_BACK
 from server.core.metrics import Metrics
 from server.fairness.share import HELD
 from server.fairness.turns import Turns
@@ -137,9 +138,10 @@ class Dispatch:
             else:
                 result = await self._handle(route, context, frame)
         except Exception as error:  # noqa: BLE001 - any error becomes a reply
-            refused = refusal(error)
+            what = "a frame" if frame is None else str(type(frame).__struct_config__.tag)
+            refused = refusal(error, what)
             if refused is None:
-                log_defect(log, type(frame).__name__, error)
+                log_defect(log, what, error)
                 refused = INTERNAL
             self._metrics.refusals[refused.code] += 1
             if refused.retry_after_ms is not None:

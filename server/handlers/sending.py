@@ -16,7 +16,8 @@ from protocol.limits import FURTHER_TOKENS, TOKEN_BYTES, part_of_mentions
 from protocol.server import MessageSent, Sent
 from protocol.values import Message
 from server.context import Context
-from server.core.errors import NotActive, NotFound, is_lost
+from server.core.errors import NotActive, NotFound
+from server.core.faults import is_lost
 from server.db.database import Db
 from server.domain.compose import outgoing, require_fair
 from server.domain.permissions import OBSTACLES, slow_mode

@@ -159,7 +159,7 @@ class Endpoints:
             if (token := token_of(handshake, self._deps.origins)) is not None:
                 admitted = await self._admit(token, key_of(handshake))
         except Exception as error:
-            refused = refusal(error)
+            refused = refusal(error, "a handshake")
             if refused is None:
                 raise
             await handshake.send_denial_response(refusal_response(refused))
@@ -250,7 +250,7 @@ class Endpoints:
         try:
             return await asyncio.wait_for(self._deps.services.database.is_current(), READY_SECONDS)
         except Exception as error:
-            if refusal(error) is None:
+            if refusal(error, "/readyz") is None:
                 raise
             return False
 
@@ -277,7 +277,7 @@ class Endpoints:
         except WebSocketDisconnect:
             return None
         except Exception as error:
-            refused = refusal(error)
+            refused = refusal(error, "authenticate")
             if refused is None:
                 raise
             await handshake.send_text(encode(error_frame(refused)).decode())

@@ -29,13 +29,22 @@ def endpoint(inner: Endpoint) -> Endpoint:
         try:
             return await inner(request)
         except Exception as error:  # noqa: BLE001 - any error becomes a response
-            refused = refusal(error)
+            what = _path(request)
+            refused = refusal(error, what)
             if refused is None:
-                log_defect(log, request.url.path, error)
+                log_defect(log, what, error)
                 refused = INTERNAL
             return refusal_response(refused)
 
     return outer
+
+
+def _path(request: Request) -> str:
+    """Return the path of a request for the log, with the names of parameters instead of their values."""
+    path = request.url.path
+    for name, value in request.path_params.items():
+        path = path.replace(str(value), f"{{{name}}}")
+    return path
 
 
 async def no_route(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's shape

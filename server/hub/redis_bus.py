@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import hiredis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from server.core.errors import REDIS_LOST, log_failure, redis_unreachable
 from server.core.periodic import end, every
@@ -76,7 +77,10 @@ class _Ear(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.lost.done():
-            self.lost.set_exception(exc or ConnectionError("the connection was closed"))
+            # The log must not report an error of this connection as one of PostgreSQL.
+            if exc is None or isinstance(exc, OSError):
+                exc = RedisConnectionError(str(exc or "it was closed"))
+            self.lost.set_exception(exc)
 
 
 @dataclass(slots=True)

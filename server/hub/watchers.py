@@ -11,7 +11,8 @@ from protocol.ids import UserId
 from protocol.limits import MAX_WATCHED
 from protocol.server import PresenceChanged
 from protocol.values import Presence
-from server.core.errors import is_lost, log_defect, log_failure
+from server.core.errors import log_defect, log_failure
+from server.core.faults import is_lost
 from server.hub.bus import Bus
 from server.hub.doubts import Batch, Doubts, Pair, Whole
 from server.hub.online_users import Sight, Socket

@@ -7,7 +7,8 @@ from asyncpg import LockNotAvailableError
 
 from protocol.ids import ConversationId, MessageId, UserId
 from server.context import Events
-from server.core.errors import is_lost, log_failure
+from server.core.errors import log_failure
+from server.core.faults import is_lost
 from server.db.database import Database, Db
 from server.domain.publish import publish_deleted
 from server.queries import conversations, edits, expiry

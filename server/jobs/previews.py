@@ -20,7 +20,7 @@ from protocol.ids import UserId
 from protocol.limits import MAX_CONTENT, visible
 from protocol.values import LinkPreview, Message
 from server.context import Events
-from server.core.errors import is_lost
+from server.core.errors import log_failure
 from server.db.database import Database
 from server.domain.publish import publish_changed
 from server.fairness.fair_queue import FairQueue
@@ -112,9 +112,8 @@ class Previews:
                 self._pause(error.url, sender_id)
             except LockNotAvailableError:
                 log.info("no preview of message %s: the conversation is busy", at.message_id)
-            except Exception as error:
-                if not is_lost(error):
-                    log.exception("creating a preview failed")
+            except Exception as error:  # noqa: BLE001 - other messages have links, too
+                log_failure(log, "creating a preview", error)
             finally:
                 self._bound.give(sender_id)
                 if self._lines.done(sender_id):

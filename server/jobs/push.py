@@ -24,7 +24,8 @@ from protocol.codec import encode
 from protocol.ids import UserId
 from protocol.push import Notification
 from protocol.values import Message
-from server.core.errors import is_lost, log_failure
+from server.core.errors import log_failure
+from server.core.faults import fault_of
 from server.core.stopwatch import Stopwatch
 from server.db.database import Database
 from server.domain.push_keys import from_base64url
@@ -123,7 +124,7 @@ class WebPush:
         except Exception as error:
             for page in pages:
                 self._due.failed(page)
-            if not is_lost(error):
+            if fault_of(error) is None:
                 raise
             log_failure(log, "finding the receivers of notifications", error)
             return
@@ -150,8 +151,9 @@ class WebPush:
         try:
             return await self._reads.submit(post)
         except Exception as error:
-            if not is_lost(error):
+            if fault_of(error) is None:
                 raise
+            log_failure(log, "reading a notification", error)
             self._drops.add("database")
             return None
 
@@ -204,14 +206,15 @@ class WebPush:
             raise Failed(retry_after) if answer.status >= 500 else Rejected(retry_after)  # noqa: PLR2004
 
     async def _forget(self, endpoint: str) -> UserId | None:
-        """Delete an endpoint. Return its user. Return None if it does not exist, or if the database is lost."""
+        """Delete an endpoint. Return its user. Return None if it does not exist, or after a fault of the database."""
         try:
             async with self._database.connection() as db:
                 return await push.forget(db, endpoint)
         except Exception as error:
             # The next notification to this endpoint tries again.
-            if not is_lost(error):
+            if fault_of(error) is None:
                 raise
+            log_failure(log, "deleting an endpoint", error)
             return None
 
     def _authorization(self, endpoint: str) -> str:

@@ -140,9 +140,9 @@ async def _send_one(services: Services, due: DueScheduled) -> None:
         except (LockNotAvailableError, ClaimLost):
             raise
         except Exception as error:  # noqa: BLE001 - other messages are due, too
-            refused = refusal(error)
+            refused = refusal(error, "a scheduled message")
             if refused is None:
-                log_defect(log, "send_due", error)
+                log_defect(log, "a scheduled message", error)
                 refused = INTERNAL
             if refused.code in AGAIN:
                 await _put_off(services, due, refused.retry_after_ms or 0)

@@ -1,0 +1,255 @@
+"""Faults of PostgreSQL, which are lost, busy or full: each has its refusal, its line in the log and its metric."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+import msgspec
+import pytest
+
+from protocol import client, server
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId
+from protocol.server import Error
+from prove.client import Client
+from server.core.config import Settings
+from server.core.faults import REFUSALS, Away, Exhausted, Fault, fault_of
+from server.db import database
+from tests.conftest import Lines
+from tests.world import Room, World, http_client, message, sent
+
+KINDS = (
+    (asyncpg.ConnectionDoesNotExistError("closed"), Fault.LOST),
+    (asyncpg.AdminShutdownError("terminating connection"), Fault.LOST),
+    (asyncpg.CannotConnectNowError("starting up"), Fault.LOST),
+    (asyncpg.StatementCompletionUnknownError("unknown"), Fault.LOST),
+    (asyncpg.InterfaceError("the pool is closed"), Fault.LOST),
+    (asyncpg.InternalClientError("got an unexpected message"), Fault.LOST),
+    (ConnectionResetError(104, "Connection reset by peer"), Fault.LOST),
+    (TimeoutError(), Fault.LOST),
+    (Away("starting up"), Fault.LOST),
+    (Away("too many clients", Fault.BUSY), Fault.BUSY),
+    (asyncpg.DeadlockDetectedError("deadlock detected"), Fault.BUSY),
+    (asyncpg.SerializationError("could not serialize access"), Fault.BUSY),
+    (asyncpg.QueryCanceledError("statement timeout"), Fault.BUSY),
+    (asyncpg.LockNotAvailableError("lock timeout"), Fault.BUSY),
+    (asyncpg.TooManyConnectionsError("too many clients"), Fault.BUSY),
+    (asyncpg.ConfigurationLimitExceededError("temp_file_limit"), Fault.BUSY),
+    (Exhausted("no connection became free in time"), Fault.BUSY),
+    (RuntimeError("can't start new thread"), Fault.BUSY),
+    (asyncpg.DiskFullError("could not extend file"), Fault.FULL),
+    (asyncpg.OutOfMemoryError("out of memory"), Fault.FULL),
+    (asyncpg.ReadOnlySQLTransactionError("cannot execute INSERT"), Fault.FULL),
+    (asyncpg.PostgresIOError("could not write"), Fault.FULL),
+    (asyncpg.UndefinedColumnError("column x does not exist"), None),
+    (asyncpg.InterfaceError("the server expects 1 argument for this query, 2 were passed"), None),
+    (OSError(28, "No space left on device"), None),
+    (ValueError("of ours"), None),
+)
+
+
+@pytest.mark.parametrize(("error", "kind"), KINDS)
+def test_each_error_has_one_kind(error: Exception, kind: Fault | None) -> None:
+    assert fault_of(error) is kind
+
+
+async def refusal(one: Client, frame: client.Frame, kind: Fault) -> None:
+    """Send a frame, and assert that the fault refuses it."""
+    answer = await one.ask(frame)
+    assert isinstance(answer, Error), answer
+    words, retry_after_ms = REFUSALS[kind]
+    assert (answer.code, answer.message) == (ErrorCode.UNAVAILABLE, words)
+    assert answer.retry_after_ms is not None
+    assert answer.retry_after_ms >= retry_after_ms
+
+
+def renamed(group: ConversationId) -> client.UpdateConversation:
+    return client.UpdateConversation(conversation_id=group, title="New")
+
+
+async def counted(world: World, kind: Fault) -> float:
+    """Return the metric of a kind, of both workers."""
+    async with http_client(world.url) as http:
+        text = (await http.get("/metrics")).text
+    begin = f'openchat_database_faults_total{{kind="{kind}"'
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(begin))
+
+
+def told(lines: Lines, what: str) -> list[str]:
+    """Return what the log says about a frame, a job or a state, without the times."""
+    return [line.split(" worker 1 ")[1] for line in lines.text.splitlines() if what in line]
+
+
+RAISE = """
+CREATE FUNCTION fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    RAISE EXCEPTION 'could not extend file "base/5/2619"' USING ERRCODE = '53100', DETAIL = NEW.content;
+END $$;
+CREATE TRIGGER fault BEFORE INSERT ON message FOR EACH ROW EXECUTE FUNCTION fault()
+"""
+
+
+async def test_full_disk_is_refused_as_full_and_logged_once_per_frame_type(
+    room: Room, world: World, lines: Lines
+) -> None:
+    await world.db.execute(RAISE)
+    for _ in range(5):
+        await refusal(room.ada, message(room.group, "Is there room?"), Fault.FULL)
+    said = await world.db.fetchval("SELECT count(*) FROM message")
+    assert said == 0
+    assert told(lines, "database full") == [
+        'ERROR send failed, database full (53100): could not extend file "base/5/2619"'
+    ]
+    assert "room?" not in lines.text
+    assert "Traceback" not in lines.text
+    assert await counted(world, Fault.FULL) == 5
+    await world.db.execute("DROP TRIGGER fault ON message")
+    await sent(room.ada, room.group)
+
+
+SET = "ALTER DATABASE {name} SET {setting}"
+END_OTHERS = """
+SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = 'openchat'
+"""
+
+
+async def configure(world: World, setting: str) -> None:
+    """Change a setting of all new sessions, and end the others."""
+    name = await world.db.fetchval("SELECT current_database()")
+    await world.db.execute(SET.format(name=name, setting=setting))
+    await world.db.fetch(END_OTHERS)
+
+
+async def test_read_only_database_is_refused_as_full_and_can_be_read(room: Room, world: World, lines: Lines) -> None:
+    message_id = await sent(room.ada, room.group, "Before")
+    await configure(world, "default_transaction_read_only = on")
+    async with asyncio.timeout(10):
+        while not told(lines, "send failed, database full (25006)"):
+            await room.ada.ask(message(room.group))
+    await refusal(room.ada, client.Pin(**room.at(message_id)), Fault.FULL)
+    assert isinstance(await room.charles.ask(client.History(conversation_id=room.group)), server.Reply)
+    await configure(world, "default_transaction_read_only = off")
+    async with asyncio.timeout(10):
+        while isinstance(await room.ada.ask(message(room.group)), Error):
+            await asyncio.sleep(0.01)
+    assert len(told(lines, "send failed, database full")) == 1
+    assert len(told(lines, "pin failed, database full (25006)")) == 1
+
+
+async def test_terminated_connections_are_one_state_that_is_logged_once(room: Room, world: World, lines: Lines) -> None:
+    """The connections wait for a lock, so that the statements of two frame types are interrupted."""
+    async with holding(world, room.group):
+        asked = [
+            asyncio.create_task(one.ask(frame))
+            for one, frame in (
+                (room.ada, renamed(room.group)),
+                (room.charles, client.Leave(conversation_id=room.group)),
+            )
+        ]
+        await waiting(world, 2)
+        await world.db.fetch(END_WAITING)
+        for answer in await asyncio.gather(*asked):
+            assert isinstance(answer, Error)
+            assert (answer.code, answer.message) == (ErrorCode.UNAVAILABLE, REFUSALS[Fault.LOST][0])
+    assert len(told(lines, "failed, database lost (")) == 1
+    assert await counted(world, Fault.LOST) >= 2
+
+
+WAITING = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+END_WAITING = f"SELECT pg_terminate_backend(pid, 5000) FROM ({WAITING}) waiting"
+HOLD = "SELECT FROM conversation WHERE id = $1 FOR UPDATE"
+
+
+@asynccontextmanager
+async def holding(world: World, conversation_id: ConversationId) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    """Hold the lock of a conversation."""
+    holder = await asyncpg.connect(world.settings.database_url)
+    try:
+        async with holder.transaction():
+            await holder.execute(HOLD, conversation_id)
+            yield holder
+    finally:
+        await holder.close()
+
+
+async def waiting(world: World, count: int) -> None:
+    """Return when as many statements wait for a lock."""
+    async with asyncio.timeout(10):
+        while len(await world.db.fetch(WAITING)) < count:
+            await asyncio.sleep(0.01)
+
+
+async def test_statement_timeout_is_refused_as_busy(
+    settings: Settings, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(database.SESSION, "statement_timeout", "200ms")
+    async with World(settings) as world:
+        ada = await world.connect(await world.user("Ada"))
+        group = await world.channel(ada)
+        async with holding(world, group):
+            await refusal(ada, renamed(group), Fault.BUSY)
+        assert told(lines, "database busy") == [
+            "WARNING update_conversation failed, database busy (57014): canceling statement due to statement timeout"
+        ]
+        assert await counted(world, Fault.BUSY) == 1
+        await ada.call(renamed(group))
+
+
+async def test_exhausted_pool_is_refused_as_busy(
+    settings: Settings, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "CONNECT_SECONDS", 0.3)
+    async with World(msgspec.structs.replace(settings, database_connections=2), workers=1) as world:
+        ada, charles, mary = await world.users("Ada", "Charles", "Mary")
+        owner = await world.connect(ada)
+        group = await world.group(owner, charles)
+        theirs, hers = await world.connect(charles), await world.connect(mary)
+        async with holding(world, group):
+            asked = [
+                asyncio.create_task(owner.ask(renamed(group))),
+                asyncio.create_task(theirs.ask(client.Leave(conversation_id=group))),
+            ]
+            await waiting(world, 2)
+            await refusal(hers, client.ListRelationships(), Fault.BUSY)
+        assert {type(one) for one in await asyncio.gather(*asked)} == {server.Reply}
+        assert told(lines, "list_relationships") == [
+            "WARNING list_relationships failed, database busy (Exhausted): no connection became free in time"
+        ]
+        assert isinstance(await hers.ask(client.ListRelationships()), server.Reply)
+
+
+LOCK_LAST = """
+CREATE FUNCTION lock_last() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    PERFORM pg_advisory_xact_lock(1); RETURN NEW;
+END $$;
+CREATE TRIGGER lock_last AFTER UPDATE ON conversation FOR EACH ROW EXECUTE FUNCTION lock_last()
+"""
+PATIENT = "SET deadlock_timeout = '10s'"
+
+
+async def test_second_deadlock_of_a_frame_is_refused_as_busy(settings: Settings, lines: Lines) -> None:
+    async with World(settings) as world:
+        ada = await world.connect(await world.user("Ada"))
+        group = await world.channel(ada)
+        await configure(world, "deadlock_timeout = '200ms'")
+        await world.db.execute(LOCK_LAST)
+        holder = await asyncpg.connect(world.settings.database_url)
+        await holder.execute(PATIENT)
+        async with holder.transaction():
+            await holder.execute("SELECT pg_advisory_xact_lock(1)")
+            asked = asyncio.create_task(refusal(ada, renamed(group), Fault.BUSY))
+            for _ in range(2):
+                await waiting(world, 1)
+                # The frame holds the conversation and waits for the holder. PostgreSQL aborts the frame.
+                inner = holder.transaction()
+                await inner.start()
+                await holder.execute(HOLD, group)
+                await inner.rollback()
+            await asked
+        await holder.close()
+        assert told(lines, "update_conversation failed, database busy") == [
+            "WARNING update_conversation failed, database busy (40P01): deadlock detected"
+        ]
+        assert len(told(lines, "rolled back by PostgreSQL and is retried once")) == 1
+        await ada.call(renamed(group))
