@@ -192,7 +192,7 @@ def literal(value: Any) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
-FUNCTIONS = {"send_messages", "change_reactions"}
+FUNCTIONS = {"send_messages", "change_reactions", "expire_messages"}
 """Functions that contain the statements of a batch."""
 EXPLAIN_INNER = """
 LOAD 'auto_explain';
@@ -367,6 +367,8 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "who sends": (scheduled.SENDER, ("15 seconds", user)),
         "what is due": (scheduled.CLAIM, ("15 seconds", user)),
         "what has expired": (expiry.DUE, (200, [], [])),
+        "expire": (expiry.EXPIRE, ([about], [ids["middle"]], "true", "10ms")),
+        "edits that expire": (expiry.FORGET_EDITS, ([about], [ids["middle"]], 100)),
         "see feed": (feed.SEE, (user, "2030-01-01")),
         "due for a push": (push.DUE, ([about], [push.FIRST], [ids["middle"]], 100)),
         "notices": (push.NOTICES, ([user], ["https://push.example/1"], [about], [ids["middle"]])),
@@ -420,9 +422,10 @@ async def test_cost_does_not_grow_with_history(
                 place.size // 2,
             ),
         }
+        await filler.execute("UPDATE message SET expires_at = now() WHERE id = $1", ids["middle"])
         statements = hot(place, ids)
         # After ANALYZE, the first call plans the statements of a function, and reads pages for that.
-        for name in ("send", "react"):
+        for name in ("send", "react", "expire"):
             await explained(db, name, statements[name][1])
         plans[place.size] = {name: await explained(db, name, arguments) for name, (_, arguments) in statements.items()}
     await db.close()

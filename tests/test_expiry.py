@@ -1,15 +1,22 @@
-"""Order of expiry when many messages are due."""
+"""Expiry of many messages: their order, their counts and versions, and what one portion locks."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
+import asyncpg
 import pytest
 
+from protocol import client, server
+from protocol.ids import MessageId
+from protocol.payloads import Poll
+from prove.mirror import Mirror
+from prove.truth import assert_same, read_conversation, recount
 from server.app import background
 from server.core.config import Settings
 from server.jobs.expiry import expire_due
 from server.queries import expiry
-from tests.world import World, sent
+from tests.world import World, sent, until
 
 # All messages of Ada are due before the message of Bob.
 EXPIRE = """
@@ -29,8 +36,17 @@ async def world(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
         yield world
 
 
+async def expire(world: World) -> None:
+    """Delete the messages that are due now."""
+    worker = world.workers[0].app
+    await expire_due(worker._database, worker.hub)  # noqa: SLF001 - a job
+
+
 @pytest.mark.parametrize("conversations", [1, 40])
-async def test_senders_of_expired_messages_take_turns(world: World, conversations: int) -> None:
+async def test_senders_of_expired_messages_take_turns(
+    world: World, monkeypatch: pytest.MonkeyPatch, conversations: int
+) -> None:
+    monkeypatch.setattr(expiry, "MAX_DUE", 100)
     who, other = await world.users("Ada", "Bob")
     ada, bob = await world.connect(who), await world.connect(other)
     places = [await world.channel(ada) for _ in range(conversations)]
@@ -38,9 +54,143 @@ async def test_senders_of_expired_messages_take_turns(world: World, conversation
     await asyncio.gather(*(sent(ada, places[number % conversations]) for number in range(count)))
     bobs = await sent(bob, await world.channel(bob))
     await world.db.execute(EXPIRE, who.id)
-    worker = world.workers[0].app
 
-    await expire_due(worker._database, worker.hub)  # noqa: SLF001 - due now
+    await expire(world)
 
     assert await world.db.fetchval(BEFORE, who.id, bobs) <= expiry.MAX_DUE
     assert await world.db.fetchval(LEFT) == 0
+
+
+VERSIONS = "SELECT version FROM message WHERE is_deleted AND conversation_id = $1 ORDER BY version"
+DUE = "UPDATE message SET expires_at = now() WHERE id <> ALL ($1)"
+
+
+@pytest.mark.parametrize("portion", [1, 4, expiry.PORTION])
+async def test_counts_and_versions_of_messages_that_expire_together_are_exact(
+    world: World, monkeypatch: pytest.MonkeyPatch, portion: int
+) -> None:
+    """Clients with the events have the same rows as clients that read them."""
+    monkeypatch.setattr("server.jobs.expiry.PORTION", portion)
+    who, other = await world.users("Ada", "Bob")
+    ada, mirror = await world.connect(who), Mirror()
+    bob = await world.connect(other)
+    bob.on_event = mirror.receive
+    group = await world.group(ada, other)
+    await bob.event(server.ConversationJoined)
+    mirror.unloaded.discard(group)
+
+    def at(message_id: MessageId) -> dict[str, Any]:
+        return {"conversation_id": group, "message_id": message_id}
+
+    kept, root, poll, plain, deleted = (
+        await sent(ada, group, "Kept"),
+        await sent(ada, group, "Root"),
+        await sent(ada, group, "Tea?", payload=Poll(options=["Yes", "No"])),
+        await sent(bob, group, "Plain"),
+        await sent(ada, group, "Deleted"),
+    )
+    for one in (kept, root, root, kept, plain, root):
+        await sent(bob, group, "Reply", parent_message_id=one)
+    for frame in (
+        client.Vote(**at(poll), options=[0]),
+        client.React(**at(plain), emoji="👍"),
+        client.Pin(**at(plain)),
+        client.Star(**at(root)),
+        client.Edit(**at(root), content="Edited once"),
+        client.Edit(**at(root), content="Edited twice"),
+        client.Delete(**at(deleted)),
+    ):
+        await ada.call(frame)
+    await world.db.execute(DUE, [kept])
+    before = await world.db.fetchval("SELECT version FROM conversation WHERE id = $1", group)
+
+    await expire(world)
+
+    assert await recount(world.db) == []
+    versions = [row[0] for row in await world.db.fetch(VERSIONS, group)]
+    assert versions == [before, *range(before + 1, before + 10)], "the message that Ada deleted moved no version"
+    assert await world.db.fetchval("SELECT count(*) FROM message_edit") == 0
+    assert await world.db.fetchval("SELECT count(*) FROM message WHERE expires_at IS NOT NULL") == 0
+    truth = await read_conversation(world.db, group)
+    await until(lambda: mirror.copies[group].version == truth.version)
+    mirror.copies[group].participants = truth.participants
+    assert_same(mirror.copies[group], truth)
+    assert not mirror.wrong
+    late = await world.connect(other, query="?resume=1")
+    await late.call(client.Resume(epoch=late.ready.epoch, versions={group: before}), server.Resumed)
+    (event,) = [one for one in late.events if isinstance(one, server.Changes)]
+    assert [one.version for one in event.events if isinstance(one, server.MessageDeleted)] == versions[1:]
+
+
+class Portions:
+    """The portions that expire, and the time-outs of waits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
+        self.timed_out = 0
+        original = expiry.expire
+
+        async def noted(db: Any, portion: Sequence[expiry.Due], *, passes_held: bool) -> Any:
+            self.sizes.append(len(portion))
+            try:
+                return await original(db, portion, passes_held=passes_held)
+            except asyncpg.LockNotAvailableError:
+                self.timed_out += 1
+                raise
+
+        monkeypatch.setattr(expiry, "expire", noted)
+
+
+async def test_messages_of_many_conversations_expire_in_one_statement(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversation that is locked is passed over, and a failure in one concerns no other."""
+    (who,) = await world.users("Ada")
+    ada = await world.connect(who)
+    places = [await world.channel(ada) for _ in range(expiry.PORTION)]
+    for number in range(2 * expiry.PORTION):
+        await sent(ada, places[number % len(places)])
+    held, broken = places[3], places[5]
+    await world.db.execute(FAIL.format(broken))
+    await world.db.execute(DUE, [])
+    portions = Portions(monkeypatch)
+    async with world.db.transaction():
+        await world.db.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE", held)
+        await expire(world)
+    left = [row[0] for row in await world.db.fetch("SELECT conversation_id FROM message WHERE NOT is_deleted")]
+    assert sorted(left) == sorted(2 * [held, broken])
+    assert portions.timed_out == 1
+    await world.db.execute("DROP TRIGGER fails ON message")
+    portions.sizes.clear()
+    await expire(world)
+    assert portions.sizes == [4]
+    assert await world.db.fetchval(LEFT) == 0
+    assert await recount(world.db) == []
+
+
+FAIL = """
+CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'a broken row'; END $$;
+CREATE TRIGGER fails BEFORE UPDATE ON message FOR EACH ROW
+    WHEN (NEW.conversation_id = '{}' AND NEW.is_deleted) EXECUTE FUNCTION fail()
+"""
+
+
+async def test_portions_have_a_bound_in_rows_and_bytes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    (who,) = await world.users("Ada")
+    ada = await world.connect(who)
+    about = await world.channel(ada)
+    for _ in range(2 * expiry.PORTION + 1):
+        await sent(ada, about)
+    portions = Portions(monkeypatch)
+    await world.db.execute(DUE, [])
+    await expire(world)
+    assert portions.sizes == [expiry.PORTION, expiry.PORTION, 1]
+    portions.sizes.clear()
+    large = "".join(chr(0x4E00 + number * 7919 % 20_000) for number in range(10_000))
+    for _ in range(6):
+        await sent(ada, about, large)
+    await world.db.execute(DUE, [row[0] for row in await world.db.fetch("SELECT id FROM message WHERE is_deleted")])
+    await expire(world)
+    assert sum(portions.sizes) == 6
+    assert max(portions.sizes) <= 3
+    assert await recount(world.db) == []

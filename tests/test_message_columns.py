@@ -12,7 +12,7 @@ from protocol.client import Send
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.values import Message
 from server.handlers import sending as handler
-from server.queries import export, sending
+from server.queries import edits, export, sending
 from server.queries.sending import Outgoing
 
 SCHEMA = Path("schema.sql").read_text()
@@ -90,3 +90,16 @@ def test_an_export_decides_about_each_column_of_a_message_out_of_sight() -> None
     names = set(re.findall(r"'(\w+)', ", export._WORDS_ALONE))  # noqa: SLF001 - the list itself
 
     assert names | NOT_EXPORTED == fields()
+
+
+def test_an_expired_message_loses_the_columns_of_a_deleted_one() -> None:
+    function = SCHEMA[SCHEMA.index("CREATE FUNCTION expire_messages(") :]
+    (expired,) = re.findall(r"UPDATE message m SET (content = .+?)\n        WHERE", function, re.DOTALL)
+    (deleted,) = re.findall(r"UPDATE message m SET (content = .+?)\nFROM", edits.DELETE, re.DOTALL)
+
+    assert assigned(expired) == assigned(deleted) | {"expires_at"}
+
+
+def assigned(text: str) -> set[str]:
+    """Return the columns that an UPDATE sets."""
+    return set(re.findall(r"(?:^|, |,\n +)(\w+) = ", text))

@@ -112,7 +112,6 @@ WHY = {
     "parts of one message: 1,000 edits, emoji, votes and reports of its participants": {
         "edits.COUNT": "message_edit(message_id)",
         "edits.DELETE": "message_reaction(message_id); poll_vote(message_id)",
-        "edits.FORGET": "message_edit(conversation_id, message_id)",
         "messages.GET": "message_reaction(message_id, user_id)",
         "messages.PAGE": "message_reaction(message_id, user_id)",
         "messages.TIMELINE": "message_reaction(message_id, user_id)",

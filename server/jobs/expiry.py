@@ -1,18 +1,19 @@
 """Expiry: deletes messages after the lifetime that their conversation's settings define."""
 
 import logging
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
 
 from asyncpg import LockNotAvailableError
 
-from protocol.ids import ConversationId, MessageId, UserId
+from protocol.ids import ConversationId, UserId
 from server.context import Events
 from server.core.errors import log_failure
 from server.core.faults import is_lost
-from server.db.database import Database, Db
+from server.db.database import Database
+from server.db.rows import Undecoded
 from server.domain.publish import publish_deleted
-from server.queries import conversations, edits, expiry
-from server.queries.edits import Deleted
+from server.queries import expiry
+from server.queries.expiry import PORTION, PORTION_BYTES, Due, Expired
 
 log = logging.getLogger(__name__)
 
@@ -34,37 +35,74 @@ async def expire_due(database: Database, events: Events) -> None:
             return
         if not due:
             served.clear()
-        for (sender_id, conversation_id), message_ids in due.items():
-            served.add(sender_id)
-            if conversation_id in failed:
-                continue
-            try:
-                await _expire(database, events, conversation_id, message_ids)
-            except LockNotAvailableError:
-                failed.add(conversation_id)
-            except Exception as error:  # noqa: BLE001 - the other conversations are due, too
-                log_failure(log, f"expiry in {conversation_id}", error)
-                failed.add(conversation_id)
-                if is_lost(error):
-                    break  # the query for due messages tells a lost database from a slow statement
+        served |= {one.sender_id for one in due}
+        for portion in _portions(due, failed):
+            if not await _expire_portion(database, events, portion, failed):
+                break  # the query for due messages tells a lost database from a slow statement
+
+
+def _portions(due: Sequence[Due], failed: Collection[ConversationId]) -> Iterator[list[Due]]:
+    """Yield messages in portions for `expire`. Those of conversations that have failed by then are left out."""
+    portion: list[Due] = []
+    size = 0
+    for one in due:
+        if portion and (len(portion) == PORTION or size + one.size > PORTION_BYTES):
+            yield portion
+            portion, size = [], 0
+        if one.conversation_id not in failed:
+            portion.append(one)
+            size += one.size
+    if portion:
+        yield portion
+
+
+async def _expire_portion(
+    database: Database, events: Events, portion: Sequence[Due], failed: set[ConversationId]
+) -> bool:
+    """Delete messages, and add the conversations of those that were not deleted to `failed`. Return False if the
+    database may be lost.
+    """
+    for conversation_id in await _expire_together(database, events, portion):
+        alone = [one for one in portion if one.conversation_id == conversation_id]
+        try:
+            await _expire(database, events, alone, passes_held=False)
+        except LockNotAvailableError:
+            failed.add(conversation_id)
+        except Exception as error:  # noqa: BLE001 - the other conversations are due, too
+            log_failure(log, f"expiry in {conversation_id}", error)
+            failed.add(conversation_id)
+            if is_lost(error):
+                return False
+    return True
+
+
+async def _expire_together(database: Database, events: Events, portion: Sequence[Due]) -> Collection[ConversationId]:
+    """Delete messages of several conversations, without waiting for locks. Return the conversations that it passed
+    over.
+    """
+    conversation_ids = {one.conversation_id for one in portion}
+    if len(conversation_ids) == 1:
+        return conversation_ids
+    try:
+        return await _expire(database, events, portion, passes_held=True)
+    except Exception:  # noqa: BLE001 - one of them fails, and the caller finds it
+        return conversation_ids
 
 
 async def _expire(
-    database: Database, events: Events, conversation_id: ConversationId, message_ids: list[MessageId]
-) -> None:
-    """Delete messages in portions, so that other frames get the conversation's lock in between."""
-    for start in range(0, len(message_ids), expiry.PORTION):
-        portion = message_ids[start : start + expiry.PORTION]
+    database: Database, events: Events, portion: Sequence[Due], *, passes_held: bool
+) -> Collection[ConversationId]:
+    """Delete messages, and publish that. Return the conversations that were held."""
+    if edited := [one for one in portion if one.has_edits]:
         async with database.connection() as db:
-            while await expiry.forget_edits(db, conversation_id, portion):
+            while await expiry.forget_edits(db, edited):
                 pass
-        for deleted in await database.atomically("expiry", partial(_expire_portion, conversation_id, portion)):
-            publish_deleted(events, deleted)
 
+    async def once() -> Undecoded[Expired]:
+        async with database.connection() as db:
+            return await expiry.expire(db, portion, passes_held=passes_held)
 
-async def _expire_portion(conversation_id: ConversationId, message_ids: list[MessageId], db: Db) -> list[Deleted]:
-    # A deleted conversation cannot be locked, and its messages expire without a lock.
-    await conversations.lock(db, conversation_id)
-    due = await expiry.still_due(db, conversation_id, message_ids)
-    gone = [await edits.expire(db, conversation_id, message_id) for message_id in due]
-    return [one for one in gone if one is not None]
+    expired = await (await database.again("expiry", once)).decoded()
+    for deleted in expired.deleted:
+        publish_deleted(events, deleted)
+    return expired.held

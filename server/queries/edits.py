@@ -124,7 +124,7 @@ async def edited(db: Db, frame: Edit, user_id: UserId) -> tuple[int, bool] | Non
     return None if row is None else (row[0], row[1])
 
 
-# Deleted by the user $3, a message keeps its content as an edit. Without a user it has expired, and nothing is kept.
+# A message that the user $3 deletes keeps its content as an edit. `expire_messages` in schema.sql keeps nothing.
 # `remains` deletes reactions and votes later, because there may be very many and senders wait for this statement. The
 # message has no counts from now on, and statements that read reactions check whether it is deleted.
 DELETE = """
@@ -134,7 +134,7 @@ WITH bumped AS (
 ), kept AS (
     INSERT INTO message_edit (id, conversation_id, message_id, content, formatted_content, edited_by, version)
     SELECT gen_random_uuid(), $1, m.id, m.content, m.formatted_content, $3, b.version
-    FROM message m, bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE AND $3::uuid IS NOT NULL
+    FROM message m, bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
 ), root AS (
     UPDATE message m SET reply_count = m.reply_count - 1, version = b.version
     FROM bumped b
@@ -146,7 +146,7 @@ UPDATE message m SET content = '', formatted_content = NULL, mentions = '{}', ha
     reactions = '{}', status = 'deleted', is_deleted = true, deleted_at = now(), deleted_by = $3,
     version = b.version, updated_at = now(), payload = NULL, loud_mentions = '{}', link_preview = NULL,
     is_pinned = false, pinned_at = NULL, pinned_by = NULL, poll_counts = NULL, poll_voters = 0, poll_closed_at = NULL,
-    expires_at = CASE WHEN $3::uuid IS NOT NULL THEN m.expires_at END, has_remains = EXISTS (
+    has_remains = EXISTS (
         SELECT FROM message_reaction r WHERE r.message_id = $2 AND (r.conversation_id = $1) IS TRUE
     ) OR EXISTS (SELECT FROM poll_vote v WHERE v.message_id = $2 AND (v.conversation_id = $1) IS TRUE)
 FROM bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
@@ -170,44 +170,11 @@ async def delete(db: Db, found: Message, user_id: UserId) -> Deleted:
 
     The content stays readable for readers of the database until the message expires.
     """
-    text, root_reply_count, is_from_before = await _delete(db, found.conversation_id, found.id, user_id)
-    return Deleted(_message_decoder.decode(text), root_reply_count, is_from_before)
-
-
-# All copies of a message's content except those in `message` and in forwards, which are messages of their own. The row
-# of a scheduled message stays, because it identifies repeated frames. A deleted message loses its expiry here, and
-# others lose it by `DELETE`.
-FORGET = """
-WITH edits AS (
-    DELETE FROM message_edit e WHERE e.message_id = $2 AND e.conversation_id = $1
-), scheduled AS (
-    UPDATE scheduled_message s SET words = '{"content": ""}' WHERE s.id = $2 AND s.conversation_id = $1
-)
-UPDATE message m SET expires_at = NULL WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE AND m.is_deleted
-RETURNING true
-"""
-
-
-async def expire(db: Db, conversation_id: ConversationId, message_id: MessageId) -> Deleted | None:
-    """Delete the content of an expired message and all copies of it. Return the same as `delete`. Requires the
-    conversation's lock.
-
-    Return None if it was deleted before, or if its remains are unreadable. The content is deleted in any case.
-    """
-    if await db.fetchval(FORGET, conversation_id, message_id):
-        return None
-    text, root_reply_count, is_from_before = await _delete(db, conversation_id, message_id, None)
-    left = _message_decoder.read(text)
-    return None if left is None else Deleted(left, root_reply_count, is_from_before)
-
-
-async def _delete(
-    db: Db, conversation_id: ConversationId, message_id: MessageId, user_id: UserId | None
-) -> tuple[str, int | None, bool]:
-    row = await db.fetchrow(DELETE, conversation_id, message_id, user_id)
+    row = await db.fetchrow(DELETE, found.conversation_id, found.id, user_id)
     assert row is not None  # noqa: S101 - the caller has found it under the lock
-    await find_anew(db, conversation_id, message_id)
-    return row[0], row[1], row[2]
+    await find_anew(db, found.conversation_id, found.id)
+    text, root_reply_count, is_from_before = row
+    return Deleted(_message_decoder.decode(text), root_reply_count, is_from_before)
 
 
 # With access there is a row, even without edits.

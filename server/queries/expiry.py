@@ -1,67 +1,108 @@
 """Expired messages."""
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from protocol.ids import ConversationId, MessageId, UserId
+from protocol.values import Message
 from server.db.database import Db
+from server.db.rows import Reader, Undecoded
+from server.queries.edits import Deleted
 
-MAX_DUE = 200
+MAX_DUE = 1_000
 """Max messages that `due` returns."""
-PORTION = 8
-"""Max messages that expire in one transaction, because other frames of the conversation wait for it."""
-EDITS_AT_ONCE = 12
-"""Max edits of a message that one statement deletes."""
+PORTION = 16
+PORTION_BYTES = 64 * 1024
+"""Max messages that expire in one statement, and max bytes of them as stored, because other frames of their
+conversations wait for it. A single message may be larger.
+"""
+EDITS_AT_ONCE = 100
+"""Max edits that one statement deletes."""
+HELD_MS = 50
+"""Max time that `expire` waits for a locked row, in milliseconds."""
+
+_message_decoder = Reader(Message)
+
+
+class Due(NamedTuple):
+    """An expired message, with its bytes as stored, and whether it was edited."""
+
+    sender_id: UserId
+    conversation_id: ConversationId
+    id: MessageId
+    size: int
+    has_edits: bool
+
 
 DUE = """
-SELECT m.sender_id, m.conversation_id, m.id FROM message m
+SELECT m.sender_id, m.conversation_id, m.id, pg_column_size(m.content) + coalesce(
+        pg_column_size(m.formatted_content), 0) + coalesce(pg_column_size(m.payload), 0)
+        + coalesce(pg_column_size(m.metadata), 0),
+    EXISTS (SELECT FROM message_edit e WHERE e.message_id = m.id AND e.conversation_id = m.conversation_id OFFSET 0)
+FROM message m
 WHERE m.expires_at <= now() AND (m.conversation_id <> ALL ($2)) IS TRUE AND (m.sender_id <> ALL ($3)) IS TRUE
 ORDER BY m.expires_at LIMIT $1
 """
 
 
-async def due(
-    db: Db, besides: Collection[ConversationId], served: Collection[UserId]
-) -> dict[tuple[UserId, ConversationId], list[MessageId]]:
-    """Return expired messages by sender and conversation, at most `MAX_DUE`, those that expired first. Those of the
-    conversations `besides` and of the senders `served` are left out.
+async def due(db: Db, besides: Collection[ConversationId], served: Collection[UserId]) -> list[Due]:
+    """Return expired messages, at most `MAX_DUE`, those that expired first. Those of the conversations `besides` and of
+    the senders `served` are left out. Messages of one sender in one conversation are together.
     """
-    found: dict[tuple[UserId, ConversationId], list[MessageId]] = {}
-    for sender_id, conversation_id, message_id in await db.fetch(DUE, MAX_DUE, list(besides), list(served)):
-        found.setdefault((sender_id, conversation_id), []).append(message_id)
-    return found
+    found: dict[tuple[UserId, ConversationId], list[Due]] = {}
+    for row in await db.fetch(DUE, MAX_DUE, list(besides), list(served)):
+        one = Due(*row)
+        found.setdefault((one.sender_id, one.conversation_id), []).append(one)
+    return [one for group in found.values() for one in group]
 
 
-STILL_DUE = """
-SELECT m.id FROM message m
-WHERE m.id = ANY($2) AND (m.conversation_id = $1) IS TRUE AND m.expires_at <= now() ORDER BY m.sent_version
-"""
+EXPIRE = "SELECT held_id, message, root_reply_count, is_from_before FROM expire_messages($1, $2, $3, $4)"
 
 
-async def still_due(db: Db, conversation_id: ConversationId, message_ids: Sequence[MessageId]) -> list[MessageId]:
-    """Return those of the messages that no other worker has deleted. Requires the conversation's lock."""
-    return [MessageId(row[0]) for row in await db.fetch(STILL_DUE, conversation_id, list(message_ids))]
+class Expired(NamedTuple):
+    """The remains of expired messages, in the order of their versions, and the conversations that were passed over."""
+
+    deleted: list[Deleted]
+    held: set[ConversationId]
+
+
+async def expire(db: Db, portion: Sequence[Due], *, passes_held: bool) -> Undecoded[Expired]:
+    """Delete the content of expired messages and all copies of it, with the version of each deletion. Messages that
+    were deleted before, or whose remains are unreadable, are not returned.
+
+    With `passes_held`, messages of locked conversations stay as they are. Otherwise raises LockNotAvailableError if a
+    lock takes longer than `HELD_MS`.
+    """
+    rows = await db.fetch(EXPIRE, *_ids(portion), passes_held, f"{HELD_MS}ms")
+    held = {ConversationId(row[0]) for row in rows if row[0] is not None}
+    remains = _message_decoder.beside([tuple(row)[1:] for row in rows if row[0] is None])
+    return remains.then(lambda read: Expired([Deleted(message, *rest) for message, (_, *rest) in read], held))
+
+
+def _ids(portion: Sequence[Due]) -> tuple[list[ConversationId], list[MessageId]]:
+    return list({one.conversation_id for one in portion}), [one.id for one in portion]
 
 
 # Edits are deleted before the conversation's lock. The oldest one stays until then, because it identifies a repeated
 # `send`.
 FORGET_EDITS = """
 WITH gone AS MATERIALIZED (
-    SELECT kept.id FROM message m CROSS JOIN LATERAL (
-        SELECT e.id FROM message_edit e
-        WHERE e.message_id = m.id AND (e.conversation_id = $1) IS TRUE AND EXISTS (
-            SELECT FROM message_edit o WHERE o.message_id = m.id AND o.version < e.version OFFSET 0
+    SELECT e.id FROM message m JOIN message_edit e
+        ON e.message_id = m.id AND (e.conversation_id = m.conversation_id) IS TRUE AND EXISTS (
+            SELECT FROM message_edit o
+            WHERE o.message_id = e.message_id AND o.version < e.version
+                AND (o.conversation_id = e.conversation_id) IS TRUE OFFSET 0
         )
-        ORDER BY e.version DESC LIMIT $3
-    ) kept
-    WHERE m.id = ANY($2) AND (m.conversation_id = $1) IS TRUE AND m.expires_at <= now()
+    WHERE m.id = ANY($2) AND (m.conversation_id = ANY($1)) IS TRUE AND (m.expires_at <= now()) IS TRUE
+    LIMIT $3
 ), deleted AS (
-    DELETE FROM message_edit e WHERE e.id = ANY(ARRAY(SELECT id FROM gone)) RETURNING 1
+    DELETE FROM message_edit e
+    WHERE e.id = ANY(ARRAY(SELECT id FROM gone)) AND (e.conversation_id = ANY($1)) IS TRUE RETURNING 1
 )
 SELECT count(*) FROM deleted
 """
 
 
-async def forget_edits(db: Db, conversation_id: ConversationId, message_ids: Sequence[MessageId]) -> bool:
+async def forget_edits(db: Db, portion: Sequence[Due]) -> bool:
     """Delete some edits of expired messages. Return whether there may be more."""
-    deleted = await db.fetchval(FORGET_EDITS, conversation_id, list(message_ids), EDITS_AT_ONCE)
-    return int(deleted) >= EDITS_AT_ONCE
+    return int(await db.fetchval(FORGET_EDITS, *_ids(portion), EDITS_AT_ONCE)) >= EDITS_AT_ONCE

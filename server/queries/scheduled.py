@@ -79,7 +79,7 @@ async def put(db: Db, frame: Schedule, user_id: UserId) -> Scheduled | None:
     return None if text is None else _scheduled_decoder.decode(text)
 
 
-# A message without content was sent and has expired (`edits.FORGET`). Nobody can schedule one.
+# A message without content was sent and has expired (`expire_messages`). Nobody can schedule one.
 IS_REPEATED = """
 SELECT s.words IN ($4::jsonb, '{"content": ""}') AND s.send_at = $5 FROM scheduled_message s
 WHERE s.id = $1 AND s.sender_id = $2 AND s.conversation_id = $3 AND s.status IN ('waiting', 'sent')
