@@ -33,7 +33,9 @@ class Installation:
         self.run = self._data / "run"  # see docs/operations.md
         self.log = self._folder / "openchat.log"
         self.url = ""
-        self.database_url = f"postgresql://openchat@/openchat?host={quote(str(self.run))}"
+        self.database_url = (
+            settings.get("DATABASE_URL") or f"postgresql://openchat@/openchat?host={quote(str(self.run))}"
+        )
         self.redis_url = f"unix://{self.run}/valkey.sock"
 
     async def __aenter__(self) -> Self:
@@ -41,9 +43,9 @@ class Installation:
         outside = {name: value for name, value in os.environ.items() if name not in {"DATABASE_URL", "REDIS_URL"}}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603, ASYNC220 - our own program, without a wait
-                [sys.executable, "-P", "-m", "server.cli.main", "--port", "0", "--workers", str(self._workers),
-                 "--data-dir", str(self._data)],
-                stdout=log, stderr=subprocess.STDOUT, env=outside | dict(self._settings), process_group=0,
+                [sys.executable, "-P", "-m", "server.cli.main", "--port", "0", "--workers", str(self._workers)],
+                stdout=log, stderr=subprocess.STDOUT, process_group=0,
+                env=outside | {"OPENCHAT_DATA_DIR": str(self._data)} | dict(self._settings),
             )  # fmt: skip
         async with asyncio.timeout(START_SECONDS):
             while not self.url:

@@ -111,8 +111,9 @@ class Cluster:
 class OwnCluster(Cluster):
     """A cluster that is started for a run and deleted after it. Faults may act on its processes."""
 
-    def __init__(self, workers: int) -> None:
-        self.installation = Installation(workers, SETTINGS)
+    def __init__(self, workers: int, **settings: str) -> None:
+        """`settings` are further environment variables."""
+        self.installation = Installation(workers, SETTINGS | settings)
         super().__init__("", self.installation.database_url, self.installation.redis_url)
 
     async def __aenter__(self) -> Self:

@@ -19,6 +19,7 @@ from loadtest.proxy import Proxy
 from loadtest.target import Unusable
 from prove import report
 from prove.cluster import Cluster, OwnCluster
+from prove.failover import FAILOVERS, PairCluster
 from prove.faults import FAULTS, Fault
 from prove.pairs_command import conclude, prove_pairs
 from prove.run import Outcome, Proof, Run
@@ -137,7 +138,7 @@ def _list() -> Table:
     table = Table(box=None, header_style="bold")
     for column in ("fault", "what happens", "needs"):
         table.add_column(column)
-    for one in FAULTS:
+    for one in FAULTS + FAILOVERS:
         table.add_row(one.name, one.about, "its own cluster" if one.needs_processes else "")
     return table
 
@@ -165,26 +166,31 @@ async def _prove(options: Options, console: Console) -> int:
 
 async def _run(faults: Sequence[Fault], proof: Proof, options: Options, console: Console) -> None:
     with Screen(console, proof) as screen:
-        screen.step("starting a cluster …" if options.url is None else f"connecting to {options.url} …")
-        async with _cluster(options) as cluster, Proxy(cluster.address, receive_bytes=BUFFER_BYTES) as proxy:
-            run = Run(cluster, proxy, proof, step=screen.step, tick=screen.show)
-            await run.prepare()
-            end = time.monotonic() + options.minutes * 60
-            for number, fault in enumerate(_schedule(faults, options.seed)):
-                if number >= len(faults) and time.monotonic() > end:
-                    break
-                await run.phase(fault, options.seconds)
-                screen.show()
-            await run.leave()
-            await run.stop()
-            await run.check()
-            screen.step("stopping the cluster …")
+        for cluster, some in _clusters(faults, options):
+            await _run_on(cluster, some, proof, options, screen)
+
+
+async def _run_on(cluster: Cluster, faults: Sequence[Fault], proof: Proof, options: Options, screen: "Screen") -> None:
+    screen.step("starting a cluster …" if options.url is None else f"connecting to {options.url} …")
+    async with cluster, Proxy(cluster.address, receive_bytes=BUFFER_BYTES) as proxy:
+        run = Run(cluster, proxy, proof, step=screen.step, tick=screen.show)
+        await run.prepare()
+        end = time.monotonic() + options.minutes * 60
+        for number, fault in enumerate(_schedule(faults, options.seed)):
+            if number >= len(faults) and time.monotonic() > end:
+                break
+            await run.phase(fault, options.seconds)
+            screen.show()
+        await run.leave()
+        await run.stop()
+        await run.check()
+        screen.step("stopping the cluster …")
 
 
 def _chosen(options: Options) -> list[Fault]:
     if options.url and not (options.database_url and options.redis_url):
         raise Unusable("--url requires --database-url and --redis-url.")
-    faults = [one for one in FAULTS if not (options.url and one.needs_processes)]
+    faults = [one for one in FAULTS + FAILOVERS if not (options.url and one.needs_processes)]
     if wanted := tuple(one.lower() for one in options.faults + options.only):
         faults = [one for one in faults if one.name.lower().startswith(wanted)]
     if not faults:
@@ -196,6 +202,14 @@ def _cluster(options: Options) -> Cluster:
     if options.url and options.database_url and options.redis_url:
         return Cluster(options.url, options.database_url, options.redis_url)
     return OwnCluster(options.workers)
+
+
+def _clusters(faults: Sequence[Fault], options: Options) -> Iterator[tuple[Cluster, Sequence[Fault]]]:
+    """Yield each cluster that the faults need, and its faults."""
+    if others := [one for one in faults if one not in FAILOVERS]:
+        yield _cluster(options), others
+    if failovers := [one for one in faults if one in FAILOVERS]:
+        yield PairCluster(options.workers), failovers
 
 
 def _schedule(faults: Sequence[Fault], seed: int) -> Iterator[Fault]:
@@ -214,6 +228,9 @@ def _conclude(proof: Proof, options: Options, console: Console) -> int:
             console.print(
                 visible(f"{outcome.name}: ", "red").append_text(visible(violation, "default")), soft_wrap=True
             )
+    for outcome in proof.outcomes:
+        if outcome.remark:
+            console.print(visible(f"{outcome.name}: {outcome.remark}"), soft_wrap=True)
     if options.report:
         stem = options.report / f"prove-{time.strftime('%Y%m%d-%H%M%S')}"
         with aside(stem.with_suffix(".json")) as write:

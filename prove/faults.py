@@ -50,11 +50,11 @@ class FaultContext(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """One fault of the schedule."""
+    """One fault of the schedule. `inject` may return a remark about what happened."""
 
     name: str
     about: str
-    inject: Callable[[FaultContext], Awaitable[None]]
+    inject: Callable[[FaultContext], Awaitable[str | None]]
     needs_processes: bool = False
 
 

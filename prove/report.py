@@ -51,6 +51,7 @@ def page(proof: Proof) -> str:
             f"<p class='verdict {'good' if proof.is_good else 'bad'}'>{escape(verdict(proof))}</p>",
             _timeline(proof),
             "<h2>Faults</h2><table><tr>" + "".join(f"<th>{head}" for head in HEADS) + rows + "</table>",
+            *(f"<p>{escape(one.name)}: {escape(one.remark)}" for one in proof.outcomes if one.remark),
             f"<h2>Violations</h2><ul>{violations}</ul>" if violations else "",
         ]
     )

@@ -56,6 +56,8 @@ class Outcome(msgspec.Struct, kw_only=True):
     """Why connections ended."""
     violations: list[str] = []
     """Descriptions of the violations."""
+    remark: str = ""
+    """The result of the fault, such as the time of the recovery."""
 
     @property
     def is_good(self) -> bool:
@@ -163,7 +165,7 @@ class Run:
         await asyncio.sleep(WARM_UP_SECONDS)
         outcome.begin = time.monotonic() - self._began
         context = FaultContext(self._cluster, self._proxy, self._actors, self._random, [])
-        await fault.inject(context)
+        outcome.remark = await fault.inject(context) or ""
         outcome.end = time.monotonic() - self._began
         await asyncio.sleep(max(WARM_UP_SECONDS, end - time.monotonic()))
         is_over.set()

@@ -28,7 +28,7 @@ from server.core.faults import Away
 from server.db import migrate
 from server.db.database import Database
 from server.db.epoch import Epoch, begin_epoch, epoch_id
-from server.db.reconnecting import REFUSED
+from server.db.hosts import REFUSED
 from server.processes.embedded.folder import installed
 from tests.cluster import Cluster
 from tests.conftest import Servers

@@ -29,7 +29,7 @@ from prove.client import TIMEOUT_SECONDS, Client
 from prove.mirror import Mirror
 from prove.truth import assert_same, read_conversation
 from server.core.config import Settings
-from server.db import database
+from server.db import database, hosts
 from server.domain import presence
 from server.gateway.connection import Connection
 from server.processes.embedded.folder import DataFolder
@@ -254,6 +254,7 @@ async def test_hanging_postgres_fails_waiting_sends_together(
     settings, servers = own
     monkeypatch.setattr(database, "STATEMENT_SECONDS", 1.0)
     monkeypatch.setattr(database, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(hosts, "CONNECT_SECONDS", 1.0)
     async with World(msgspec.structs.replace(settings, connections_per_address=200), workers=1) as world:
         people = await world.users(*(f"P{number}" for number in range(SENDERS)))
         senders = [await world.connect(one) for one in people]

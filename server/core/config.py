@@ -301,7 +301,7 @@ def without_password(url: str) -> str:
     user, has_user, place = parts.netloc.rpartition("@")
     options = [(name, value) for name, value in parse_qsl(parts.query) if name in PLACES]
     netloc = f"{user.partition(':')[0]}{has_user}{place}"
-    query = urlencode(options, safe="/")
+    query = urlencode(options, safe="/,")
     return f"{parts.scheme}://{netloc}{parts.path}{query and '?'}{query}"
 
 

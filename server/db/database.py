@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import TypeAlias, TypeVar
@@ -15,15 +15,14 @@ from server.core.config import Settings
 from server.core.errors import Fatal
 from server.core.faults import ROLLED_BACK, Fault, fault_of
 from server.db.epoch import Epoch
+from server.db.hosts import CONNECT_SECONDS, REFUSED, Hosts
 from server.db.migrate import is_current
 from server.db.pool import Connection, Lease, Pool, UserPool
-from server.db.reconnecting import REFUSED, Reconnecting
+from server.db.reconnecting import Reconnecting
 from server.fairness.share import Share
 from server.limits.token_bucket import BURST_SECONDS
 
 OLDEST_MAJOR = 15
-CONNECT_SECONDS = 5.0
-"""Max time to connect, and max wait for a connection of the pool, in seconds."""
 STATEMENT_SECONDS = 10.0
 """Max time of a statement, in seconds."""
 SENDING_SECONDS = 2.0
@@ -104,10 +103,12 @@ class PoolState:
         self.faults: Counter[str] = Counter()
 
     def count(self, error: Exception) -> bool:
-        """Count an error that is a fault. Return whether its connection may still be busy."""
+        """Count an error that is a fault. Return whether its connection may still be busy, or leads to a host that is
+        not the primary any more.
+        """
         if (fault := fault_of(error)) is not None:
             self.faults[fault] += 1
-        return fault is Fault.LOST
+        return fault is Fault.LOST or isinstance(error, asyncpg.ReadOnlySQLTransactionError)
 
 
 class Database:
@@ -162,27 +163,17 @@ class Database:
 
         epoch = Epoch()
 
-        async def connect(session: Mapping[str, str]) -> Connection:
-            connection = await asyncpg.connect(
-                settings.database_url,
-                timeout=CONNECT_SECONDS,
-                command_timeout=STATEMENT_SECONDS,
-                server_settings=dict(session),
-            )
-            try:
-                await epoch.check(connection)
-            except BaseException:
-                connection.terminate()
-                raise
-            return connection
-
         most = max(2, settings.database_connections)
-        again = Reconnecting(connect)
+        try:
+            hosts = Hosts(settings.database_url, epoch.enter, command_timeout=STATEMENT_SECONDS)
+        except ValueError as error:
+            raise _unreachable(error) from error
+        again = Reconnecting(hosts.connect)
         pool = Pool(partial(again.connect, session), most=most, patience=CONNECT_SECONDS)
         shorter = session | {"statement_timeout": f"{SENDING_SECONDS * 1_000:.0f}ms"}
         sending = Pool(partial(again.connect, shorter), most=SENDING_CONNECTIONS, patience=CONNECT_SECONDS)
         try:
-            pool.give(await connect(session), is_usable=True)
+            pool.give(await hosts.connect(session), is_usable=True)
         except UNREACHABLE as error:
             raise _unreachable(error) from error
         return cls(pool, PoolState(pool, sending, epoch, most=most))
@@ -325,7 +316,7 @@ async def connect(url: str) -> "asyncpg.Connection[asyncpg.Record]":
     Raises Fatal if the database cannot be reached, or if it is older than PostgreSQL 15.
     """
     try:
-        connection = await asyncpg.connect(url, timeout=CONNECT_SECONDS)
+        connection = await Hosts(url).connect()
     except UNREACHABLE as error:
         raise _unreachable(error) from error
     version = connection.get_server_version()

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import asyncpg
 
 from server.core.faults import Away
+from server.db.hosts import confirm
 
 # A restored dump has the `epoch` of the original. The numbers of the PostgreSQL cluster, the database or the table
 # distinguish them. `openchat new-epoch` is only needed after a copy of a cluster's files, or after replacing rows.
@@ -40,13 +41,19 @@ class Epoch:
         self.id = ""
         self.over = asyncio.Event()
 
+    async def enter(self, connection: Connection) -> None:
+        """Check a new connection as `check` does. Return when the required standbys have all that it can see."""
+        found = await _read(connection)
+        await confirm(connection)
+        self._compare(found)
+
     async def check(self, connection: Connection) -> None:
         """Check that a connection belongs to this epoch. Raises Away if it belongs to another one, and ConnectionError
         if it belongs to none. The caller must not use such a connection.
         """
-        found = await _read(connection)
-        if found is None:
-            raise ConnectionError(UNFINISHED)
+        self._compare(await _read(connection))
+
+    def _compare(self, found: str) -> None:
         self.id = self.id or found
         if found != self.id:
             if not self.over.is_set():
@@ -67,10 +74,12 @@ async def begin_epoch(connection: Connection) -> None:
     await connection.execute(NEW)
 
 
-async def _read(connection: Connection) -> str | None:
-    """Return the id of the epoch. Return None if the database is a standby or has no epoch yet."""
+async def _read(connection: Connection) -> str:
+    """Return the id of the epoch. Raises ConnectionError if the database is a standby or has no epoch yet."""
     try:
         found = await connection.fetchrow(EPOCH)
     except asyncpg.UndefinedTableError:
-        return None
-    return None if found is None or found[0] else str(found[1])
+        found = None
+    if found is None or found[0]:
+        raise ConnectionError(UNFINISHED)
+    return str(found[1])

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 import asyncpg
 
 from server.core.errors import Fatal
+from server.db.hosts import Hosts
 
 LOCK_SECONDS = 1
 """Max wait of a migration for each lock, in seconds. Other statements on the table wait behind it."""
@@ -137,7 +138,7 @@ async def migrate(url: str) -> list[str]:
 
 @asynccontextmanager
 async def _connected(url: str) -> AsyncIterator[Connection]:
-    connection = await asyncpg.connect(url)
+    connection = await Hosts(url).connect()
     connection.add_log_listener(_Warnings())
     try:
         await connection.execute(UNHURRIED)

@@ -11,11 +11,10 @@ import asyncpg
 
 from server.core.errors import told
 from server.core.faults import LOST_STATE, OVER, Away, Fault, fault_of, log_fault
+from server.db.hosts import REFUSED
 
 RETRY_SECONDS, RETRY_MOST_SECONDS = 0.25, 2.0
 """Min interval between two attempts to connect during an outage, in seconds. It doubles up to the second number."""
-REFUSED = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-"""Raised by connecting."""
 
 log = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from server.core.errors import REDIS_LOST, Fatal, redis_unreachable
 from server.core.terminal import say
 from server.db import database, migrate
 from server.db.database import SENDING_CONNECTIONS
+from server.db.hosts import CONNECT_SECONDS
 from server.processes.embedded import postgres, valkey
 from server.processes.embedded.folder import DataFolder, installed
 from server.processes.embedded.postgres import Postgres
@@ -332,7 +333,7 @@ async def prepare(settings: Settings) -> None:
 
 async def _require_redis(url: str) -> None:
     try:
-        redis = Redis.from_url(url, socket_connect_timeout=database.CONNECT_SECONDS)
+        redis = Redis.from_url(url, socket_connect_timeout=CONNECT_SECONDS)
     except ValueError:
         raise Fatal("REDIS_URL is invalid. Check its port, database and options.") from None
     try:
