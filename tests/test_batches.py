@@ -21,6 +21,7 @@ from server.app.app import App
 from server.auth.tickets import Ticket
 from server.auth.tokens import token_hash
 from server.core.config import Settings
+from server.core.faults import OF_SOME
 from server.db import database
 from server.fairness.batcher import Batcher, Slow
 from server.fairness.lanes import HELD, Held, Lanes
@@ -514,6 +515,20 @@ async def test_owners_of_items_take_turns() -> None:
 def in_lane(stage: Crowd) -> int:
     """Return how many messages wait for the locked group: one in flight, and those queued behind it."""
     return 1 + sum(map(len, stage.sends._lanes[stage.group]._waiting._lines.values()))
+
+
+@pytest.mark.parametrize("kind", OF_SOME)
+async def test_item_that_makes_postgresql_end_the_statement_fails_alone(kind: type[Exception]) -> None:
+    async def work(items: list[int]) -> list[int]:
+        await asyncio.sleep(0)
+        if 7 in items:
+            raise kind
+        return items
+
+    batcher = Batcher(work, most=64)
+    outcomes = await asyncio.gather(*(batcher.submit(item) for item in range(20)), return_exceptions=True)
+    assert [one for one in outcomes if isinstance(one, int)] == [item for item in range(20) if item != 7]
+    assert isinstance(outcomes[7], kind)
 
 
 async def test_items_of_one_key_wait_in_one_lane() -> None:

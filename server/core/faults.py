@@ -41,6 +41,8 @@ class Exhausted(TimeoutError):  # noqa: N818 - a state of the server
 
 ROLLED_BACK = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
 """Raised when PostgreSQL ends a transaction that succeeds if it is retried once."""
+OF_SOME = (*ROLLED_BACK, asyncpg.LockNotAvailableError)
+"""Raised when PostgreSQL ends a statement because of some of its items. It succeeds without them."""
 
 _LOST: tuple[type[BaseException], ...] = (
     ConnectionError,

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
-from server.core.faults import ROLLED_BACK, Exhausted, fault_of
+from server.core.faults import OF_SOME, Exhausted, fault_of
 from server.fairness.fair_queue import FairQueue
 
 Item = TypeVar("Item")
@@ -143,7 +143,7 @@ class Batcher(Generic[Item, Outcome]):
 
 def _is_of_all(error: Exception) -> bool:
     """Whether the rest of a batch would fail, too."""
-    return isinstance(error, WrongCount) or (fault_of(error) is not None and not isinstance(error, ROLLED_BACK))
+    return isinstance(error, WrongCount) or (fault_of(error) is not None and not isinstance(error, OF_SOME))
 
 
 def _fail(batch: list[tuple[Item, asyncio.Future[Outcome]]], error: Exception) -> None:
