@@ -73,7 +73,10 @@ CREATE TABLE "user" (
     -- profile). Other advances may concern memberships, sessions or relationships, so workers read those again.
     own_moves bigint NOT NULL DEFAULT 0,
     -- When the user stopped being invisible. A device that disconnected before that does not change `last_seen_at`.
-    visible_since timestamptz
+    visible_since timestamptz,
+    -- Advances when the name, the display name or the image changes. Others receive it with them, so nothing else moves
+    -- it.
+    face_version bigint NOT NULL DEFAULT 0
 )
 -- Each connection writes presence, and each change advances the version. Free space on the page, and no index on these
 -- columns, keep such updates out of all indexes (HOT).
@@ -919,7 +922,8 @@ CREATE FUNCTION relationship_json(r user_relationship, viewer uuid) RETURNS json
 
 CREATE FUNCTION me_json(u "user") RETURNS json LANGUAGE sql STABLE
     RETURN json_build_object(
-        'user', json_build_object('id', u.id, 'name', u.name, 'display_name', u.display_name, 'image', u.image),
+        'user', json_build_object('id', u.id, 'name', u.name, 'display_name', u.display_name, 'image', u.image,
+            'revision', u.face_version),
         'email', u.email,
         'email_verified', u.email_verified,
         'bio', u.bio,

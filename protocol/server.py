@@ -245,26 +245,77 @@ OwnEvent = (
 )
 """Events for one user, in the order of `user_version`. Each carries the current state of its object."""
 
-# --------------------------------------------------------------------------------------- ephemeral events
+# ------------------------------------------------------------------------------------------- states, latest wins
 
 
-class MessageRead(_Tagged, tag="message_read", frozen=True, kw_only=True):
-    """A participant has read everything up to a message. `revision` is the message's `sent_version`. In a large
-    conversation, only the reader's own devices receive this.
+class _State(_Tagged, frozen=True, kw_only=True):
+    """The current state of a subject. Of two events with the same `type` and `subject`, the one with the higher
+    `revision` is later, whichever arrives first.
     """
 
+
+class _Position(_State, frozen=True, kw_only=True):
     conversation_id: ConversationId
     user_id: UserId
     message_id: MessageId
     revision: int = 0
 
+    @property
+    def subject(self) -> tuple[ConversationId | UserId, ...]:
+        """Whose position it is, and in which conversation."""
+        return self.conversation_id, self.user_id
 
-class MessageDelivered(_Tagged, tag="message_delivered", frozen=True, kw_only=True):
-    """A client of a participant has received everything up to a message. Not sent in a large conversation."""
 
-    conversation_id: ConversationId
-    user_id: UserId
-    message_id: MessageId
+class MessageRead(_Position, tag="message_read", frozen=True, kw_only=True):
+    """A participant has read everything up to a message. `revision` is the message's `sent_version`. In a large
+    conversation, only the reader's own devices receive this.
+    """
+
+
+class MessageDelivered(_Position, tag="message_delivered", frozen=True, kw_only=True):
+    """A client of a participant has received everything up to a message. `revision` is the message's `sent_version`.
+    Not sent in a large conversation.
+    """
+
+
+class PresenceChanged(_State, tag="presence_changed", frozen=True, kw_only=True):
+    """The presence of a watched user changed."""
+
+    presence: Presence
+
+    @property
+    def subject(self) -> tuple[ConversationId | UserId, ...]:
+        """Whose presence it is."""
+        return (self.presence.user_id,)
+
+    @property
+    def revision(self) -> int:
+        """The revision of the presence."""
+        return self.presence.revision
+
+
+class UserUpdated(_State, tag="user_updated", frozen=True, kw_only=True):
+    """The name or picture of a watched user changed."""
+
+    user: User
+
+    @property
+    def subject(self) -> tuple[ConversationId | UserId, ...]:
+        """Whose name and picture these are."""
+        return (self.user.id,)
+
+    @property
+    def revision(self) -> int:
+        """The revision of the name and picture."""
+        return self.user.revision
+
+
+StateEvent = MessageRead | MessageDelivered | PresenceChanged | UserUpdated
+"""Events without a place in the order of a conversation or a user. Each carries the whole state, and its `revision`, at
+the top or in the object that it contains.
+"""
+
+# ----------------------------------------------------------------------------------------------- states that expire
 
 
 class TypingStarted(_Tagged, tag="typing_started", frozen=True, kw_only=True):
@@ -282,16 +333,10 @@ class TypingStopped(_Tagged, tag="typing_stopped", frozen=True, kw_only=True):
     user_id: UserId
 
 
-class PresenceChanged(_Tagged, tag="presence_changed", frozen=True, kw_only=True):
-    """The presence of a watched user changed."""
-
-    presence: Presence
-
-
-class UserUpdated(_Tagged, tag="user_updated", frozen=True, kw_only=True):
-    """The name or picture of a watched user changed."""
-
-    user: User
+TypingEvent = TypingStarted | TypingStopped
+"""Events about a state that expires by itself, so they have no number. If those of two devices arrive in the wrong
+order, the state is wrong until it expires.
+"""
 
 
 # --------------------------------------------------------------------------- what is said about the connection
@@ -335,8 +380,9 @@ class Changes(_Tagged, tag="changes", frozen=True, kw_only=True):
     """The changes of a conversation after `since`, up to `version`, in order. The events carry the current state of
     each object that changed. Set the position to `version` afterwards.
 
-    `receipts` are the read positions, in conversations that share them. Changes that exceed one frame come in several:
-    each starts where the previous one ended.
+    `receipts` are the read positions, in conversations that share them. `last_read_revision` is that of the user's own
+    position, as in `message_read`. Changes that exceed one frame come in several: each starts where the previous one
+    ended.
     """
 
     conversation_id: ConversationId
@@ -346,6 +392,7 @@ class Changes(_Tagged, tag="changes", frozen=True, kw_only=True):
     receipts: list[Receipt] = []
     unread_count: int | None = None
     last_read_message_id: MessageId | None = None
+    last_read_revision: int = 0
 
 
 StartOverReason = Literal["too_many_changes", "ahead_of_server", "other_epoch"]
@@ -390,13 +437,15 @@ class Pong(_Tagged, tag="pong", frozen=True, kw_only=True):
 
 
 class Resumed(_Tagged, tag="resumed", frozen=True, kw_only=True):
-    """All missed events were sent, and live events follow. `read_positions` are the user's own. Use `user_version` in
-    the next `resume`, unless a later event carries a higher one.
+    """All missed events were sent, and live events follow. `read_positions` are the user's own, and `read_revisions`
+    their revisions, as in `message_read`. Use `user_version` in the next `resume`, unless a later event carries a
+    higher one.
     """
 
     conversations: int
     user_version: int = 0
     read_positions: dict[ConversationId, MessageId] = {}
+    read_revisions: dict[ConversationId, int] = {}
 
 
 class Sent(_Tagged, tag="sent", frozen=True, kw_only=True):
@@ -457,13 +506,14 @@ class ConversationPage(_Tagged, tag="conversation_page", frozen=True, kw_only=Tr
 
 
 class ParticipantEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A participant and their read position. `user` is there for active participants. For invited and banned users, it
-    is there if the caller may see it elsewhere.
+    """A participant and their read position, with its revision as in `message_read`. `user` is there for active
+    participants. For invited and banned users, it is there if the caller may see it elsewhere.
     """
 
     participant: Participant
     user: User | None = None
     last_read_message_id: MessageId | None = None
+    last_read_revision: int = 0
 
 
 class ParticipantPage(_Tagged, tag="participant_page", frozen=True, kw_only=True):
@@ -758,16 +808,8 @@ class Error(_Tagged, tag="error", frozen=True, kw_only=True):
     retry_after_ms: int | None = None
 
 
-ServerFrame = (
-    DurableEvent
-    | OwnEvent
-    | MessageRead
-    | MessageDelivered
-    | TypingStarted
-    | TypingStopped
-    | PresenceChanged
-    | UserUpdated
-    | Ready
+ConnectionFrame = (
+    Ready
     | Conversations
     | ConversationJoined
     | ConversationLeft
@@ -778,3 +820,6 @@ ServerFrame = (
     | Reply
     | Error
 )
+"""Frames that one worker writes to one connection, in the order in which they apply."""
+
+ServerFrame = DurableEvent | OwnEvent | StateEvent | TypingEvent | ConnectionFrame

@@ -28,12 +28,15 @@ RecipientState = Literal[
 
 
 class User(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The public face of a user: what a client needs to show the sender of a message."""
+    """The public face of a user: what a client needs to show the sender of a message. `revision` is higher after each
+    change of it.
+    """
 
     id: UserId
     name: str
     display_name: str | None = None
     image: str | None = None
+    revision: int = 0
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -338,20 +341,27 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class Presence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The presence of a user, as others see it. It is never `invisible`, which looks like `offline`."""
+    """The presence of a user, as others see it. It is never `invisible`, which looks like `offline`. A presence that
+    was read later has a higher `revision`.
+    """
 
     user_id: UserId
     status: PresenceStatus
     custom_status: str | None = None
     last_seen_at: datetime | None = None
+    revision: int = 0
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The read position of a participant, and the last message that a client of theirs has received."""
+    """The read position of a participant, and the last message that a client of theirs has received, with the
+    revisions as in `message_read` and `message_delivered`.
+    """
 
     user_id: UserId
     message_id: MessageId | None = None
+    revision: int = 0
     delivered_message_id: MessageId | None = None
+    delivered_revision: int = 0
 
 
 class Preferences(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -474,7 +484,8 @@ class ConversationView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     """A conversation as one participant sees it; no other value depends on the reader.
 
     `version` is the conversation's: all events up to it are included. `unread_count` is at most 100. `peer_id` is the
-    other user of a direct conversation. `invite` is there for participants who may add others.
+    other user of a direct conversation. `invite` is there for participants who may add others. `last_read_revision` is
+    the revision of the read position, as in `message_read`.
     """
 
     conversation: Conversation
@@ -484,6 +495,7 @@ class ConversationView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     last_message: Message | None = None
     unread_count: int = 0
     last_read_message_id: MessageId | None = None
+    last_read_revision: int = 0
     last_activity_at: datetime
     preferences: Preferences = Preferences()
     invite: InviteCode | None = None

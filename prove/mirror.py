@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from uuid import UUID
 
 import msgspec
 
 from protocol import server
 from protocol.ids import ConversationId, MessageId, RelationshipId, UserId
-from protocol.server import DurableEvent, OwnEvent, ServerFrame
+from protocol.server import DurableEvent, OwnEvent, ServerFrame, StateEvent
 from protocol.values import (
     Conversation,
     ConversationView,
@@ -59,6 +60,8 @@ class Mirror:
         """The status of each scheduled message."""
         self.follows: dict[MessageId, bool] = {}
         """Whether threads are followed, as received in events. A reply follows a thread without an event."""
+        self.states: dict[tuple[type[StateEvent], tuple[UUID, ...]], StateEvent] = {}
+        """The event with the highest revision of each type and subject. They arrive in any order."""
         self.wrong: Counter[str] = Counter()
         self.shown: set[MessageId] = set()
         """Messages received in events since the last check."""
@@ -81,6 +84,8 @@ class Mirror:
             self._start_own_over(frame)
         elif isinstance(frame, OwnEvent):
             self._receive_own(frame)
+        elif isinstance(frame, StateEvent):
+            self._receive_state(frame)
         elif isinstance(frame, DurableEvent):
             if (copy := self._copy(frame.conversation_id)) is not None:
                 self._receive_event(copy, frame)
@@ -105,6 +110,12 @@ class Mirror:
                     self._receive_changes(copy, frame)
             case _:
                 pass
+
+    def _receive_state(self, event: StateEvent) -> None:
+        """Keep an event unless a later one of its subject has arrived before."""
+        there = self.states.get((type(event), event.subject))
+        if there is None or there.revision < event.revision:
+            self.states[type(event), event.subject] = event
 
     def _receive_own(self, event: OwnEvent) -> None:
         """Apply an event about data of this user only. It contains the current state."""

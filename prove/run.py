@@ -263,6 +263,8 @@ class Run:
             outcome.record("lost", 1, f"a scheduled message of {name}: {difference}")
         absent = await truth.absent(db, "message", mirror.shown)
         outcome.record("phantom", absent, f"{absent} messages that {name} saw are not stored")
+        ahead = await truth.ahead(db, mirror.states.values())
+        outcome.record("phantom", ahead, f"{ahead} positions, names or pictures that {name} saw are not stored")
         outcome.record("lost", actor.noticed_losses, f"a heartbeat revealed events that {name} did not receive")
         for kind, count in mirror.wrong.items():
             outcome.record({"out of order": "out_of_order", "duplicated": "duplicated"}.get(kind, "wrong"), count,

@@ -9,6 +9,7 @@ import msgspec
 from protocol import json_object
 from protocol.ids import ConversationId, EditId, MessageId, UserId
 from protocol.payloads import Payload
+from protocol.server import MessageDelivered, MessageRead, StateEvent, UserUpdated
 from protocol.values import Conversation, ConversationSettings, LinkPreview, Message, Participant, Permissions
 from prove.mirror import Copy, Mirror
 
@@ -218,6 +219,31 @@ async def absent(db: Db, table: str, ids: Collection[MessageId | EditId]) -> int
     """Return how many ids are not in `table`, which is a constant of the caller."""
     there = await db.fetchval(f"SELECT count(*) FROM {table} WHERE id = ANY($1)", list(ids))  # noqa: S608 - a constant
     return len(ids) - int(there)
+
+
+AHEAD = """
+SELECT count(*)
+FROM unnest($1::text[], $2::uuid[], $3::uuid[], $4::bigint[]) AS s (kind, conversation_id, user_id, revision)
+LEFT JOIN "user" u ON u.id = s.user_id
+LEFT JOIN conversation_participant p ON p.conversation_id = s.conversation_id AND p.user_id = s.user_id
+WHERE s.revision > CASE s.kind WHEN 'read' THEN p.last_read_version WHEN 'delivered' THEN p.delivered_version
+    ELSE u.face_version END
+"""
+
+
+async def ahead(db: Db, states: Iterable[StateEvent]) -> int:
+    """Return how many read positions, delivered positions and faces are later than the stored ones."""
+    rows: list[tuple[str, ConversationId | None, UserId, int]] = []
+    for one in states:
+        match one:
+            case MessageRead() | MessageDelivered():
+                kind = "read" if isinstance(one, MessageRead) else "delivered"
+                rows.append((kind, one.conversation_id, one.user_id, one.revision))
+            case UserUpdated():
+                rows.append(("face", None, one.user.id, one.revision))
+            case _:
+                pass  # the revision of a presence is the time at which it was read
+    return int(await db.fetchval(AHEAD, *([row[column] for row in rows] for column in range(4))))
 
 
 def differences(copy: Copy, truth: Copy) -> list[str]:

@@ -9,7 +9,7 @@ import msgspec
 
 from protocol.client import SetPresence
 from protocol.ids import ConversationId, SessionId, UserId
-from protocol.server import DurableEvent, ServerFrame
+from protocol.server import DurableEvent, PresenceChanged, ServerFrame, StateEvent, TypingEvent, UserUpdated
 from protocol.values import Message, Presence, User
 from server.core.errors import NotActive
 from server.core.unconfirmed import Unconfirmed
@@ -29,13 +29,13 @@ class Events(Protocol):
     def publish(self, event: DurableEvent, *, gone: UserId | None = None) -> None:
         """Deliver a durable event in the order of versions. Then stop delivery to the user `gone`."""
 
-    def relay(self, conversation_id: ConversationId, event: ServerFrame) -> None:
+    def relay(self, conversation_id: ConversationId, event: StateEvent | TypingEvent) -> None:
         """Deliver an ephemeral event to the connections that are attached now."""
 
-    def whisper(self, user_id: UserId, event: ServerFrame) -> None:
+    def whisper(self, user_id: UserId, event: StateEvent) -> None:
         """Deliver an ephemeral event to a user's own devices."""
 
-    def send_to_watchers(self, user_id: UserId, event: ServerFrame) -> None:
+    def send_to_watchers(self, user_id: UserId, event: PresenceChanged | UserUpdated) -> None:
         """Deliver an event about a user to those who watch the user."""
 
     def reconsider(self, user_id: UserId, watcher: UserId | None = None) -> None:

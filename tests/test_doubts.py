@@ -9,17 +9,16 @@ import pytest
 from protocol import client, server
 from protocol.client import Frame
 from protocol.ids import ConversationId, UserId, uuid7
-from protocol.values import Presence
 from prove.client import Client
 from server.core.config import Settings
 from server.db.database import Db
 from server.hub import doubts
 from server.hub import watchers as watchers_module
-from server.hub.doubts import CHECK_PAUSE_FACTOR, PAIRS, PAIRS_PER_CAUSE, Doubts, Pair, Whole
+from server.hub.doubts import CHECK_PAUSE_FACTOR, PAIRS, PAIRS_PER_CAUSE, Doubts, HeldFrame, Pair, Whole
 from server.hub.online_users import Sight
-from server.hub.watchers import Watchers
+from server.hub.watchers import WatchAnswer, Watchers
 from server.queries import presence
-from server.queries.presence import Watchable
+from server.queries.presence import Sightings
 from tests.twins import CHEAP, WORDS
 from tests.world import World, http_client, sent, until
 
@@ -62,10 +61,11 @@ def test_all_pairs_of_a_user_are_looked_up_in_their_turn() -> None:
     assert lookups == []
     assert (found := there.of(mine[0].watched)) is not None
     assert found.has(mine[0].watcher), "held back immediately"
-    there.hold(mine[0], b"newest", is_face=False)
+    there.hold(mine[0], HeldFrame(7, b"newest"), is_face=False)
+    there.hold(mine[0], HeldFrame(6, b"older"), is_face=False)
     batch = there.take(0.0)
     assert (lookups, set(batch.pairs)) == ([whole], set(mine))
-    assert there.held(mine[0]) == {False: b"newest"}
+    assert there.held(mine[0]) == {False: HeldFrame(7, b"newest")}
     for pair in batch.pairs:
         assert there.is_current(pair, batch.since)
         there.settle(pair)
@@ -179,7 +179,7 @@ def queries(monkeypatch: pytest.MonkeyPatch) -> Queries:
     found: Queries = []
     watchable = presence.watchable
 
-    async def noted(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
+    async def noted(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> Sightings:
         found.append(list(pairs))
         return await watchable(db, pairs)
 
@@ -286,7 +286,7 @@ async def test_sockets_follow_the_rules_after_every_change(world: World) -> None
         try:
             async with asyncio.timeout(3):
                 while True:
-                    found = await presence.watchable(world.db, pairs)
+                    found = (await presence.watchable(world.db, pairs)).pairs
                     rules = {
                         pair: Sight.NOTHING if pair not in found else Sight.ALL if found[pair].is_seen else Sight.FACE
                         for pair in pairs
@@ -360,17 +360,17 @@ async def test_failures_of_some_pairs_delay_no_others_and_are_resolved(
     defects: list[Pair] = []
     watchable, decide = presence.watchable, Watchers._decide  # noqa: SLF001
 
-    async def late(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
+    async def late(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> Sightings:
         sizes.append(len(pairs))
         if len(pairs) > 3:
             raise TimeoutError
         return await watchable(db, pairs)
 
-    def fails(self: Watchers, pair: Pair, sight: Sight, presence: Presence | None) -> None:
+    def fails(self: Watchers, pair: Pair, answer: WatchAnswer) -> None:
         if pair.watcher == ada_.id and len(defects) < 3:
             defects.append(pair)
             raise RuntimeError("a defect")
-        decide(self, pair, sight, presence)
+        decide(self, pair, answer)
 
     async with World(settings, workers=1) as world:
         ada_, charles_ = await world.users("Ada", "Charles")
@@ -403,7 +403,7 @@ async def test_unreachable_database_does_not_count_as_a_failure_of_a_cause(
     sizes: list[int] = []
     watchable = presence.watchable
 
-    async def lost(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
+    async def lost(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> Sightings:
         sizes.append(len(pairs))
         if len(sizes) <= 3:
             raise ConnectionRefusedError

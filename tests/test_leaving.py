@@ -117,7 +117,7 @@ WHERE id = $1
 """
 DIFFER = {
     "id", "name", "email", "created_at", "updated_at", "version", "own_version", "hidden_version", "own_moves",
-    "is_active", "is_deleted", "deleted_at", "erased_at", "status",
+    "face_version", "is_active", "is_deleted", "deleted_at", "erased_at", "status",
 }  # fmt: skip
 """Columns in which an erased user's row may differ from a new one's."""
 

@@ -15,7 +15,7 @@ from prove.client import Client
 from server.core.config import Settings
 from server.db.database import Db
 from server.queries import presence
-from server.queries.presence import Transition, Watchable
+from server.queries.presence import Sightings, Transition
 from tests.cluster import Cluster
 from tests.test_may_send import waiting
 from tests.world import UserSession, World, message, refused, until
@@ -251,7 +251,7 @@ async def test_permission_read_before_a_block_is_not_used(
     await until(lambda: not world.workers[0].app.hub.watchers.are_in_doubt)
     was_read, may_go_on, watchable = asyncio.Event(), asyncio.Event(), presence.watchable
 
-    async def held(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
+    async def held(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> Sightings:
         found = await watchable(db, pairs)
         if not was_read.is_set():
             was_read.set()
@@ -305,7 +305,7 @@ class HeldReads:
         self._is_over = True
         self.go_on(*range(len(self._may_go_on)))
 
-    async def _held(self, db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
+    async def _held(self, db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> Sightings:
         self.asked.append(set(pairs))
         found = await self._watchable(db, pairs)
         may_go_on = asyncio.Event()
@@ -386,7 +386,7 @@ async def test_change_of_privacy_takes_one_statement_for_all_watchers(
 ) -> None:
     asked: list[int] = []
 
-    async def counted(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
+    async def counted(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> Sightings:
         asked.append(len(pairs))
         return await watchable(db, pairs)
 

@@ -86,8 +86,7 @@ WHY = {
     },
     "participants of a conversation of up to 100 or 1,000, and users who hide from one user": {
         "changes.MISSED": (
-            "conversation_participant(conversation_id); 2 x user_relationship(from_user_id); "
-            "2 x user_relationship(to_user_id)"
+            "conversation_participant(conversation_id); user_relationship(from_user_id); user_relationship(to_user_id)"
         ),
         "mentions.RESOLVE": "conversation_participant(conversation_id) cut 1",
         "receipts.DELIVERED": (

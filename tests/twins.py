@@ -35,6 +35,8 @@ WORDS = "correct horse"
 CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 ID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
+READ_AT = re.compile(r'"revision":(\d{16})\b')
+"""The revision of a presence, which is the time at which the server read it, in microseconds."""
 TIME = re.compile(r'"(\d{4}-\d\d-\d\dT[0-9:.]+(?:Z|[+-][0-9:]+))"')
 RANDOM = re.compile(r'"(token|ip_address|user_agent|email|account_id|hash|previous_hash)":"[^"]*"')
 
@@ -338,9 +340,15 @@ class Twin:
         known |= {str(one): name for name, one in self.messages.items()}
         known |= {str(self.group): "group", str(self.direct): "direct", str(self.other): "other"}
         text = ID.sub(lambda found: known.get(found[0], "id"), text)
+        text = READ_AT.sub(self._when_read, text)
+        # Delivery times of neighbouring versions may be one (`DeliveryTimes`), before or after `began`.
+        text = re.sub(r'"published_at":"[^"]*"', '"published_at":""', text)
         text = TIME.sub(self._when, text)
         text = re.sub(r'"invite":{"code":"[^"]*"', '"invite":{"code":""', text)
         return RANDOM.sub(r'"\1":""', text.replace(self.label, ""))
+
+    def _when_read(self, found: re.Match[str]) -> str:
+        return '"revision":' + ("0" if int(found[1]) < 1e6 * self.began.timestamp() else "1")
 
     def _when(self, found: re.Match[str]) -> str:
         at = datetime.fromisoformat(found[1])

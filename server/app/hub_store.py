@@ -87,12 +87,16 @@ class PostgresHubStore:
         async with self._database.connection() as db:
             return await sessions.living(db, session_ids)
 
-    async def watchable(self, pairs: Sequence[Pair], *, asker: UserId | None = None) -> dict[Pair, Watchable]:
-        """Return the pairs whose watcher may see the face. For an asking user, use the user's share of connections."""
+    async def watchable(
+        self, pairs: Sequence[Pair], *, asker: UserId | None = None
+    ) -> tuple[dict[Pair, Watchable], int]:
+        """Return the pairs whose watcher may see the face, and the revision of that. For an asking user, use the user's
+        share of connections.
+        """
         database = self._database if asker is None else self._database.of(asker)
         async with database.connection() as db:
             found = await presence.watchable(db, pairs)
-        return {Pair(*pair): one for pair, one in found.items()}
+        return {Pair(*pair): one for pair, one in found.pairs.items()}, found.revision
 
     async def _read(self, batch: list[Sequence[ConversationId]]) -> list[dict[ConversationId, int]]:
         async with self._database.connection() as db:

@@ -394,7 +394,7 @@ def _seen(user_id: UserId, choice: Visibility, states: Iterable[bytes]) -> Seen:
     states = set(states)
     status: PresenceStatus
     if not choice.is_shown:
-        return Seen(user_id=user_id, status="offline")
+        return Seen(user_id=user_id, status="offline", revision=choice.revision)
     if not states or choice.status == "invisible":
         status = "offline"
     elif choice.status == "busy":
@@ -407,4 +407,5 @@ def _seen(user_id: UserId, choice: Visibility, states: Iterable[bytes]) -> Seen:
         status=status,
         custom_status=choice.custom_status,
         last_seen_at=datetime.fromtimestamp(last_seen, UTC) if status == "offline" and last_seen else None,
+        revision=choice.revision,
     )

@@ -86,6 +86,7 @@ async def resume(context: Context, frame: Resume) -> Resumed:
         conversations=len(there),
         user_version=connection.user_version,
         read_positions={one: here.last_read for one, here in there.items() if here.last_read is not None},
+        read_revisions={one: here.revision for one, here in there.items() if here.last_read is not None},
     )
 
 

@@ -2,7 +2,7 @@
 
 from protocol import client
 from protocol.limits import MAX_SHARED_PARTICIPANTS
-from protocol.server import Done, MessageDelivered, MessageRead, Readers, ReadUpTo, ServerFrame
+from protocol.server import Done, MessageDelivered, MessageRead, Readers, ReadUpTo, StateEvent
 from server.context import Context
 from server.core.errors import NotFound
 from server.queries import receipts, users
@@ -49,7 +49,10 @@ async def delivered(context: Context, frame: client.Delivered) -> Done:
         raise NotFound("message_id")
     if arrival.has_moved:
         event = MessageDelivered(
-            conversation_id=frame.conversation_id, user_id=context.user_id, message_id=frame.message_id
+            conversation_id=frame.conversation_id,
+            user_id=context.user_id,
+            message_id=frame.message_id,
+            revision=arrival.revision,
         )
         if arrival.told is None:
             _tell(context, frame, event, arrival.participant_count)
@@ -77,7 +80,7 @@ async def list_readers(context: Context, frame: client.ListReaders) -> Readers:
     return found
 
 
-def _tell(context: Context, frame: client.Read | client.Delivered, event: ServerFrame, participant_count: int) -> None:
+def _tell(context: Context, frame: client.Read | client.Delivered, event: StateEvent, participant_count: int) -> None:
     if participant_count <= MAX_SHARED_PARTICIPANTS:
         context.events.relay(frame.conversation_id, event)
     else:

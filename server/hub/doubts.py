@@ -30,8 +30,15 @@ class Whole(NamedTuple):
     is_watcher: bool
 
 
+class HeldFrame(NamedTuple):
+    """A frame for a pair in doubt, and its revision."""
+
+    revision: int
+    frame: bytes
+
+
 class Doubt:
-    """A pair in doubt. `stamp` is the time of the last change that concerns it, as a counter. `frames` has the newest
+    """A pair in doubt. `stamp` is the time of the last change that concerns it, as a counter. `frames` has the latest
     held frame of each kind, presence or face. `askers` is the number of callers of `begin` that have not ended.
     """
 
@@ -41,7 +48,7 @@ class Doubt:
         self.askers = 0
         self.stamp = 0
         self.turn: Turn | None = None
-        self.frames: dict[bool, bytes] = {}
+        self.frames: dict[bool, HeldFrame] = {}
 
 
 class Turn:
@@ -152,14 +159,16 @@ class Doubts:
         alone = self._doubts.get(watched, {})
         return InDoubt(are_all, alone, self._watchers) if are_all or alone or self._watchers else None
 
-    def hold(self, pair: Pair, frame: bytes, *, is_face: bool) -> None:
-        """Hold a frame for a pair in doubt. It replaces an older one of its kind."""
+    def hold(self, pair: Pair, held: HeldFrame, *, is_face: bool) -> None:
+        """Hold a frame for a pair in doubt. Of each kind, only the one with the highest revision is kept."""
         if pair.watcher not in self._doubts.get(pair.watched, {}):
             for turn, stamp in self._wholes_of(pair):
                 self._add(pair, turn.cause, stamp)
-        self._there(pair).frames[is_face] = frame
+        frames = self._there(pair).frames
+        if is_face not in frames or held.revision >= frames[is_face].revision:
+            frames[is_face] = held
 
-    def held(self, pair: Pair) -> dict[bool, bytes]:
+    def held(self, pair: Pair) -> dict[bool, HeldFrame]:
         """Return the held frames of a pair."""
         doubt = self._doubts.get(pair.watched, {}).get(pair.watcher)
         return {} if doubt is None else doubt.frames

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from protocol.codec import encode, text_frame
 from protocol.ids import ConversationId, UserId
-from protocol.server import DurableEvent, ServerFrame, UserUpdated
+from protocol.server import DurableEvent, PresenceChanged, StateEvent, TypingEvent, UserUpdated
 from server.core.periodic import end
 from server.hub import online_users, topics, watchers
 from server.hub.bus import Bus, Connect
@@ -31,7 +31,9 @@ together.
 """
 
 _ENTRY = struct.Struct("!QI16s")
-"""An event on the bus: its version or kind, the length of its frame, and the user who left by it."""
+"""An event on the bus: its version or kind, the length of its frame, and the user who left by it. On the channel of
+watchers, the revision of the presence or face takes the place of the user.
+"""
 FACE = 1
 """Kind of an event about a user's face, instead of the presence, on the channel of watchers. It takes the place of the
 version.
@@ -98,24 +100,24 @@ class Hub:
         self._say(topics.channel(event.conversation_id), event.version, frame, who)
         self.topics.accept(event.conversation_id, event.version, frame, who)
 
-    def relay(self, conversation_id: ConversationId, event: ServerFrame) -> None:
+    def relay(self, conversation_id: ConversationId, event: StateEvent | TypingEvent) -> None:
         """Deliver an ephemeral event to the sockets that are attached now."""
         frame = text_frame(encode(event))
         self._say(topics.channel(conversation_id), 0, frame)
         self.topics.accept(conversation_id, 0, frame, NOBODY)
 
-    def whisper(self, user_id: UserId, event: ServerFrame) -> None:
+    def whisper(self, user_id: UserId, event: StateEvent) -> None:
         """Deliver an ephemeral event to a user's own devices."""
         frame = text_frame(encode(event))
         self._say(online_users.channel(user_id), 0, frame)
         self.online_users.write(user_id, frame)
 
-    def send_to_watchers(self, user_id: UserId, event: ServerFrame) -> None:
+    def send_to_watchers(self, user_id: UserId, event: PresenceChanged | UserUpdated) -> None:
         """Deliver a user's presence or face to those who watch the user."""
         frame = text_frame(encode(event))
         kind = FACE if isinstance(event, UserUpdated) else 0
-        self._say(watchers.channel(user_id), kind, frame)
-        self.watchers.tell(user_id, frame, is_face=kind == FACE)
+        self._say(watchers.channel(user_id), kind, frame, event.revision.to_bytes(len(NOBODY)))
+        self.watchers.tell(user_id, frame, event.revision, is_face=kind == FACE)
 
     def reconsider(self, user_id: UserId, watcher: UserId | None = None) -> None:
         """Check again whether those who watch a user may do so, or whether `watcher` may. They receive nothing until
@@ -166,7 +168,7 @@ class Hub:
             if kind == b"c:":
                 self.topics.accept(ConversationId(one), version, frame, gone)
             elif kind == b"p:" and frame:
-                self.watchers.tell(UserId(one), frame, is_face=version == FACE)
+                self.watchers.tell(UserId(one), frame, int.from_bytes(gone), is_face=version == FACE)
             elif kind == b"p:":
                 self.watchers.doubt_watchers(UserId(one), None if gone == NOBODY else UserId(UUID(bytes=gone)))
             elif frame:

@@ -14,7 +14,7 @@ from protocol.values import Presence
 from server.core.errors import log_defect, log_failure
 from server.core.faults import is_lost
 from server.hub.bus import Bus
-from server.hub.doubts import Batch, Doubts, Pair, Whole
+from server.hub.doubts import Batch, Doubts, HeldFrame, Pair, Whole
 from server.hub.online_users import Sight, Socket
 
 TRIES = 3
@@ -39,8 +39,12 @@ class WatchablePair(Protocol):
 class WatchStore(Protocol):
     """Queries about watchers. `PostgresHubStore` implements them."""
 
-    async def watchable(self, pairs: Sequence[Pair], *, asker: UserId | None = None) -> Mapping[Pair, WatchablePair]:
-        """Return the pairs whose watcher may see at least the face. `asker` is the user who asks, or None."""
+    async def watchable(
+        self, pairs: Sequence[Pair], *, asker: UserId | None = None
+    ) -> tuple[Mapping[Pair, WatchablePair], int]:
+        """Return the pairs whose watcher may see at least the face, and the revision of that. `asker` is the user who
+        asks, or None.
+        """
 
 
 Describe = Callable[[Mapping[Pair, Any]], Awaitable[Mapping[Pair, Presence]]]
@@ -48,11 +52,14 @@ Describe = Callable[[Mapping[Pair, Any]], Awaitable[Mapping[Pair, Presence]]]
 
 
 class WatchAnswer(NamedTuple):
-    """The database's result for a pair, with all changes up to the stamp `since`."""
+    """The database's result for a pair, with all changes up to the stamp `since`. `revision` is that of the presence,
+    also for a watcher who may not see it.
+    """
 
     since: int
     sight: Sight
     presence: Presence | None
+    revision: int
 
 
 class Watchers:
@@ -96,10 +103,10 @@ class Watchers:
             open_pairs = list(pairs)
             for _ in range(TRIES):
                 since = self._doubts.since()
-                found = await self._store.watchable(open_pairs, asker=socket.user_id)
+                found, revision = await self._store.watchable(open_pairs, asker=socket.user_id)
                 presences = await self._describe(found)
                 for pair in open_pairs:
-                    answers[pair] = WatchAnswer(since, sight_of(found.get(pair)), presences.get(pair))
+                    answers[pair] = WatchAnswer(since, sight_of(found.get(pair)), presences.get(pair), revision)
                 open_pairs = [pair for pair, one in answers.items() if not self._doubts.is_current(pair, one.since)]
                 if not open_pairs:
                     break
@@ -112,7 +119,7 @@ class Watchers:
                     f"A connection can watch at most {MAX_WATCHED} users. Unwatch some first.",
                     path="user_ids",
                 )
-            for pair, (_, sight, presence) in answers.items():
+            for pair, (_, sight, presence, _) in answers.items():
                 if presence is not None and pair.watched in socket.watched:
                     socket.watched[pair.watched] = sight
                     seen[pair.watched] = presence
@@ -140,13 +147,13 @@ class Watchers:
             if not sockets:
                 del self._sockets[socket.user_id]
 
-    def tell(self, user_id: UserId, frame: bytes, *, is_face: bool) -> None:
+    def tell(self, user_id: UserId, frame: bytes, revision: int, *, is_face: bool) -> None:
         """Write a user's presence or face to the sockets that may see it."""
         needed = Sight.FACE if is_face else Sight.ALL
         in_doubt = self._doubts.of(user_id)
         for socket, write in self._watchers.get(user_id, {}).items():
             if in_doubt is not None and in_doubt.has(socket.user_id):
-                self._doubts.hold(Pair(socket.user_id, user_id), frame, is_face=is_face)
+                self._doubts.hold(Pair(socket.user_id, user_id), HeldFrame(revision, frame), is_face=is_face)
             elif socket.watched[user_id] >= needed:
                 write(frame)
 
@@ -221,7 +228,7 @@ class Watchers:
     async def _ask_about(self, batch: Batch) -> None:
         began = self._loop.time()
         try:
-            found = await self._store.watchable(batch.pairs)
+            found, revision = await self._store.watchable(batch.pairs)
             regained = {pair: one for pair, one in found.items() if one.is_seen and self._is_unseen(pair)}
             presences = await self._describe(regained) if regained else {}
         except Exception as error:  # noqa: BLE001 - held frames stay until a check succeeds
@@ -237,7 +244,8 @@ class Watchers:
             return
         seconds = self._loop.time() - began
         failed = self._decide_all({
-            pair: WatchAnswer(batch.since, sight_of(found.get(pair)), presences.get(pair)) for pair in batch.pairs
+            pair: WatchAnswer(batch.since, sight_of(found.get(pair)), presences.get(pair), revision)
+            for pair in batch.pairs
         })  # fmt: skip
         self._doubts.answered(batch, self._loop.time(), seconds=seconds, failed=failed)
         self._is_failing = bool(failed)
@@ -264,10 +272,10 @@ class Watchers:
         that failed, which stay in doubt.
         """
         failed: list[Pair] = []
-        for pair, (since, sight, presence) in answers.items():
-            if self._doubts.is_current(pair, since) and not self._doubts.is_asked_about(pair):
+        for pair, answer in answers.items():
+            if self._doubts.is_current(pair, answer.since) and not self._doubts.is_asked_about(pair):
                 try:
-                    self._decide(pair, sight, presence)
+                    self._decide(pair, answer)
                 except Exception as error:  # noqa: BLE001 - a defect with one pair must not affect others
                     if not self._is_failing:
                         log_defect(log, "deciding who may watch whom", error)
@@ -278,23 +286,25 @@ class Watchers:
             self._ask_soon()
         return failed
 
-    def _decide(self, pair: Pair, sight: Sight, presence: Presence | None) -> None:
+    def _decide(self, pair: Pair, answer: WatchAnswer) -> None:
         """Deliver the held frames that the watcher may see. The presence precedes them if the watcher may see it again.
         The pair stays in doubt if this fails.
         """
         frames = self._doubts.held(pair)
+        sight = answer.sight
         for socket in list(self._sockets.get(pair.watcher, ())):
             before = socket.watched.get(pair.watched)
             if before is None:
                 continue
             if before is Sight.ALL and sight is not Sight.ALL:
-                socket.say(PresenceChanged(presence=Presence(user_id=pair.watched, status="offline")))
-            elif before is not Sight.ALL and sight is Sight.ALL and presence is not None:
-                socket.say(PresenceChanged(presence=presence))
+                hidden = Presence(user_id=pair.watched, status="offline", revision=answer.revision)
+                socket.say(PresenceChanged(presence=hidden))
+            elif before is not Sight.ALL and sight is Sight.ALL and answer.presence is not None:
+                socket.say(PresenceChanged(presence=answer.presence))
             socket.watched[pair.watched] = sight
-            for is_face, frame in frames.items():
+            for is_face, held in frames.items():
                 if sight >= (Sight.FACE if is_face else Sight.ALL):
-                    socket.write(frame)
+                    socket.write(held.frame)
         self._doubts.settle(pair)
 
 

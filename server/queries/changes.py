@@ -191,7 +191,7 @@ def _difference(
 # One statement, so that each concurrent change is in all parts of the result or in none. Without the events of a
 # conversation that do not fit besides those of the conversations before it.
 MISSED = f"""
-SELECT m.id, m.last_read_message_id, m.unread_count, m.receipts, m.version,
+SELECT m.id, m.last_read_message_id, m.last_read_version, m.unread_count, m.receipts, m.version,
     CASE WHEN m.fits THEN m.versions ELSE '{{}}' END AS versions,
     CASE WHEN m.fits THEN m.events ELSE '{{}}' END AS events,
     CASE WHEN m.fits THEN m.gone ELSE '{{}}' END AS gone, m.found
@@ -199,17 +199,17 @@ FROM (
     SELECT found.*, wanted.place = 1 OR sum(found.bytes) OVER (ORDER BY wanted.place) <= $5 AS fits
     FROM unnest($1::uuid[], $3::bigint[]) WITH ORDINALITY AS wanted (id, since, place)
     CROSS JOIN LATERAL (
-        SELECT c.id, c.version, me.last_read_message_id, (
+        SELECT c.id, c.version, me.last_read_message_id, me.last_read_version, (
             {COUNT_UNREAD.format(me="me")}
         ) AS unread_count, CASE WHEN c.participant_count <= $4 THEN coalesce((
             SELECT json_agg(json_build_object('user_id', p.user_id, 'message_id', p.last_read_message_id,
-                'delivered_message_id', seen.delivered_message_id))
+                'revision', CASE WHEN p.last_read_message_id IS NOT NULL THEN p.last_read_version ELSE 0 END,
+                'delivered_message_id', CASE WHEN seen.is_shown THEN p.delivered_message_id END,
+                'delivered_revision', CASE WHEN seen.is_shown THEN p.delivered_version ELSE 0 END))
             FROM conversation_participant p
-            CROSS JOIN LATERAL (
-                SELECT CASE WHEN NOT p.user_id = ANY({UNSEEN}) THEN p.delivered_message_id END AS delivered_message_id
-            ) seen
+            CROSS JOIN LATERAL (SELECT NOT p.user_id = ANY({UNSEEN}) AS is_shown OFFSET 0) seen
             WHERE p.conversation_id = c.id AND p.status = 'active'
-                AND coalesce(p.last_read_message_id, seen.delivered_message_id) IS NOT NULL
+                AND (p.last_read_message_id IS NOT NULL OR (seen.is_shown AND p.delivered_message_id IS NOT NULL))
         ), '[]') ELSE '[]' END AS receipts, e.*
         FROM conversation_participant me JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
         CROSS JOIN LATERAL ({_since(since="wanted.since", limit="$6", most="$5")}) e
@@ -223,6 +223,7 @@ class Reading(NamedTuple):
     """The caller's read position, and those of others if these are shared."""
 
     last_read_message_id: MessageId | None
+    last_read_revision: int
     unread_count: int
     receipts: list[Receipt]
 
@@ -247,8 +248,8 @@ async def missed(
     share = max(1, limit // max(1, len(versions)))
     rows = await db.fetch(MISSED, list(versions), user_id, list(versions.values()), most, MAX_CHANGES_BYTES, share + 1)
     found = {}
-    for one, last_read, unread_count, receipts, *changed in rows:
-        reading = Reading(last_read, unread_count, _receipts_decoder.every(receipts))
+    for one, last_read, revision, unread_count, receipts, *changed in rows:
+        reading = Reading(last_read, revision, unread_count, _receipts_decoder.every(receipts))
         difference = _difference(one, versions[one], tuple(changed), limit=share)
         found[one] = Missed(difference, reading)
     return found

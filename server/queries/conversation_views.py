@@ -27,6 +27,7 @@ VIEW = f"""json_build_object(
         {COUNT_UNREAD.format(me="me")}
     ) END,
     'last_read_message_id', me.last_read_message_id,
+    'last_read_revision', me.last_read_version,
     'last_activity_at', c.last_activity_at,
     'preferences', preferences_json(me),
     'invite', CASE WHEN c.invite_code IS NOT NULL AND can(me.role, 'admin', me.can_add_members) THEN json_build_object(

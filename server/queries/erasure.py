@@ -263,13 +263,12 @@ FORGET = (
     "DELETE FROM push_endpoint WHERE user_id = $1",
     """
     UPDATE "user" SET name = 'Deleted user', email = 'erased-' || gen_random_uuid() || '@invalid',
-        email_verified = false, image = NULL, display_name = NULL, bio = NULL, location = NULL, website = NULL,
-        custom_status = NULL, custom_status_until = NULL, status = 'offline', is_online = false, last_seen_at = NULL,
-        is_active = false,
-        is_deleted = true, deleted_at = coalesce(deleted_at, now()), is_private = false, is_admin = false,
+        face_version = face_version + 1, email_verified = false, image = NULL, display_name = NULL, bio = NULL,
+        location = NULL, website = NULL, custom_status = NULL, custom_status_until = NULL, status = 'offline',
+        is_online = false, last_seen_at = NULL, is_active = false, is_deleted = true,
+        deleted_at = coalesce(deleted_at, now()), is_private = false, is_admin = false,
         erased_at = coalesce(erased_at, now()), updated_at = now(), version = version + 1, quiet_from = NULL,
-        quiet_until = NULL, time_zone = 'UTC', feed_seen_at = NULL, last_close = NULL,
-        visible_since = NULL
+        quiet_until = NULL, time_zone = 'UTC', feed_seen_at = NULL, last_close = NULL, visible_since = NULL
     WHERE id = $1
     """,
 )

@@ -15,17 +15,18 @@ _FIRST = ConversationId(UUID(int=0))
 
 
 class Membership(NamedTuple):
-    """The version of a user's conversation, and the user's read position in it."""
+    """The version of a user's conversation, and the user's read position in it with its revision."""
 
     version: int
     last_read: MessageId | None
+    revision: int
 
 
 # For each of the users $1, at most $3 conversations after the one in $2.
 READ = """
 SELECT who.user_id, part.* FROM unnest($1::uuid[], $2::uuid[]) AS who (user_id, after)
 CROSS JOIN LATERAL (
-    SELECT c.id, c.version, p.last_read_message_id FROM conversation_participant p
+    SELECT c.id, c.version, p.last_read_message_id, p.last_read_version FROM conversation_participant p
     JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
     WHERE p.user_id = who.user_id AND p.status = 'active' AND p.conversation_id > who.after
     ORDER BY p.conversation_id LIMIT $3

@@ -55,6 +55,7 @@ async def get(db: Db, conversation_id: ConversationId, user_id: UserId) -> Parti
 PAGE = f"""
 SELECT json_build_object(
     'participant', participant_json(p), 'last_read_message_id', p.last_read_message_id,
+    'last_read_revision', p.last_read_version,
     'user', CASE WHEN $5 = 'active' OR may('see_face', $2, u.id) THEN {FACE} END
 ), p.user_id
 FROM conversation_participant me

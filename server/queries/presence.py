@@ -23,10 +23,23 @@ class Visibility(NamedTuple):
     last_seen_at: float | None
     visible_since: float | None
     """When the user stopped being invisible. Nobody is told of a device's departure before that."""
+    revision: int
+    """The start of the statement that read this, in microseconds of the epoch. The clock of PostgreSQL is one for all
+    workers. Each change is announced by a statement that begins after it, so the highest revision has the final state.
+    """
 
 
+# `now()` precedes the snapshot of a statement outside a transaction, unlike `statement_timestamp()`.
+REVISION = "(extract(epoch FROM now()) * 1000000)::bigint"
 STATUS_NOW = "CASE WHEN u.custom_status_until > now() OR u.custom_status_until IS NULL THEN u.custom_status END"
 """A custom status until it expires, for queries with the user's row as `u`."""
+
+
+class Sightings(NamedTuple):
+    """The pairs whose watcher may see the face, and the revision of this result, which also holds for the others."""
+
+    pairs: dict[tuple[UserId, UserId], "Watchable"]
+    revision: int
 
 
 class Watchable(NamedTuple):
@@ -38,21 +51,24 @@ class Watchable(NamedTuple):
 
 
 WATCHABLE = f"""
-SELECT pair.watcher, u.id, u.show_online_status, u.status, {STATUS_NOW}, may('see_presence', pair.watcher, u.id),
-    extract(epoch FROM u.last_seen_at)::float8, extract(epoch FROM u.visible_since)::float8
-FROM unnest($1::uuid[], $2::uuid[]) AS pair (watcher, watched) JOIN "user" u ON u.id = pair.watched
-WHERE u.is_active AND NOT u.is_deleted AND may('see_face', pair.watcher, u.id)
-"""  # noqa: S608 - STATUS_NOW is a constant
+SELECT {REVISION}, found.* FROM (SELECT) one LEFT JOIN (
+    SELECT pair.watcher, u.id, u.show_online_status, u.status, {STATUS_NOW}, may('see_presence', pair.watcher, u.id),
+        extract(epoch FROM u.last_seen_at)::float8, extract(epoch FROM u.visible_since)::float8
+    FROM unnest($1::uuid[], $2::uuid[]) AS pair (watcher, watched) JOIN "user" u ON u.id = pair.watched
+    WHERE u.is_active AND NOT u.is_deleted AND may('see_face', pair.watcher, u.id)
+) found ON true
+"""  # noqa: S608 - constants are put in
 
 
-async def watchable(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
+async def watchable(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> Sightings:
     """Return the pairs of a watcher and a watched user whose watcher may see the face."""
     rows = await db.fetch(WATCHABLE, [one for one, _ in pairs], [other for _, other in pairs])
-    found: dict[tuple[UserId, UserId], Watchable] = {}
-    for watcher, watched, is_shown, *choice in rows:
-        visibility = Visibility(*choice)
-        # The presence of a user who hides it from everybody is delivered as `offline`.
-        found[watcher, watched] = Watchable(visibility.is_shown or not is_shown, visibility)
+    found = Sightings({}, rows[0][0])
+    for revision, watcher, watched, is_shown, *choice in rows:
+        if watcher is not None:
+            visibility = Visibility(*[*choice, revision])
+            # The presence of a user who hides it from everybody is delivered as `offline`.
+            found.pairs[watcher, watched] = Watchable(visibility.is_shown or not is_shown, visibility)
     return found
 
 
@@ -114,9 +130,9 @@ async def expire_statuses(db: Db) -> list[UserId]:
 
 CHOICES = f"""
 SELECT u.id, u.status, {STATUS_NOW}, u.show_online_status, extract(epoch FROM u.last_seen_at)::float8,
-    extract(epoch FROM u.visible_since)::float8
+    extract(epoch FROM u.visible_since)::float8, {REVISION}
 FROM "user" u WHERE u.id = ANY($1)
-"""  # noqa: S608 - STATUS_NOW is a constant
+"""  # noqa: S608 - constants are put in
 
 
 async def choices(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Visibility]:

@@ -140,7 +140,7 @@ WITH target AS (
         )
     RETURNING 1
 )
-SELECT t.participant_count, EXISTS (SELECT FROM moved), CASE WHEN blind.ids <> '{{}}' THEN ARRAY(
+SELECT t.participant_count, t.sent_version, EXISTS (SELECT FROM moved), CASE WHEN blind.ids <> '{{}}' THEN ARRAY(
     SELECT o.user_id FROM conversation_participant o
     WHERE o.conversation_id = t.conversation_id AND o.status = 'active' AND NOT o.user_id = ANY(blind.ids)
         AND t.participant_count <= $4
@@ -162,9 +162,12 @@ FROM target t CROSS JOIN LATERAL (
 
 
 class Arrival(NamedTuple):
-    """The number of participants, whether the position moved, and the users who may receive it, if not all may."""
+    """The number of participants, the version of the message, whether the position moved, and the users who may receive
+    it, if not all may.
+    """
 
     participant_count: int
+    revision: int
     has_moved: bool
     told: list[UserId] | None
 

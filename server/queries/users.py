@@ -14,7 +14,8 @@ _users_decoder = Reader(User)
 _profile_decoder = Reader(Profile)
 _me_decoder = Reader(Me)
 
-FACE = "json_build_object('id', u.id, 'name', u.name, 'display_name', u.display_name, 'image', u.image)"
+FACE = """json_build_object('id', u.id, 'name', u.name, 'display_name', u.display_name, 'image', u.image,
+    'revision', u.face_version)"""
 """A user's face (protocol/values.py), for queries with the user's row as `u`."""
 MOVE_OWN = """UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2"""
 """Locks the user `$2` and moves the user version, for queries that change only rows of that user. Further conditions
@@ -89,6 +90,9 @@ UPDATE "user" u SET
     quiet_from = CASE WHEN $2 ? 'quiet_from' THEN ($2 ->> 'quiet_from')::time ELSE u.quiet_from END,
     quiet_until = CASE WHEN $2 ? 'quiet_until' THEN ($2 ->> 'quiet_until')::time ELSE u.quiet_until END,
     time_zone = coalesce($2 ->> 'time_zone', u.time_zone),
+    face_version = u.face_version + (coalesce($2 ->> 'name', u.name) <> u.name
+        OR ($2 ? 'display_name' AND $2 ->> 'display_name' IS DISTINCT FROM u.display_name)
+        OR ($2 ? 'image' AND $2 ->> 'image' IS DISTINCT FROM u.image))::integer,
     version = u.version + 1, own_version = u.version + 1, own_moves = u.own_moves + 1, updated_at = now()
 WHERE u.id = $1 AND u.is_active
 RETURNING me_json(u)
