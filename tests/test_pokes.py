@@ -20,7 +20,7 @@ from server.domain import sync
 from server.gateway.connection import Connection
 from server.hub import online_users as people_module
 from server.hub.online_users import OnlineUsers
-from server.queries import memberships, own_news
+from server.queries import drafts, memberships, own_news
 from server.queries.memberships import Membership
 from server.queries.own_news import OwnNews
 from tests.world import UserSession, World, sent, until
@@ -264,3 +264,15 @@ async def test_recheck_hides_no_lost_change_of_watch_permissions(
     assert doubted == [ada.id]
     await online_users.compare(online_users.ids())
     assert doubted == [ada.id], "the comparison is requested once"
+
+
+async def test_changes_that_a_killed_worker_did_not_publish_arrive_with_the_next_comparison(one_worker: World) -> None:
+    ada = await one_worker.user("Ada")
+    socket = await one_worker.connect(ada)
+    group = await one_worker.channel(socket)
+    await settled(one_worker, ada)
+    frame = client.SetDraft(conversation_id=group, content="Dear")
+    assert await drafts.put(one_worker.db, frame, ada.id)  # as its last statement
+    one_worker.workers[0].app.hub.compare_soon()
+    event = await socket.event(server.DraftChanged)
+    assert event.draft.content == "Dear"

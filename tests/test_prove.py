@@ -13,12 +13,13 @@ import pytest
 
 from loadtest.proxy import Proxy
 from protocol.ids import MessageId, uuid7
-from prove import faults, report
+from prove import faults, pairs, report, run
 from prove.cluster import Cluster
 from prove.device import Device
 from prove.faults import FAULTS, Fault
 from prove.run import Outcome, Proof, Run
 from server.core.config import Settings
+from server.hub.hub import COMPARE_SECONDS, COMPARE_USERS_SECONDS
 from tests.relay import Relay, Spoil
 from tests.world import World
 
@@ -241,6 +242,10 @@ def prove(*arguments: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "server.cli.main", "prove", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
+
+
+def test_crowd_waits_longer_than_workers_need_to_find_lost_events() -> None:
+    assert min(run.MAX_WAIT_SECONDS, pairs.SETTLE_SECONDS) > max(COMPARE_SECONDS, COMPARE_USERS_SECONDS)
 
 
 @pytest.mark.long

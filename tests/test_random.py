@@ -11,7 +11,7 @@ from prove.actor import Actor
 from prove.truth import absent, assert_same, memberships, own, own_of, read_conversation, recount, unsent, waiting
 from server.core.config import Settings
 from tests.cluster import Cluster
-from tests.world import World, until
+from tests.world import REPAIR_SECONDS, World, until_repaired
 
 PEOPLE, ACTIONS, CHANNELS = 50, 30, 5
 
@@ -45,7 +45,7 @@ async def test_all_clients_end_with_the_state_of_the_database(settings: Settings
         while await waiting(db):
             await asyncio.sleep(0.05)
     clocks = {row[0]: row[1] for row in await db.fetch("SELECT id, version FROM conversation")}
-    assert all(await asyncio.gather(*(actor.settle(clocks.__getitem__) for actor in actors)))
+    assert all(await asyncio.gather(*(actor.settle(clocks.__getitem__, seconds=REPAIR_SECONDS) for actor in actors)))
     ended = {ConversationId(row[0]) for row in await db.fetch("SELECT id FROM conversation WHERE NOT is_active")}
     truths = {one: await read_conversation(db, one) for one in clocks}
     for actor in actors:
@@ -71,4 +71,4 @@ async def wait_for_own_state(
     """Wait until a user has their own private state. An invitation to an ended conversation may remain."""
     truth = await own(db, actor.account.id)
     over = {("invitation", str(one), "") for one in ended}
-    await until(lambda: own_of(actor.mirror) - over == truth)
+    await until_repaired(lambda: own_of(actor.mirror) - over == truth)

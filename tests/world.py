@@ -29,6 +29,7 @@ from server.core.config import Settings
 from server.db.database import speak
 from server.http import openapi
 from server.http.openapi import BEFORE_ANY_PATH
+from server.hub.hub import COMPARE_SECONDS, COMPARE_USERS_SECONDS
 from server.jobs.scheduled import Scheduler
 from server.processes.worker import DrainingServer
 from server.queries import accounts, sessions
@@ -39,6 +40,9 @@ ON_LOOPBACK = ("127.0.0.1", 0)
 PUSH_POINT = "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4"
 """A public key of a browser (RFC 8291, section 5)."""
 
+
+REPAIR_SECONDS = max(COMPARE_SECONDS, COMPARE_USERS_SECONDS) + 15
+"""Max wait for an event that was not published. Workers find it by comparing versions, seconds."""
 
 ADD_OWNER = """
 INSERT INTO conversation_participant (conversation_id, user_id, role, version) VALUES ($1, $2, 'owner', 1)
@@ -224,6 +228,11 @@ async def until(condition: Callable[[], bool], *, seconds: float = 15.0) -> None
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+async def until_repaired(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds that needs events which a killed worker committed and did not publish."""
+    await until(condition, seconds=REPAIR_SECONDS)
 
 
 class Room:

@@ -192,7 +192,9 @@ class Hub:
     # ----------------------------------------------------------------------------- comparison with PostgreSQL
 
     def compare_soon(self) -> None:
-        """Compare all positions with PostgreSQL now, because events may have been missed."""
+        """Compare all positions of conversations and users with PostgreSQL now, because events may have been missed.
+        For example, a worker may have been killed after a commit.
+        """
         self.watchers.doubt_all()
         for rounds in self._rounds:
             rounds.soon()
