@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import asyncpg
+import msgspec
 import pytest
 import redis.utils
 import uvloop
@@ -167,6 +168,30 @@ async def settings(servers: Servers, database_url: str) -> Settings:
         address_rate=1e6,
         add_people="anyone",
     )
+
+
+@pytest.fixture
+async def own(settings: Settings) -> AsyncIterator[tuple[Settings, Servers]]:
+    """A PostgreSQL and a Valkey of its own, which a test may stop."""
+    path = Path(tempfile.mkdtemp(prefix="openchat-tests-", dir=scratch()))
+    folder = DataFolder(path)
+    postgres, valkey = Postgres(folder, max_connections=50), Valkey(folder)
+    try:
+        await asyncio.to_thread(postgres.start)
+        await asyncio.to_thread(valkey.start)
+        await make_template(postgres.url("postgres"), postgres.url(TEMPLATE))
+        ours = msgspec.structs.replace(
+            settings,
+            database_url=postgres.url(TEMPLATE),
+            redis_url=valkey.url,
+            ephemeral_rate=1e6,
+        )
+        yield ours, Servers(postgres, valkey)
+    finally:
+        valkey.stop()
+        postgres.stop()
+        folder.release()
+        shutil.rmtree(path)
 
 
 @pytest.fixture

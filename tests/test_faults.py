@@ -3,15 +3,12 @@
 import asyncio
 import gc
 import os
-import shutil
 import signal
 import socket
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -32,39 +29,12 @@ from server.core.config import Settings
 from server.db import database, hosts
 from server.domain import presence
 from server.gateway.connection import Connection
-from server.processes.embedded.folder import DataFolder
-from server.processes.embedded.postgres import Postgres
-from server.processes.embedded.valkey import Valkey
-from tests.conftest import TEMPLATE, Lines, Servers, make_template, scratch
+from tests.conftest import Lines, Servers
 from tests.test_batches import counted
 from tests.world import UserSession, World, http_client, message, new_messages, received_message, sent, until
 
 MEMBERS = 100
 OUTBOX_BYTES = 256 * 1024
-
-
-@pytest.fixture
-async def own(settings: Settings) -> AsyncIterator[tuple[Settings, Servers]]:
-    """A PostgreSQL and a Valkey of its own, which a test may stop."""
-    path = Path(tempfile.mkdtemp(prefix="openchat-tests-", dir=scratch()))
-    folder = DataFolder(path)
-    postgres, valkey = Postgres(folder, max_connections=50), Valkey(folder)
-    try:
-        await asyncio.to_thread(postgres.start)
-        await asyncio.to_thread(valkey.start)
-        await make_template(postgres.url("postgres"), postgres.url(TEMPLATE))
-        ours = msgspec.structs.replace(
-            settings,
-            database_url=postgres.url(TEMPLATE),
-            redis_url=valkey.url,
-            ephemeral_rate=1e6,
-        )
-        yield ours, Servers(postgres, valkey)
-    finally:
-        valkey.stop()
-        postgres.stop()
-        folder.release()
-        shutil.rmtree(path)
 
 
 class Talk:

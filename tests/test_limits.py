@@ -251,14 +251,14 @@ async def test_readiness_probes_share_one_check_per_second() -> None:
 
 async def test_probes_query_the_database_once_per_second(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = 0
-    is_current = Database.is_current
+    is_ready = Database.is_ready
 
     async def counted(database: Database) -> bool:
         nonlocal asked
         asked += 1
-        return await is_current(database)
+        return await is_ready(database)
 
-    monkeypatch.setattr(Database, "is_current", counted)
+    monkeypatch.setattr(Database, "is_ready", counted)
     began = time.monotonic()
     async with http_client(world.url) as http:
         assert {await status(http, "/readyz") for _ in range(20)} == {HTTPStatus.OK}

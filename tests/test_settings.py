@@ -12,7 +12,7 @@ from server.cli import main
 from server.core import config
 from server.core.config import FIELDS, TEXTS, Settings, allowed, variable
 from server.core.errors import Fatal
-from server.db.database import SENDING_CONNECTIONS
+from server.db.database import OWN_CONNECTIONS
 from server.describe.settings import document
 from server.processes.supervisor import listen, prepare
 
@@ -224,7 +224,7 @@ def test_the_table_of_settings_has_a_row_for_each_with_its_default_and_its_bound
     words = {"": "none", "True": "true", "False": "false"}
     defaults = {name: words.get(str(field.default), str(field.default)) for name, field in FIELDS.items()}
     assert rows == [(variable(name), defaults[name], allowed(name)) for name in FIELDS]
-    assert f"besides {SENDING_CONNECTIONS} for messages" in config.meaning("database_connections")
+    assert f"besides {OWN_CONNECTIONS} for messages" in config.meaning("database_connections")
 
 
 def test_settings_command_prints_meaning_default_value_and_source(

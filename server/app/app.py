@@ -27,7 +27,7 @@ from server.core.metrics import Metrics
 from server.core.periodic import end, every
 from server.core.throttle import Throttle
 from server.core.unconfirmed import Unconfirmed
-from server.db.database import SENDING_CONNECTIONS, Database
+from server.db.database import OWN_CONNECTIONS, Database
 from server.db.migrate import require_steps
 from server.domain import sync
 from server.domain.presence import Presence
@@ -125,7 +125,7 @@ class App:
             tickets=self._issue_tickets,
         )
         self.sockets = Sockets(
-            most=most_sockets(settings.database_connections + SENDING_CONNECTIONS),
+            most=most_sockets(settings.database_connections + OWN_CONNECTIONS),
             per_address=settings.connections_per_address,
             proxies=settings.proxies,
             frames=Pace.of(settings.frame_rate),

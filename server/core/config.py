@@ -76,9 +76,9 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     database_connections: Annotated[
         int,
         Meta(ge=2, le=500),
-        "Max PostgreSQL connections of each worker, besides 3 for messages and reactions. Set `max_connections` of "
-        "your PostgreSQL to the sum for all workers, one further worker during a reload, and a few for the command "
-        "line.",
+        "Max PostgreSQL connections of each worker, besides 4 for messages, reactions and `/readyz`. Set "
+        "`max_connections` of your PostgreSQL to the sum for all workers, one further worker during a reload, and a "
+        "few for the command line.",
     ] = 8
     session_days: Annotated[int, Meta(ge=1, le=3650), "Days without use after which a session expires."] = 30
     heartbeat_seconds: Annotated[

@@ -1,6 +1,7 @@
 """The database of a worker: pools of connections, transactions and retries."""
 
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -18,6 +19,7 @@ from server.db.epoch import Epoch
 from server.db.hosts import CONNECT_SECONDS, REFUSED, Hosts
 from server.db.migrate import is_current
 from server.db.pool import Connection, Lease, Pool, UserPool
+from server.db.readiness import is_writable, write_nothing
 from server.db.reconnecting import Reconnecting
 from server.fairness.share import Share
 from server.limits.token_bucket import BURST_SECONDS
@@ -33,6 +35,14 @@ SENDING_CONNECTIONS = 3
 """Connections for statements of many users, per worker, in addition to `OPENCHAT_DATABASE_CONNECTIONS`. They store
 short messages, long messages and reactions.
 """
+OWN_CONNECTIONS = SENDING_CONNECTIONS + 1
+"""Connections per worker in addition to `OPENCHAT_DATABASE_CONNECTIONS`: those for statements of many users, and one
+for `/readyz`. Without it, frames that wait for locks could make a worker unready.
+"""
+READY_MS = 2_000
+"""Max time of a statement for `/readyz`, in milliseconds."""
+WRITE_SECONDS = 5.0
+"""Min interval between two attempts to write after PostgreSQL could not store something, in seconds."""
 SEARCH_SHARE = 4
 """Max share of a worker's connections that searches hold, as 1 / `SEARCH_SHARE`, but at least one."""
 SEARCHES_WAITING = 8
@@ -89,10 +99,13 @@ IMPATIENT = f"SET LOCAL lock_timeout = '{JOB_LOCK_MS}ms'"
 class PoolState:
     """The state that all users of a pool share."""
 
-    def __init__(self, pool: Pool, sending: Pool, epoch: Epoch, *, most: int) -> None:
-        """`most` is the max number of connections of `pool`."""
+    def __init__(self, pool: Pool, sending: Pool, ready: Pool, epoch: Epoch, *, most: int) -> None:
+        """`most` is the max number of connections of `pool`. `sending` is for statements of many users, and `ready`
+        for `/readyz`.
+        """
         self.pool = pool
         self.sending = sending
+        self.ready = ready
         self.epoch = epoch
         self.searches = Share(max(1, most // SEARCH_SHARE), waiting=SEARCHES_WAITING, patience=SEARCH_PATIENCE)
         self.counts = Share(max(1, most // SEARCH_SHARE), waiting=COUNTS_WAITING, patience=COUNT_PATIENCE)
@@ -101,6 +114,9 @@ class PoolState:
         )
         self.deadlocks = 0
         self.faults: Counter[str] = Counter()
+        self.is_full = False
+        """Whether PostgreSQL could not store something, and no attempt to write has succeeded since."""
+        self.next_write = 0.0
 
     def count(self, error: Exception) -> bool:
         """Count an error that is a fault. Return whether its connection may still be busy, or leads to a host that is
@@ -108,6 +124,7 @@ class PoolState:
         """
         if (fault := fault_of(error)) is not None:
             self.faults[fault] += 1
+            self.is_full |= fault is Fault.FULL
         return fault is Fault.LOST or isinstance(error, asyncpg.ReadOnlySQLTransactionError)
 
 
@@ -172,16 +189,20 @@ class Database:
         pool = Pool(partial(again.connect, session), most=most, patience=CONNECT_SECONDS)
         shorter = session | {"statement_timeout": f"{SENDING_SECONDS * 1_000:.0f}ms"}
         sending = Pool(partial(again.connect, shorter), most=SENDING_CONNECTIONS, patience=CONNECT_SECONDS)
+        ready = Pool(
+            partial(again.connect, session | {"statement_timeout": f"{READY_MS}ms"}), most=1, patience=CONNECT_SECONDS
+        )
         try:
             pool.give(await hosts.connect(session), is_usable=True)
         except UNREACHABLE as error:
             raise _unreachable(error) from error
-        return cls(pool, PoolState(pool, sending, epoch, most=most))
+        return cls(pool, PoolState(pool, sending, ready, epoch, most=most))
 
     async def close(self) -> None:
         """Close all connections, without waiting for statements in flight."""
         self._state.pool.close()
         self._state.sending.close()
+        self._state.ready.close()
 
     def connection(self) -> Lease:
         """Borrow a connection. Each statement commits on its own."""
@@ -263,12 +284,27 @@ class Database:
     @property
     def size(self) -> int:
         """The number of open connections."""
-        return len(self._state.pool) + len(self._state.sending)
+        return len(self._state.pool) + len(self._state.sending) + len(self._state.ready)
 
-    async def is_current(self) -> bool:
-        """Whether the database answers and has exactly the schema of this program."""
-        async with self.connection() as db:
-            return await is_current(db)
+    async def is_ready(self) -> bool:
+        """Whether the database answers, has exactly the schema of this program, and can be written.
+
+        As long as PostgreSQL stores everything, this only reads. After a `full` fault it tries to write, at most once
+        per `WRITE_SECONDS`, and returns False until that succeeds.
+        """
+        state = self._state
+        if is_in_doubt := state.is_full:
+            if (now := time.monotonic()) < state.next_write:
+                return False
+            state.next_write = now + WRITE_SECONDS
+            state.ready.renew()  # a session may have older settings than those that fail
+        async with Lease(state.ready, state.count) as db:
+            if not (await is_current(db) and await is_writable(db)):
+                return False
+            if is_in_doubt:
+                await write_nothing(db)
+                state.is_full = False
+        return True
 
     @property
     def epoch(self) -> Epoch:

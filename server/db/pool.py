@@ -142,6 +142,12 @@ class Pool:
         self._waiting.done(line)
         return turn
 
+    def renew(self) -> None:
+        """Close the free connections. The next call opens a new one."""
+        for connection in self._free:
+            connection.terminate()
+        self._free.clear()
+
     def close(self) -> None:
         """Close all connections, without waiting for statements in flight. No others are opened."""
         self._is_closed = True

@@ -248,7 +248,7 @@ class Endpoints:
 
     async def _has_database(self) -> bool:
         try:
-            return await asyncio.wait_for(self._deps.services.database.is_current(), READY_SECONDS)
+            return await asyncio.wait_for(self._deps.services.database.is_ready(), READY_SECONDS)
         except Exception as error:
             if refusal(error, "/readyz") is None:
                 raise

@@ -25,7 +25,7 @@ from server.core.config import Settings, variable
 from server.core.errors import REDIS_LOST, Fatal, redis_unreachable
 from server.core.terminal import say
 from server.db import database, migrate
-from server.db.database import SENDING_CONNECTIONS
+from server.db.database import OWN_CONNECTIONS
 from server.db.hosts import CONNECT_SECONDS
 from server.processes.embedded import postgres, valkey
 from server.processes.embedded.folder import DataFolder, installed
@@ -190,7 +190,7 @@ class Supervisor:
         if own:
             self._folder = DataFolder(settings.data_path, advice=settings.folder_advice)
         if self._folder is not None and not settings.database_url:
-            each = settings.database_connections + SENDING_CONNECTIONS
+            each = settings.database_connections + OWN_CONNECTIONS
             connections = settings.worker_count * each + SPARE_DATABASE_CONNECTIONS
             self._postgres = Postgres(self._folder, max_connections=connections)
             if self._postgres.is_new:
