@@ -17,10 +17,7 @@ from server.db.database import Database, connect
 from server.db.hosts import Hosts, keep_alive, single_hosts
 from server.db.migrate import migrate
 from tests.conftest import Servers
-from tests.test_faults import own
 from tests.world import World, message, sent
-
-__all__ = ("own",)
 
 PATIENCE = 20
 """Max seconds for anything that must not wait for a host that does not answer."""
