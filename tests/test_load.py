@@ -10,12 +10,17 @@ import msgspec
 import pytest
 
 from loadtest.bystander import Comparison
+from loadtest.connection import Connection, User
+from loadtest.crowd import Crowd
 from loadtest.histogram import Histogram
 from loadtest.plot import axis
 from loadtest.proxy import Proxy
 from loadtest.run import Result
 from loadtest.scenarios import ALL
 from loadtest.scenarios.history import message_id
+from protocol.codec import encode
+from protocol.errors import ErrorCode
+from protocol.server import Error
 from server.cli import main
 from server.core.config import Settings
 from tests.cluster import Cluster
@@ -178,6 +183,14 @@ def test_command_ends_before_its_work_if_its_report_cannot_be_written(
     assert re.fullmatch(
         r"openchat \w+: /\S+/reports cannot be written: Not a directory\. .*\n", capsys.readouterr().err
     )
+
+
+def test_crowd_counts_refused_frames_by_code() -> None:
+    crowd = Crowd()
+    connection = Connection(crowd, User(token="", user_id="", source="", conversations=[]))
+    connection.on_frame(encode(Error(re=1, code=ErrorCode.CONFLICT, message="It is closed.")), b"")
+    connection.on_frame(encode(Error(code=ErrorCode.INVALID, message="It is no frame.")), b"")
+    assert crowd.counters.errors == {"conflict": 1, "invalid": 1}
 
 
 def test_percentiles_have_the_documented_precision() -> None:
