@@ -219,21 +219,18 @@ class Run:
             )
         return self._phases[-1]
 
-    async def drive(self, seconds: float, rate: float, *, name: str = "", scenario: str = "") -> Phase:
-        """Perform a scenario's actions at a rate, wait for remaining events, and return the results.
-
-        The scenario is that of the run, or another one for the same people. `name` is the name of the phase, by default
-        the scenario's.
+    async def drive(self, seconds: float, rate: float, *, name: str = "") -> Phase:
+        """Perform the scenario's actions at a rate, wait for remaining events, and return the results. `name` is that
+        of the phase, by default the scenario's.
         """
-        scenario = scenario or self._scenario.name
         await asyncio.sleep(REST_SECONDS)
-        async with self._phase(name or scenario, rate, seconds):
+        async with self._phase(name or self._scenario.name, rate, seconds):
             begin = time.monotonic_ns() + int(START_SECONDS * 1e9)
             talking = [sum(user.talks for user in part) for part in self._parts]
             done = await asyncio.gather(*(
                 process.execute(
                     Drive(
-                        scenario=scenario, size=self._size, rate=rate * share / sum(talking),
+                        scenario=self._scenario.name, size=self._size, rate=rate * share / sum(talking),
                         begin=begin, end=begin + int(seconds * 1e9), seed=number,
                     )
                 )
