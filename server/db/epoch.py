@@ -22,6 +22,8 @@ SELECT pg_is_in_recovery(), left(encode(sha256(concat_ws('.', e.epoch, s.system_
 FROM database_epoch e, pg_control_system() s, pg_database d WHERE d.datname = current_database()
 """
 NEW = "UPDATE database_epoch SET epoch = gen_random_uuid()"
+OVER_SECONDS = 1
+"""Max wait of a worker for requests, for frames and for statements after the end of its epoch, in seconds each."""
 OVER = "the database was restored or replaced, or has a new epoch"
 UNFINISHED = "it is a standby, or is being restored"
 

@@ -6,6 +6,7 @@ only. PostgreSQL stores the users' choices and when they were last seen.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from server.core.errors import REDIS_LOST, log_failure
 from server.core.faults import fault_of
 from server.core.periodic import end, every
 from server.db.database import Database
+from server.db.epoch import OVER_SECONDS
 from server.domain.pending_presence import PendingPresence, PresenceNews, Reason
 from server.domain.presence_entries import PresenceEntries
 from server.fairness.batcher import Batcher
@@ -107,12 +109,10 @@ class Presence:
                 fields.pop(self._worker.encode(), None)
                 if not self._states(fields):
                     self._transitions[user_id] = self._gone(user_id)
-            await self._record()
-            for _ in range(LAST_TRIES):
-                if not self._transitions:
-                    break
-                await asyncio.sleep(FLUSH_SECONDS)
-                await self._record()
+            # At the end of an epoch, the database may be an old primary that does not answer.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(OVER_SECONDS if is_epoch_over else None):
+                    await self._record_last()
             while self._pending and await self._pending.tell():
                 pass
             await self.entries.delete_sign()
@@ -351,6 +351,14 @@ class Presence:
 
     def _gone(self, user_id: UserId) -> Transition:
         return Transition(is_online=False, close_code=self._ends.get(user_id), left_at=self._left_at.get(user_id))
+
+    async def _record_last(self) -> None:
+        await self._record()
+        for _ in range(LAST_TRIES):
+            if not self._transitions:
+                break
+            await asyncio.sleep(FLUSH_SECONDS)
+            await self._record()
 
     async def _record(self) -> None:
         if not self._transitions:

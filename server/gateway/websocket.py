@@ -7,10 +7,12 @@ delivery it saves most of the cost (docs/performance.md).
 
 import asyncio
 import socket as socket_module
+from http import HTTPStatus
 from socket import IPPROTO_TCP
 from typing import TYPE_CHECKING, Any
 
 from starlette.websockets import WebSocketDisconnect
+from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
@@ -464,6 +466,26 @@ class WebSocket(WebSocketsSansIOProtocol):
         if self.receiver is not None:
             self.receiver.lost()
             self.receiver = None
+
+    def shutdown(self) -> None:
+        """Close the connection, because the worker ends. A handshake in progress is refused with 503, so that its
+        client comes back. uvicorn would answer 500.
+        """
+        if self.handshake_complete or self.close_sent:
+            super().shutdown()
+            return
+        response = self.conn.reject(HTTPStatus.SERVICE_UNAVAILABLE, "")
+        response.headers["Retry-After"] = "1"
+        self.conn.send_response(response)
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+        self.transport.close()
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """Send a part of the answer to the handshake. Raises ClientDisconnected if `shutdown` has answered it."""
+        if self.conn.eof_sent:
+            raise ClientDisconnected
+        await super().send(message)
 
     async def run_asgi(self) -> None:
         """Run the application for the handshake. If a receiver has taken over, the connection lives on."""

@@ -23,7 +23,7 @@ from protocol.limits import MAX_FRAME_BYTES
 from server.app.app import App
 from server.core import log
 from server.core.errors import Fatal
-from server.db.epoch import OVER
+from server.db.epoch import OVER, OVER_SECONDS
 from server.gateway.http_protocol import Http
 from server.gateway.sockets import raise_descriptor_limit
 from server.gateway.websocket import WebSocket
@@ -42,8 +42,6 @@ SECURITY_HEADERS = [
     ("referrer-policy", "no-referrer"),
 ]
 """Headers of every response, because none is a page and no browser should treat one as a page."""
-OVER_SECONDS = 1
-"""Max wait for requests after the end of an epoch, in seconds."""
 DATE_SECONDS = 1.0
 """Interval at which the Date header of HTTP responses is renewed, in seconds, which is its resolution."""
 
