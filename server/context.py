@@ -48,6 +48,11 @@ class Events(Protocol):
         they may watch.
         """
 
+    def recheck(self, user_id: UserId, conversation_id: ConversationId | None) -> None:
+        """Make the workers recheck a user and a conversation some seconds later, because the outcome of a write is
+        unknown.
+        """
+
     def published_at(self, conversation_id: ConversationId, version: int) -> datetime | None:
         """Return when this worker delivered a version, if it still remembers."""
 

@@ -325,6 +325,7 @@ async def test_message_with_an_unknown_outcome_is_delivered_once_by_the_comparis
     """On each device, with and without a repeated frame, also for messages stored by one statement."""
     monkeypatch.setattr(hub, "COMPARE_SECONDS", 3_600.0)
     monkeypatch.setattr(hub, "COMPARE_USERS_SECONDS", 3_600.0)
+    monkeypatch.setattr(hub, "BEAT_SECONDS", 3_600.0)
     async with staged(settings) as (world, stage):
         devices = [stage.author, stage.sender, *[await world.connect(who) for who in (stage.ada, stage.charles)]]
         frames = [message(stage.group, "In doubt") for _ in devices]

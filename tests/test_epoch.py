@@ -305,7 +305,7 @@ async def test_handshake_in_progress_at_the_end_of_an_epoch_is_refused_with_503(
 
 END_SESSIONS = """
 SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
-WHERE datname = current_database() AND pid <> pg_backend_pid() AND application_name = 'openchat'
+WHERE datname = current_database() AND pid <> pg_backend_pid() AND starts_with(application_name, 'openchat')
 """
 
 

@@ -26,7 +26,7 @@ class Counted:
         self.may_compare = asyncio.Event()
         self.may_compare.set()
         self.rounds = Rounds[int](
-            lambda: range(count), self._compare, seconds=seconds, is_urgent=lambda: self.is_urgent
+            lambda: range(count), self._compare, seconds=lambda: seconds, is_urgent=lambda: self.is_urgent
         )
 
     async def _compare(self, batch: Sequence[int]) -> None:

@@ -29,7 +29,7 @@ from server.core.config import Settings
 from server.db.database import speak
 from server.http import openapi
 from server.http.openapi import BEFORE_ANY_PATH
-from server.hub.hub import COMPARE_SECONDS, COMPARE_USERS_SECONDS
+from server.hub.hub import AFTER_END_SECONDS, COMPARE_USERS_SECONDS
 from server.jobs.scheduled import Scheduler
 from server.processes.worker import DrainingServer
 from server.queries import accounts, sessions
@@ -41,8 +41,8 @@ PUSH_POINT = "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs
 """A public key of a browser (RFC 8291, section 5)."""
 
 
-REPAIR_SECONDS = max(COMPARE_SECONDS, COMPARE_USERS_SECONDS) + 15
-"""Max wait for an event that was not published. Workers find it by comparing versions, seconds."""
+REPAIR_SECONDS = max(*AFTER_END_SECONDS, COMPARE_USERS_SECONDS) + 15
+"""Max wait for an event that was not published, in seconds. Workers find it by comparing versions."""
 
 ADD_OWNER = """
 INSERT INTO conversation_participant (conversation_id, user_id, role, version) VALUES ($1, $2, 'owner', 1)

@@ -1,6 +1,7 @@
 """The server of one worker, with all of its objects."""
 
 import asyncio
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,8 @@ takes ten times as long as everything else (docs/performance.md).
 """
 REACTIONS_AT_ONCE = 64
 """Max reactions that one statement changes."""
+WORKER_BYTES = 16
+"""Length of the random id of a worker, in bytes."""
 REDIS_SECONDS = 1.0
 """Max time of a command to Redis, in seconds."""
 METRICS_SECONDS = 1.0
@@ -99,8 +102,9 @@ class App:
         connect: Connect,
         *,
         push_key: str,
+        worker: bytes,
     ) -> None:
-        """`connect` returns the bus."""
+        """`connect` returns the bus. `worker` is the id of this worker."""
         self._database = database
         self._redis = redis
         self.epoch = database.epoch
@@ -115,6 +119,7 @@ class App:
             hub_store,
             connect,
             describe=lambda found: self.presence.describe(found),  # noqa: PLW0108 - it is created below
+            worker=worker,
         )
         self.presence = Presence(PresenceEntries(self._redis, installation), database, self.hub.send_to_watchers)
         self._tickets = Tickets(self._redis, installation)
@@ -296,13 +301,14 @@ class App:
                 settings.redis_url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS
             )
             bus = Alone if is_alone else RedisBus
-        database = await Database.open(settings)
+        worker = os.urandom(WORKER_BYTES)
+        database = await Database.open(settings, worker=worker)
         async with database.connection() as db:
             await require_steps(db)
             push_key = await push.key(db, "vapid", new_key())
         connect = partial(bus, settings.redis_url, database.epoch.id)
         metrics = Metrics(folder, number)
-        app = cls(settings, database, metrics, redis, connect, push_key=push_key)
+        app = cls(settings, database, metrics, redis, connect, push_key=push_key, worker=worker)
         await app.hub.start()
         await app.presence.start()
         app.connections.start()

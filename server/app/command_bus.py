@@ -13,7 +13,7 @@ class CommandBus:
     """Collects messages. `send` publishes them, and waits for the server to confirm."""
 
     is_up = True
-    received = dropped = 0
+    received = dropped = losses = 0
 
     def __init__(self, installation: str) -> None:
         self._prefix = prefix(installation)

@@ -9,7 +9,7 @@ from server.db.database import Database
 from server.fairness.batcher import Batcher
 from server.hub.doubts import Pair
 from server.hub.topics import Fetched
-from server.queries import changes, conversations, memberships, own_news, presence, sessions, users
+from server.queries import changes, conversations, memberships, own_news, presence, sessions, users, workers
 from server.queries.memberships import Membership
 from server.queries.own_news import OWN_PAGE, OwnNews
 from server.queries.presence import Watchable
@@ -81,6 +81,11 @@ class PostgresHubStore:
         async with self._database.of(user_id).connection() as db:
             found = await own_news.read(db, user_id, since, limit=OWN_PAGE)
         return await found.decoded()
+
+    async def workers(self) -> Collection[bytes]:
+        """Return the ids of the workers that are connected to the database. Earlier releases have an empty id."""
+        async with self._database.connection() as db:
+            return await workers.connected(db)
 
     async def living(self, session_ids: Sequence[SessionId]) -> Collection[SessionId]:
         """Return the valid ones of these sessions."""

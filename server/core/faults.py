@@ -112,6 +112,15 @@ def is_lost(error: BaseException) -> bool:
     return fault_of(error) is Fault.LOST
 
 
+def may_have_committed(error: BaseException) -> bool:
+    """Whether a write that raised `error` may have taken effect, without publishing its events. It did not if it was
+    refused, by this program or by PostgreSQL.
+    """
+    if isinstance(error, Refused | asyncpg.PostgresError) or fault_of(error) is not None:
+        return is_lost(error)
+    return True
+
+
 def is_without_thread(error: BaseException) -> bool:
     """Whether the system refused a new thread. Python has no class for this."""
     return type(error) is RuntimeError and str(error) == "can't start new thread"

@@ -71,8 +71,10 @@ Db: TypeAlias = Connection
 """The first parameter of a query: a connection."""
 Result = TypeVar("Result")
 
+APPLICATION = "openchat"
+"""Application name of a worker's connections. It is followed by a space and the worker's id, as hexadecimal digits."""
 SESSION = {
-    "application_name": "openchat",
+    "application_name": APPLICATION,
     # Every query is meant to read one indexed row after the other and to stop early. PostgreSQL keeps plans. A plan
     # that was made for a small table would scan or hash a large one until the next ANALYZE. So plans that only pay for
     # a few rows are disabled (docs/decisions/0008).
@@ -172,11 +174,14 @@ class Database:
         return self._state.faults
 
     @classmethod
-    async def open(cls, settings: Settings) -> "Database":
-        """Return a pool for `settings.database_url`, whose connections all belong to one epoch. Raises Fatal if the
-        database cannot be reached.
+    async def open(cls, settings: Settings, *, worker: bytes = b"") -> "Database":
+        """Return a pool for `settings.database_url`, whose connections all belong to one epoch. `worker` is the id of
+        this worker. Raises Fatal if the database cannot be reached.
         """
-        session = SESSION | {"default_text_search_config": settings.search_language}
+        session = SESSION | {
+            "application_name": f"{APPLICATION} {worker.hex()}".strip(),
+            "default_text_search_config": settings.search_language,
+        }
 
         epoch = Epoch()
 

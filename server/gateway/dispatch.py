@@ -42,7 +42,7 @@ from protocol.limits import (
 from protocol.server import Error, Reply, Result
 from server.context import Context
 from server.core.errors import INTERNAL, log_defect, refusal
-from server.core.faults import ROLLED_BACK
+from server.core.faults import ROLLED_BACK, may_have_committed
 from server.core.metrics import Metrics
 from server.fairness.share import HELD
 from server.fairness.turns import Turns
@@ -183,11 +183,17 @@ class Dispatch:
     async def _handle(self, route: Route, context: Context, frame: Frame) -> Result:
         """Run the handler of a frame. Retry it once if PostgreSQL ended its transaction to break a deadlock."""
         try:
+            try:
+                return await route.handler(context, frame)
+            except ROLLED_BACK as error:
+                # Handlers publish after their commit, so nothing was published yet.
+                context.database.rolled_back(str(type(frame).__struct_config__.tag), error)
             return await route.handler(context, frame)
-        except ROLLED_BACK as error:
-            # Handlers publish after their commit, so nothing was published yet.
-            context.database.rolled_back(str(type(frame).__struct_config__.tag), error)
-        return await route.handler(context, frame)
+        except BaseException as error:
+            if route.rate is Rate.WRITE and may_have_committed(error):
+                where = getattr(frame, "to_conversation_id", None) or getattr(frame, "conversation_id", None)
+                context.events.recheck(context.user_id, where)
+            raise
 
     async def _read_alone(self, route: Route, context: Context, frame: Frame) -> Result:
         """Run the handler of a frame that may have a large reply. Other such frames of the user at this worker wait.

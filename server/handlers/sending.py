@@ -173,6 +173,7 @@ async def _outcome(context: Context, out: Outgoing, note: Note | None) -> Stored
     except BaseException as error:
         if is_lost(error) or isinstance(error, CancelledError):
             context.services.unconfirmed.add(out.frame.message_id, tried_at)
+            context.events.recheck(out.sender_id, out.frame.conversation_id)
         raise
     return outcome
 

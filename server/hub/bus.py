@@ -3,6 +3,9 @@
 from collections.abc import Callable, Collection
 from typing import Protocol
 
+OF_WORKERS = b"w:"
+"""Prefix of the channel on which workers exchange heartbeats."""
+
 
 class Bus(Protocol):
     """Publishes messages on channels to other workers. They are hints, because PostgreSQL has the truth."""
@@ -22,6 +25,12 @@ class Bus(Protocol):
     @property
     def dropped(self) -> int:
         """The number of messages that could not be published. Workers find their events in PostgreSQL."""
+
+    @property
+    def losses(self) -> int:
+        """The number of times that published messages may have been lost, as far as this worker knows. It changes as
+        soon as messages can be published again.
+        """
 
     async def start(self) -> None:
         """Connect. Raises Fatal if that fails."""

@@ -45,6 +45,8 @@ class ClusterBus:
         self._is_covered = False
         self._followed: dict[bytes, RedisBus | None] = {}
         self._refreshing: asyncio.Task[None] | None = None
+        # Losses of nodes that left the cluster, and of slots without a node.
+        self._other_losses = 0
 
     @property
     def is_up(self) -> bool:
@@ -65,6 +67,11 @@ class ClusterBus:
     def dropped(self) -> int:
         """The number of messages that could not be published."""
         return sum(node.dropped for node in self._nodes.values())
+
+    @property
+    def losses(self) -> int:
+        """The number of times that published messages may have been lost."""
+        return self._other_losses + sum(node.losses for node in self._nodes.values())
 
     async def start(self) -> None:
         """Connect. Raises Fatal if the cluster cannot be reached."""
@@ -99,6 +106,8 @@ class ClusterBus:
         """Publish a message on a channel."""
         if (node := self._node(channel)) is not None:
             node.publish(channel, words)
+        else:
+            self._other_losses += 1
 
     def _node(self, channel: bytes) -> RedisBus | None:
         return self._slots[key_slot(self._prefix + channel)]
@@ -131,7 +140,9 @@ class ClusterBus:
                 before.unsubscribe(channel)
         await self.subscribe(moved)
         for address in self._nodes.keys() - set(owners.values()):
-            await self._nodes.pop(address).close()
+            node = self._nodes.pop(address)
+            self._other_losses += node.losses + 1
+            await node.close()
         if moved:
             self._caught_up()
 

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from typing import Protocol
 from uuid import UUID
@@ -11,23 +11,32 @@ from uuid import UUID
 from protocol.codec import encode, text_frame
 from protocol.ids import ConversationId, UserId
 from protocol.server import DurableEvent, PresenceChanged, StateEvent, TypingEvent, UserUpdated
-from server.core.periodic import end
-from server.hub import online_users, topics, watchers
+from server.core.periodic import end, every
+from server.hub import online_users, peers, topics, watchers
 from server.hub.bus import Bus, Connect
 from server.hub.online_users import OnlineUsers, Socket, UserStore
+from server.hub.peers import BEAT_SECONDS, Kind, Peers
 from server.hub.rounds import Rounds
 from server.hub.topics import NOBODY, ConversationStore, Topics
+from server.hub.unsure import Unsure
 from server.hub.watchers import Describe, Watchers, WatchStore
 
-COMPARE_SECONDS = 5.0
-"""Interval at which all conversations are compared with PostgreSQL while the bus is up, in seconds. The comparison
-finds all events that the bus lost.
-"""
+COMPARE_SECONDS = 60.0
 COMPARE_USERS_SECONDS = 30.0
-"""The same for users, in seconds. Users outnumber conversations, and their news is rare."""
+"""Intervals at which all conversations, and all users, are compared with PostgreSQL while the bus is up, in seconds.
+The comparisons find events that were lost without a sign (docs/map.md).
+"""
+COMPARE_SECONDS_BESIDE_UNHEARD = 5.0
+"""The same for conversations, while there is a worker that this one does not hear on the bus."""
+AFTER_END_SECONDS = (0.0, 4.0, 12.0)
+"""Delays of the comparisons after another worker disappeared, in seconds. PostgreSQL finishes the statements of a
+worker that was killed. It cancels those that store messages after two seconds, and others after ten.
+"""
+LOOK_SECONDS = 5.0
+"""Interval at which PostgreSQL is asked for the workers that are connected to it, in seconds."""
 MAX_JITTER_SECONDS = 0.5
-"""Max delay of the comparison after an outage, in seconds. It is random, because an outage ends for all workers
-together.
+"""Max delay of the comparison after an outage, or after the end of another worker, in seconds. It is random, because
+all workers notice these together.
 """
 
 _ENTRY = struct.Struct("!QI16s")
@@ -45,14 +54,26 @@ WATCHING = 1
 class HubStore(ConversationStore, UserStore, WatchStore, Protocol):
     """The hub's queries. `PostgresHubStore` implements them, because `hub` may not import `queries`."""
 
+    async def workers(self) -> Collection[bytes]:
+        """Return the ids of the workers that are connected to the database. Earlier releases have an empty id."""
+
 
 class Hub:
     """Delivers events at one worker."""
 
-    def __init__(self, store: HubStore, connect: Connect, *, describe: Describe) -> None:
-        """`connect` returns the bus to the other workers. `describe` returns the presences of watched users."""
+    def __init__(self, store: HubStore, connect: Connect, *, describe: Describe, worker: bytes = NOBODY) -> None:
+        """`connect` returns the bus to the other workers. `describe` returns the presences of watched users. `worker`
+        is the id of this worker.
+        """
         self._store = store
+        self._worker = worker
         self.bus: Bus = connect(deliver=self._hear, caught_up=self._caught_up)
+        self._peers = Peers(
+            self.bus, say=self._say_to_workers, lost_events=self._compare_with_delay, lost_worker=self._lost_worker
+        )
+        self._unsure_topics: Unsure[ConversationId] = Unsure()
+        self._unsure_users: Unsure[UserId] = Unsure()
+        self._is_beside_unheard = False
         self.watchers = Watchers(store, self.bus, describe=describe)
         self.online_users = OnlineUsers(store, self.bus, doubt=self.watchers.doubt_watched)
         self.topics = Topics(
@@ -63,29 +84,37 @@ class Hub:
             doubt=lambda user_id, left: self.watchers.doubt_watched(user_id, cause=left),
             compare_soon=self._compare_topics,
         )
-        self._rounds = (
-            Rounds(self.topics.ids, self.topics.compare, seconds=COMPARE_SECONDS, is_urgent=self._is_bus_down),
-            Rounds(
-                self.online_users.ids,
-                self.online_users.compare,
-                seconds=COMPARE_USERS_SECONDS,
-                is_urgent=self._is_bus_down,
-            ),
+        self._topic_rounds = Rounds(
+            self.topics.ids, self.topics.compare, seconds=self._topics_seconds, is_urgent=self._is_bus_down
+        )
+        self._user_rounds = Rounds(
+            self.online_users.ids,
+            self.online_users.compare,
+            seconds=lambda: COMPARE_USERS_SECONDS,
+            is_urgent=self._is_bus_down,
         )
         self._outgoing: dict[bytes, list[bytes]] = {}
         self._is_flushing = False
         self._loop = asyncio.get_running_loop()
         self._has_been_up = False
-        self._comparing: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Connect to the bus, and start comparing positions. Raises Fatal if the bus cannot be reached."""
         await self.bus.start()
-        self._comparing = [asyncio.create_task(rounds.run()) for rounds in self._rounds]
+        await self._peers.start()
+        self._tasks = [
+            asyncio.create_task(self._topic_rounds.run()),
+            asyncio.create_task(self._user_rounds.run()),
+            asyncio.create_task(every(BEAT_SECONDS, self._beat)),
+            asyncio.create_task(every(LOOK_SECONDS, self._look_for_unheard, is_spread=True)),
+        ]
 
     async def close(self) -> None:
         """Stop."""
-        await end(self._comparing)
+        await end(self._tasks)
+        self._peers.leave()
+        self.flush()
         self.online_users.close()
         self.watchers.close()
         self.topics.close()
@@ -135,6 +164,14 @@ class Hub:
             self._say(online_users.channel(user_id), WATCHING if may_watch_others else 0, b"")
             self.online_users.recheck(user_id, may_watch_others=may_watch_others)
 
+    def recheck(self, user_id: UserId, conversation_id: ConversationId | None) -> None:
+        """Make all workers recheck a user and a conversation some seconds later, because the outcome of a write is
+        unknown. If it was committed, nobody has published its events.
+        """
+        self._unsure_users.add(user_id)
+        if conversation_id is not None:
+            self._unsure_topics.add(conversation_id)
+
     def published_at(self, conversation_id: ConversationId, version: int) -> datetime | None:
         """Return when this worker delivered a version, if it still remembers."""
         at = self.topics.told_at(conversation_id, version)
@@ -148,6 +185,9 @@ class Hub:
         self.online_users.remove(socket)
 
     # -------------------------------------------------------------------------------------------- other workers
+
+    def _say_to_workers(self, kind: Kind, content: bytes) -> None:
+        self._say(peers.CHANNEL, kind, content, self._worker)
 
     def _say(self, channel: bytes, version: int, frame: bytes, gone: bytes = NOBODY) -> None:
         entries = self._outgoing.get(channel)
@@ -165,7 +205,9 @@ class Hub:
             start = end + _ENTRY.size
             end = start + size
             frame = words[start:end]
-            if kind == b"c:":
+            if channel == peers.CHANNEL:
+                self._hear_worker(version, frame, gone)
+            elif kind == b"c:":
                 self.topics.accept(ConversationId(one), version, frame, gone)
             elif kind == b"p:" and frame:
                 self.watchers.tell(UserId(one), frame, int.from_bytes(gone), is_face=version == FACE)
@@ -175,6 +217,16 @@ class Hub:
                 self.online_users.write(UserId(one), frame)
             else:
                 self.online_users.recheck(UserId(one), may_watch_others=version == WATCHING)
+
+    def _hear_worker(self, kind: int, content: bytes, worker: bytes) -> None:
+        if kind in {Kind.BEAT, Kind.GOODBYE}:
+            self._peers.hear(kind, worker, content)
+            return
+        ids = [UUID(bytes=content[start : start + 16]) for start in range(0, len(content), 16)]
+        if kind == Kind.RECHECK_CONVERSATIONS:
+            self._topic_rounds.first(self.topics.followed(map(ConversationId, ids)))
+        elif kind == Kind.RECHECK_USERS:
+            self._user_rounds.first(self.online_users.online(map(UserId, ids)))
 
     def _flush_soon(self) -> None:
         if not self._is_flushing:
@@ -196,21 +248,47 @@ class Hub:
         For example, a worker may have been killed after a commit.
         """
         self.watchers.doubt_all()
-        for rounds in self._rounds:
-            rounds.soon()
+        self._start_rounds()
 
     def _caught_up(self) -> None:
-        if not self._has_been_up:
+        self._peers.report()
+        if self._has_been_up:
+            self._compare_with_delay()
+        else:
             self._has_been_up = True
             self.compare_soon()
-            return
+
+    def _compare_with_delay(self) -> None:
         self.watchers.doubt_all()
         delay = random.random() * MAX_JITTER_SECONDS  # noqa: S311 - it spreads load, and needs no secrecy
-        for rounds in self._rounds:
-            self._loop.call_later(delay, rounds.soon)
+        self._loop.call_later(delay, self._start_rounds)
+
+    def _lost_worker(self) -> None:
+        for seconds in AFTER_END_SECONDS:
+            self._loop.call_later(seconds, self._compare_with_delay)
 
     def _compare_topics(self) -> None:
-        self._rounds[0].soon()
+        self._topic_rounds.soon()
+
+    def _start_rounds(self) -> None:
+        self._topic_rounds.soon()
+        self._user_rounds.soon()
+
+    def _topics_seconds(self) -> float:
+        return min(COMPARE_SECONDS, COMPARE_SECONDS_BESIDE_UNHEARD) if self._is_beside_unheard else COMPARE_SECONDS
 
     def _is_bus_down(self) -> bool:
         return not self.bus.is_up
+
+    async def _beat(self) -> None:
+        self._peers.beat()
+        if conversation_ids := self._unsure_topics.due():
+            self._say_to_workers(Kind.RECHECK_CONVERSATIONS, b"".join(one.bytes for one in conversation_ids))
+            self._topic_rounds.first(self.topics.followed(conversation_ids))
+        if user_ids := self._unsure_users.due():
+            self._say_to_workers(Kind.RECHECK_USERS, b"".join(one.bytes for one in user_ids))
+            self._user_rounds.first(self.online_users.online(user_ids))
+
+    async def _look_for_unheard(self) -> None:
+        workers = set(await self._store.workers())
+        self._is_beside_unheard = not workers - {self._worker} <= self._peers.workers

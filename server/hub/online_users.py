@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import Protocol
 
@@ -169,6 +169,10 @@ class OnlineUsers:
     def ids(self) -> list[UserId]:
         """Return all users."""
         return list(self._users)
+
+    def online(self, user_ids: Iterable[UserId]) -> list[UserId]:
+        """Return those users who have sockets."""
+        return [one for one in user_ids if one in self._users]
 
     async def compare(self, user_ids: Sequence[UserId]) -> None:
         """Compare the versions of users with PostgreSQL, and recheck those whose news was missed."""

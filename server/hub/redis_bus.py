@@ -21,6 +21,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from server.core.errors import REDIS_LOST, log_failure, redis_unreachable
 from server.core.periodic import end, every
+from server.hub.bus import OF_WORKERS
 
 CONNECT_SECONDS = 2.0
 PING_SECONDS = 0.5
@@ -57,6 +58,8 @@ SHARDED = Verbs(b"SPUBLISH", b"SSUBSCRIBE", b"SUNSUBSCRIBE", b"ssubscribe", b"sm
 PATTERNS = Verbs(b"PUBLISH", b"PSUBSCRIBE", b"PUNSUBSCRIBE", b"psubscribe", b"pmessage", 500)
 """Those for patterns of channels."""
 EVERY = b"*"
+OTHERS_SECONDS = 5.0
+"""Time for which another worker is assumed to run after its last heartbeat, in seconds."""
 
 
 class _Ear(asyncio.Protocol):
@@ -133,6 +136,7 @@ class RedisBus:
         self.published = 0
         self.received = 0
         self.dropped = 0
+        self.losses = 0
 
     async def start(self) -> None:
         """Connect. Raises Fatal if the server cannot be reached, which at the start is likely a mistake."""
@@ -177,6 +181,7 @@ class RedisBus:
         """Publish a message. The caller collects the events of one turn of the loop in one message per channel."""
         if self._transport is None or self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self.dropped += 1
+            self.losses += self.is_up  # or when the bus is up again
             return
         self._transport.write(_pack(self._verbs.publish, self._prefix + channel, self._origin + words))
         self.published += 1
@@ -275,6 +280,8 @@ class RedisBus:
         self._asked.clear()
         if self._was_lost:
             log.info("the bus works again")
+            # Messages in flight may be lost, too.
+            self.losses += 1
         self._caught_up()
 
     def _ask_for(self, channels: Iterable[bytes]) -> None:
@@ -304,13 +311,17 @@ class RedisBus:
 
 
 class Alone(RedisBus):
-    """The bus of a single worker. It publishes nothing, and receives all messages of the operator's commands."""
+    """The bus of a single worker. It receives all messages, such as those of operators' commands. It publishes only
+    heartbeats, until it receives one of another worker, which replaces this one or is replaced.
+    """
 
     def __init__(
         self, url: str, installation: str, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]
     ) -> None:
         """The parameters are those of `RedisBus`."""
-        super().__init__(url, installation, deliver=deliver, caught_up=caught_up, verbs=PATTERNS)
+        super().__init__(url, installation, deliver=self._deliver_from_others, caught_up=caught_up, verbs=PATTERNS)
+        self._deliver_all = deliver
+        self._others_until = 0.0
         self._channels.add(EVERY)
 
     async def subscribe(self, channels: Collection[bytes]) -> None:
@@ -320,7 +331,18 @@ class Alone(RedisBus):
         """Do nothing, because all channels are received."""
 
     def publish(self, channel: bytes, words: bytes) -> None:
-        """Do nothing, because there is no other worker."""
+        """Publish a message if there is another worker, or if it is a heartbeat."""
+        if channel.startswith(OF_WORKERS) or self._loop.time() < self._others_until:
+            super().publish(channel, words)
+
+    def _deliver_from_others(self, channel: bytes, words: bytes) -> None:
+        if channel.startswith(OF_WORKERS):
+            now = self._loop.time()
+            was_alone = now >= self._others_until
+            self._others_until = now + OTHERS_SECONDS
+            if was_alone:
+                self._caught_up()  # the other worker published nothing either
+        self._deliver_all(channel, words)
 
 
 def prefix(installation: str) -> bytes:

@@ -35,7 +35,7 @@ class Rounds(Generic[Item]):
         items: Callable[[], Sequence[Item]],
         compare: Callable[[Sequence[Item]], Awaitable[None]],
         *,
-        seconds: float,
+        seconds: Callable[[], float],
         is_urgent: Callable[[], bool],
     ) -> None:
         """`items` returns all items at the start of a round. `compare` is called with some of them."""
@@ -43,11 +43,19 @@ class Rounds(Generic[Item]):
         self._compare = compare
         self._seconds = seconds
         self._is_urgent = is_urgent
-        self._soon = asyncio.Event()
+        self._is_due = False
+        self._first: dict[Item, None] = {}
+        self._wake = asyncio.Event()
 
     def soon(self) -> None:
         """Start a fast round, after the current one if that is fast, because events may have been missed."""
-        self._soon.set()
+        self._is_due = True
+        self._wake.set()
+
+    def first(self, items: Iterable[Item]) -> None:
+        """Compare some items before all others, because events of theirs may have been missed."""
+        self._first.update(dict.fromkeys(items))
+        self._wake.set()
 
     async def run(self) -> None:
         """Run rounds until cancelled. After a failure, try again by a fast round."""
@@ -63,34 +71,42 @@ class Rounds(Generic[Item]):
                 self.soon()
 
     def _is_fast(self) -> bool:
-        return self._soon.is_set() or self._is_urgent()
+        return self._is_due or self._is_urgent()
 
     async def _run_fast(self) -> None:
-        self._soon.clear()
+        self._is_due = False
         began = time.monotonic()
         for batch in self._batches():
             batch_began = time.monotonic()
+            await self._compare_first()
             await self._compare(batch)
             await asyncio.sleep(min(PAUSE_FACTOR * (time.monotonic() - batch_began), PAUSE_MOST_SECONDS))
         await asyncio.sleep(began + FAST_SECONDS - time.monotonic())
 
     async def _run_slow(self) -> None:
-        """Run a round until it has to be fast. An item may be missed once, which the next round compares."""
+        """Run a round until it has to be fast."""
         batches = self._batches() or [[]]
         began = time.monotonic()
         for number, batch in enumerate(batches, start=1):
-            until = began + self._seconds * number / len(batches)
-            while (pause := until - time.monotonic()) > 0:
+            while (pause := began + self._seconds() * number / len(batches) - time.monotonic()) > 0:
                 await self._wait(min(pause, FAST_SECONDS))
                 if self._is_fast():
                     return
+                await self._compare_first()
             await self._compare(batch)
 
+    async def _compare_first(self) -> None:
+        """Compare the items of `first`. After a failure, the next fast round compares them with all others."""
+        first, self._first = list(self._first), {}
+        for start in range(0, len(first), AT_ONCE):
+            await self._compare(first[start : start + AT_ONCE])
+
     async def _wait(self, seconds: float) -> None:
-        """Return when `soon` was called, or after `seconds`."""
+        """Return when something is to be done before the next batch, or after `seconds`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._soon.wait()
+                await self._wake.wait()
+        self._wake.clear()
 
     def _batches(self) -> list[Sequence[Item]]:
         items = self._items()

@@ -326,6 +326,10 @@ class Topics:
         self._close_quiet()
         return list(self._topics)
 
+    def followed(self, conversation_ids: Iterable[ConversationId]) -> list[ConversationId]:
+        """Return those conversations that are followed."""
+        return [one for one in conversation_ids if one in self._topics]
+
     async def compare(self, conversation_ids: Sequence[ConversationId]) -> None:
         """Compare the positions of conversations with PostgreSQL, and fetch missed events."""
         versions = await self._store.versions(conversation_ids)

@@ -1,0 +1,206 @@
+"""Events that a worker committed and did not publish: after its end, during its outage, or with an unknown outcome."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+
+from protocol import client, server
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId
+from prove.client import Client
+from server.core.config import Settings
+from server.hub import hub, redis_bus
+from server.hub.hub import Hub
+from server.hub.redis_bus import RedisBus
+from server.queries import sending
+from server.queries.sending import Outgoing
+from tests.world import Worker, World, message, received_message, sent, until
+
+BEAT = 0.1
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make heartbeats ten times as fast. The periodic comparison finds nothing during a test."""
+    monkeypatch.setattr(hub, "BEAT_SECONDS", BEAT)
+    monkeypatch.setattr(hub, "MAX_JITTER_SECONDS", 0.0)
+    monkeypatch.setattr(hub, "LOOK_SECONDS", 3_600.0)
+    monkeypatch.setattr(hub, "COMPARE_SECONDS", 3_600.0)
+    monkeypatch.setattr(hub, "COMPARE_USERS_SECONDS", 3_600.0)
+
+
+class Pair:
+    """Ada at one worker, with another device and Charles at the other one, in a group."""
+
+    def __init__(self, world: World, ada: Client, device: Client, charles: Client, group: ConversationId) -> None:
+        self.world = world
+        self.ada = ada
+        self.device = device
+        self.charles = charles
+        self.group = group
+        self.hubs = [worker.app.hub for worker in world.workers]
+
+    async def arrives_by_comparison(self) -> bool:
+        """Send a message, and wait until Charles has it. Return whether his worker read it from PostgreSQL."""
+        before = self.hubs[1].topics.fetched
+        await received_message(self.charles, await sent(self.ada, self.group))
+        return self.hubs[1].topics.fetched > before
+
+
+@asynccontextmanager
+async def paired(world: World) -> AsyncIterator[Pair]:
+    one, other = await world.users("Ada", "Charles")
+    ada, device, charles = [await world.connect(who, number) for who, number in ((one, 0), (one, 1), (other, 1))]
+    group = await world.group(ada, other)
+    await charles.event(server.ConversationJoined)
+    await device.event(server.ConversationJoined)
+    pair = Pair(world, ada, device, charles, group)
+    await until(lambda: all(len(one._peers) == 1 for one in pair.hubs))  # noqa: SLF001
+    await until(lambda: not any(one._topic_rounds._is_fast() for one in pair.hubs))  # noqa: SLF001
+    yield pair
+
+
+@pytest.fixture
+async def pair(world: World) -> AsyncIterator[Pair]:
+    async with paired(world) as pair:
+        yield pair
+
+
+def mute(monkeypatch: pytest.MonkeyPatch, worker: Hub) -> None:
+    """Make a worker publish nothing, as if it were killed."""
+    monkeypatch.setattr(worker.bus, "publish", lambda *_: None)
+
+
+async def test_changes_of_a_worker_that_disappears_are_delivered(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    mute(monkeypatch, pair.hubs[0])
+    await pair.ada.call(client.SetDraft(conversation_id=pair.group, content="Dear Charles"))
+    assert await pair.arrives_by_comparison()
+    await pair.device.event(server.DraftChanged)
+    assert len(pair.hubs[1]._peers) == 0  # noqa: SLF001
+
+
+async def test_commit_after_the_end_of_a_worker_is_delivered(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostgreSQL finishes the statement of a killed worker."""
+    monkeypatch.setattr(hub, "AFTER_END_SECONDS", (0.0, 1.0))
+    mute(monkeypatch, pair.hubs[0])
+    await until(lambda: len(pair.hubs[1]._peers) == 0)  # noqa: SLF001
+    await until(lambda: not pair.hubs[1]._topic_rounds._is_due)  # noqa: SLF001
+    assert await pair.arrives_by_comparison()
+
+
+async def test_goodbye_causes_no_comparison(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[None] = []
+    monkeypatch.setattr(pair.hubs[1], "_compare_with_delay", lambda: compared.append(None))
+    await pair.world.workers.pop(0).stop()
+    await until(lambda: len(pair.hubs[1]._peers) == 0)  # noqa: SLF001
+    assert compared == []
+
+
+async def test_messages_that_could_not_be_published_are_delivered(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as full:
+        full.setattr(redis_bus, "MAX_UNSENT_BYTES", -1)
+        message_id = await sent(pair.ada, pair.group)
+        assert pair.hubs[0].bus.dropped > 0
+    await received_message(pair.charles, message_id)
+    assert pair.hubs[1].topics.fetched == 1
+
+
+async def test_messages_of_a_worker_without_a_bus_are_delivered(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other worker's bus is up all the time. It compares again when the first one has reconnected."""
+    monkeypatch.setattr(hub, "AFTER_END_SECONDS", (0.0,))
+    bus = pair.hubs[0].bus
+    assert isinstance(bus, RedisBus)
+    assert bus._transport is not None  # noqa: SLF001
+    connect = bus._connect  # noqa: SLF001
+    may_connect = asyncio.Event()
+
+    async def later() -> Any:
+        await may_connect.wait()
+        return await connect()
+
+    monkeypatch.setattr(bus, "_connect", later)
+    bus._transport.abort()  # noqa: SLF001
+    await until(lambda: not bus.is_up)
+    await until(lambda: len(pair.hubs[1]._peers) == 0)  # noqa: SLF001
+    await until(lambda: not pair.hubs[1]._topic_rounds._is_due)  # noqa: SLF001
+    message_id = await sent(pair.ada, pair.group)
+    may_connect.set()
+    await received_message(pair.charles, message_id)
+    assert pair.hubs[1].topics.fetched == 1
+
+
+async def test_conversations_are_compared_often_beside_a_worker_that_is_not_heard(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a Redis per server, or beside a worker of an earlier release."""
+    monkeypatch.setattr(hub, "AFTER_END_SECONDS", (0.0,))
+    monkeypatch.setattr(hub, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(hub, "COMPARE_SECONDS_BESIDE_UNHEARD", 0.05)
+    async with World(settings) as world, paired(world) as pair:
+        await until(lambda: not pair.hubs[1]._is_beside_unheard)  # noqa: SLF001
+        mute(monkeypatch, pair.hubs[0])
+        await until(lambda: pair.hubs[1]._is_beside_unheard)  # noqa: SLF001
+        for _ in range(2):
+            assert await pair.arrives_by_comparison()
+        monkeypatch.undo()
+        await until(lambda: not pair.hubs[1]._is_beside_unheard)  # noqa: SLF001
+        old = await asyncpg.connect(settings.database_url, server_settings={"application_name": "openchat"})
+        await until(lambda: pair.hubs[1]._is_beside_unheard)  # noqa: SLF001
+        await old.close()
+        await until(lambda: not pair.hubs[1]._is_beside_unheard)  # noqa: SLF001
+
+
+async def test_message_with_an_unknown_outcome_is_delivered_everywhere(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = sending.send_free
+
+    async def lost(db: Any, items: list[Outgoing]) -> Any:
+        await store(db, items)
+        raise TimeoutError  # after the commit
+
+    frame = message(pair.group)
+    with monkeypatch.context() as lose:
+        lose.setattr(sending, "send_free", lost)
+        answer = await pair.ada.ask(frame)
+    assert isinstance(answer, server.Error)
+    assert answer.code is ErrorCode.UNAVAILABLE
+    for one in (pair.ada, pair.device, pair.charles):
+        await received_message(one, frame.message_id)
+    assert [one.topics.fetched for one in pair.hubs] == [1, 1]
+
+
+async def test_change_whose_handler_failed_after_the_commit_is_delivered(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message_id = await sent(pair.ada, pair.group)
+
+    def defect(*_: object) -> None:
+        raise RuntimeError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Hub, "publish", defect)
+        answer = await pair.ada.ask(client.Delete(conversation_id=pair.group, message_id=message_id))
+    assert isinstance(answer, server.Error)
+    assert answer.code is ErrorCode.INTERNAL
+    await pair.charles.event(
+        server.Changes, lambda event: any(isinstance(one, server.MessageDeleted) for one in event.events)
+    )
+    # A refused write has no effect that could be missed.
+    other = await pair.world.channel(pair.ada)
+    await pair.ada.ask(client.Edit(conversation_id=other, message_id=message_id, content="Elsewhere"))
+    assert list(pair.hubs[0]._unsure_topics._ages) == [pair.group]  # noqa: SLF001
+
+
+async def test_two_single_workers_hear_each_other(settings: Settings) -> None:
+    """As while a worker replaces the only one."""
+    async with World(settings, workers=0) as world:
+        world.workers += [Worker(settings, world.folder, number, is_alone=True) for number in (1, 2)]
+        for worker in world.workers:
+            await worker.start()
+        async with paired(world) as pair:
+            assert not await pair.arrives_by_comparison()
