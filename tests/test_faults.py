@@ -218,11 +218,9 @@ MAX_RUNS = 4
 
 @pytest.mark.long
 async def test_hanging_postgres_fails_waiting_sends_together(
-    own: tuple[Settings, Servers], lines: Lines, monkeypatch: pytest.MonkeyPatch
+    own: tuple[Settings, Servers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Connections stay open. Waiting messages are tried once in shared statements, not one by one. The log has one line
-    for the frames and the jobs that fail.
-    """
+    """Connections stay open. Waiting messages are tried once in shared statements, not one by one."""
     settings, servers = own
     monkeypatch.setattr(database, "STATEMENT_SECONDS", 1.0)
     monkeypatch.setattr(database, "CONNECT_SECONDS", 1.0)
@@ -261,8 +259,6 @@ async def test_hanging_postgres_fails_waiting_sends_together(
             await received_message(sender, last)  # in an event of its own, or in one of the comparison
             received = [one.id for one in new_messages(sender) if one.content == "Frozen"]
             assert sorted(received) == sorted(frame.message_id for frame in frames)
-        assert lines.text.count("database lost (") == 1, lines.text
-        assert "Traceback" not in lines.text
 
 
 async def test_connection_during_a_database_outage_gets_503(

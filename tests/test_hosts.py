@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -163,6 +164,31 @@ async def test_connection_that_became_read_only_is_replaced(settings: Settings) 
     async with one.connection() as db:
         await db.execute(write)
     await one.close()
+
+
+async def test_each_host_gets_its_own_password_of_a_password_file(tmp_path: Path) -> None:
+    given: dict[int, bytes] = {}
+
+    async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Ask for the password as PostgreSQL does, and hang up."""
+        await reader.readexactly(int.from_bytes(await reader.readexactly(4)) - 4)
+        writer.write(b"R" + (8).to_bytes(4) + (3).to_bytes(4))
+        assert await reader.readexactly(1) == b"p"
+        password = await reader.readexactly(int.from_bytes(await reader.readexactly(4)) - 4)
+        given[writer.get_extra_info("sockname")[1]] = password.rstrip(b"\0")
+        writer.close()
+
+    servers = [await asyncio.start_server(ask, "127.0.0.1", 0) for _ in range(2)]
+    first, second = [server.sockets[0].getsockname()[1] for server in servers]
+    file = tmp_path / "passwords"
+    file.write_text(f"127.0.0.1:{first}:*:me:one\n127.0.0.1:{second}:*:me:two\n")
+    file.chmod(0o600)
+    url = f"postgresql://me@127.0.0.1:{first},127.0.0.1:{second}/chat?sslmode=disable&passfile={file}"
+    with pytest.raises(ConnectionError):
+        await Hosts(url).connect()
+    assert given == {first: b"one", second: b"two"}
+    for server in servers:
+        server.close()
 
 
 def test_kernel_ends_connections_to_a_machine_that_vanished(silent: int) -> None:

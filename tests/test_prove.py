@@ -267,6 +267,14 @@ def test_prove_command_writes_its_report(tmp_path: Path) -> None:
     assert "src=" not in page.read_text()
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("fault", ["primary killed", "primary silent"])
+def test_nothing_acknowledged_is_lost_when_a_synchronous_standby_takes_over(fault: str) -> None:
+    status, said = prove(fault, "--seconds", "5", "--people", "8", "--rate", "40")
+    assert status == 0, said
+    assert f"{fault}: everyone had an answer again " in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,7 @@ from server.core.errors import Fatal
 from server.processes.embedded.folder import DataFolder
 from server.processes.embedded.logfile import LogFile
 from server.processes.embedded.postgres import Postgres
-from server.processes.supervisor import RETRY_MOST_SECONDS, WATCH_SECONDS, Supervisor, Worker
-from tests.conftest import Lines
+from server.processes.supervisor import Supervisor, Worker
 
 EMBEDDED = Path(__file__).parent.parent / "server" / "embedded"
 
@@ -104,37 +102,6 @@ def test_defect_is_logged_with_its_traceback_once(
         watch._resting.clear()  # noqa: SLF001
         watch._attend("worker 1", failing(error))  # noqa: SLF001
         assert [bool(record.exc_info) for record in caplog.records] == [bool(traces)]
-
-
-def test_process_that_cannot_start_is_retried_less_and_less_often_and_logged_once_a_minute(
-    supervisor: tuple[Any, list[Part]], lines: Lines, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    watch, (postgres, *others) = supervisor
-    at, attempts = 0.0, 0
-    monkeypatch.setattr(time, "monotonic", lambda: at)
-    monkeypatch.setattr(lines.bound, "_clock", lambda: at)
-    for part in others:
-        monkeypatch.setattr(part, "is_running", lambda: True)
-
-    def fail() -> None:
-        nonlocal attempts
-        attempts += 1
-        raise Fatal("there is no room.")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(postgres, "start", fail)
-        while at < 180:
-            watch._watch()  # noqa: SLF001
-            at += WATCH_SECONDS
-    assert 180 / RETRY_MOST_SECONDS <= attempts <= 180 / RETRY_MOST_SECONDS + 4
-    told = [line.split(" worker 1 ")[1] for line in lines.text.splitlines()]
-    assert told[:2] == ["ERROR Part0 ended; restarting it", "ERROR Part0: there is no room.; retrying"]
-    assert len(told) <= 2 + 2 * 3, "one line a minute of each"
-    at += RETRY_MOST_SECONDS
-    monkeypatch.setattr(postgres, "is_running", lambda: postgres.attended > 0)
-    watch._watch()  # noqa: SLF001
-    watch._watch()  # noqa: SLF001
-    assert lines.text.count("INFO Part0 runs again") == 1
 
 
 def test_greeting_names_the_variables_that_a_command_needs(tmp_path: Path) -> None:

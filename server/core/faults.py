@@ -12,7 +12,6 @@ from enum import StrEnum
 import asyncpg
 
 from protocol.errors import ErrorCode, Refused
-from server.core.throttle import ONCE
 
 
 class Fault(StrEnum):
@@ -83,6 +82,10 @@ REFUSALS: dict[Fault, tuple[str, int]] = {
 }
 """The message of each kind's refusal, and the time after which to retry, in milliseconds."""
 
+ONCE, OVER = "once", "over"
+"""Attributes of log records (core/log.py). `ONCE` is the name of a state, of whose records one per minute is logged.
+`OVER` names states that have ended.
+"""
 LOST_STATE = "a lost database"
 
 

@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from server.core.errors import told
+from server.core.faults import ONCE, OVER
 from server.core.terminal import plain
-from server.core.throttle import ONCE, OVER
 
 MOST_ENTRIES = 10
 WINDOW_SECONDS = 60.0

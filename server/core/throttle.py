@@ -1,7 +1,5 @@
 """Limits log entries about repeated events to one per minute. Outages, drops and floods happen thousands of times a
 second.
-
-`Throttle` drops the others. The log counts those of a record with `ONCE`.
 """
 
 import time
@@ -14,12 +12,6 @@ Key = TypeVar("Key", bound=Hashable)
 
 AGAIN_SECONDS = 60.0
 """Min interval between two log entries, per key, in seconds."""
-
-
-ONCE, OVER = "once", "over"
-"""Attributes of log records (core/log.py). `ONCE` is the name of a state, of whose records one per minute is logged.
-`OVER` names states that have ended.
-"""
 
 
 class Throttle(Generic[Key]):

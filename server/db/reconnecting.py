@@ -10,8 +10,7 @@ from typing import TypeAlias
 import asyncpg
 
 from server.core.errors import told
-from server.core.faults import LOST_STATE, Away, Fault, fault_of, log_fault
-from server.core.throttle import OVER
+from server.core.faults import LOST_STATE, OVER, Away, Fault, fault_of, log_fault
 from server.db.hosts import REFUSED
 
 RETRY_SECONDS, RETRY_MOST_SECONDS = 0.25, 2.0

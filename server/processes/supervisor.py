@@ -24,7 +24,6 @@ from redis.asyncio import Redis
 from server.core.config import Settings, variable
 from server.core.errors import REDIS_LOST, Fatal, redis_unreachable
 from server.core.terminal import say
-from server.core.throttle import ONCE, OVER
 from server.db import database, migrate
 from server.db.database import OWN_CONNECTIONS
 from server.db.hosts import CONNECT_SECONDS
@@ -43,8 +42,6 @@ STOP_SECONDS = DRAIN_SECONDS + 15.0
 """Max time until a worker ends, in seconds. Then it is killed."""
 CRASHED_SOON_SECONDS = 2.0
 """Min lifetime of a worker that is restarted immediately, in seconds. Others are restarted after that time."""
-RETRY_MOST_SECONDS = 10.0
-"""Max pause after a failure to attend a process, in seconds. The first pause is `CRASHED_SOON_SECONDS`."""
 BACKLOG = 4096
 SPARE_DATABASE_CONNECTIONS = 20
 """Connections of the embedded PostgreSQL besides those of workers, for commands and readers."""
@@ -145,8 +142,6 @@ class Supervisor:
         self._workers: list[Worker] = []
         self._resting: dict[str, float] = {}
         """The time until which each failed process is not attended."""
-        self._pauses: dict[str, float] = {}
-        """The last pause of each process whose last attendance failed, in seconds."""
         self._failures: dict[str, str] = {}
         """The last failure of each process."""
         self._shared = Path(tempfile.mkdtemp(prefix="openchat-"))
@@ -217,42 +212,31 @@ class Supervisor:
 
     def _attend(self, what: str, work: Callable[[], None]) -> None:
         """Attend a process. No failure ends the supervisor, which has to attend all others. Failures may be a full
-        disk, a full table of processes, or a package that is being replaced. They are logged once a minute.
+        disk, a full table of processes, or a package that is being replaced.
         """
         if time.monotonic() < self._resting.get(what, 0):
             return
         try:
             work()
         except Exception as error:
-            self._pauses[what] = min(2 * self._pauses.get(what, CRASHED_SOON_SECONDS / 2), RETRY_MOST_SECONDS)
-            self._resting[what] = time.monotonic() + self._pauses[what]
+            self._resting[what] = time.monotonic() + CRASHED_SOON_SECONDS
             failure = repr(error)
             # The text of a known failure suffices. A defect of this program is logged with its traceback once.
             is_new_defect = not isinstance(error, Fatal | OSError) and self._failures.get(what) != failure
             self._failures[what] = failure
-            log.error(  # noqa: TRY400
-                "%s: %s; retrying", what, error,
-                exc_info=error if is_new_defect else None, extra={} if is_new_defect else {ONCE: what},
-            )  # fmt: skip
-        else:
-            self._pauses.pop(what, None)
+            log.error("%s: %s; retrying", what, error, exc_info=error if is_new_defect else None)  # noqa: TRY400
 
     def _see_to_server(self, server: Postgres | Valkey) -> None:
         if not server.is_running() and not self._stopping.is_set():
-            what = type(server).__name__
-            log.error("%s ended; restarting it", what, extra={ONCE: f"the end of {what}"})
+            log.error("%s ended; restarting it", type(server).__name__)
             server.start()
-            log.info("%s runs again", what, extra={OVER: (what, f"the end of {what}")})
         server.log.rotate()
 
     def _see_to_worker(self, worker: Worker) -> None:
         has_waited = time.monotonic() - worker.started_at > CRASHED_SOON_SECONDS
         if not worker.is_running() and has_waited and not self._stopping.is_set():
             reason = worker.last_words()
-            log.error(
-                "worker %d ended%s; starting another", worker.number, reason and f": {reason}",
-                extra={ONCE: f"the end of worker {worker.number}"},
-            )  # fmt: skip
+            log.error("worker %d ended%s; starting another", worker.number, reason and f": {reason}")
             worker.start()
 
     def _roll(self) -> None:

@@ -24,8 +24,6 @@ STOP_SECONDS = 20.0
 """Max time until the server accepts connections, and until it has stopped, in seconds."""
 POLL_SECONDS = 0.02
 """Interval at which its state is checked, in seconds."""
-RETRY_SECONDS = 0.2
-"""Pause before another attempt to start, in seconds, which doubles with each. PostgreSQL logs each attempt."""
 STATUS_LINE = 7
 READY = "ready   "
 """The line of postmaster.pid, from 0, in which PostgreSQL 10 and later write their status, and the status itself."""
@@ -91,7 +89,6 @@ class Postgres:
             self._make()
         settings = [f"--{key}={value}" for key, value in self._options.items()]
         deadline = time.monotonic() + START_SECONDS
-        pause = RETRY_SECONDS
         while True:
             self._clear_stale()
             self._close()
@@ -111,8 +108,7 @@ class Postgres:
             # The processes of a killed postmaster need a moment to notice its end and release the shared memory.
             if time.monotonic() > deadline - START_SECONDS + 5:
                 raise Fatal(f"the embedded PostgreSQL does not start: {self.log.last_line()} (see {self.log.path}).")
-            time.sleep(pause)
-            pause *= 2
+            time.sleep(POLL_SECONDS * 10)
 
     def stop(self) -> None:
         """Stop the server in the mode "fast": sessions end, and nothing is lost."""
