@@ -163,6 +163,20 @@ async def test_resume_of_200_changed_conversations_takes_few_statements(
     assert len(asked.reads) == 200 / sync.CONVERSATIONS_PER_PAGE
 
 
+async def test_start_reads_and_follows_conversations_in_pages(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    (ada,) = await world.users("Ada")
+    count = sync.FOLLOWED_AT_ONCE + 1
+    await world.db.execute(FILL, ada.id, count)
+    asked = Asked(monkeypatch)
+    reader = await world.connect(ada)
+    pages = [event for event in reader.events if isinstance(event, server.Conversations)]
+    assert len({view.conversation.id for page in pages for view in page.conversations}) == count
+    assert asked.statements.count(conversation_views.ORDER) == 1
+    assert asked.statements.count(conversation_views.GET) == len(pages) == 1 + count // sync.CONVERSATIONS_PER_PAGE
+    # Both workers also compare the versions of followed conversations.
+    assert 2 <= asked.statements.count(conversations.VERSIONS) < len(pages)
+
+
 async def test_changes_that_do_not_fit_into_a_shared_statement_are_read_alone(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,8 @@ from server.queries.own_news import OWN_PAGE, OwnNews
 CLOSED = Refused(ErrorCode.UNAVAILABLE, "The connection is closed. Connect again.", retry_after_ms=500)
 CONVERSATIONS_PER_PAGE = 50
 """Max conversations per `conversations` frame, per statement that reads them, and per turn of the loop."""
+FOLLOWED_AT_ONCE = 10 * CONVERSATIONS_PER_PAGE
+"""Max conversations that a start follows before it reads them. Following takes a round trip to PostgreSQL."""
 
 
 async def start(context: Context) -> None:
@@ -46,6 +48,8 @@ async def start(context: Context) -> None:
     # The pages are read by id, because each page of a sorted query would sort all conversations again. Conversations
     # that are joined meanwhile move the user version, which sends them.
     for start in range(0, max(1, len(order)), CONVERSATIONS_PER_PAGE):
+        if start % FOLLOWED_AT_ONCE == 0:
+            await context.connection.open(order[start : start + FOLLOWED_AT_ONCE])
         wanted = order[start : start + CONVERSATIONS_PER_PAGE]
         parts = await _views(context, wanted, start) if wanted else []
         for number, views in enumerate(parts or [[]], 1):
