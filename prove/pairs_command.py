@@ -15,6 +15,9 @@ from server.cli.tables import visible
 CREWS = 12
 """Crews that act concurrently. More would share the rate limits of fewer accounts, or wait for the cores."""
 
+LINE_EVERY = 100
+"""Pairs per line of progress, without a terminal."""
+
 
 async def prove_pairs(cluster: Cluster, names: tuple[str, ...], seed: int, console: Console) -> PairsProof:
     """Act out the pairs with frames whose names begin with one of `names`, or all. Raises Unusable if there are none,
@@ -30,7 +33,13 @@ async def prove_pairs(cluster: Cluster, names: tuple[str, ...], seed: int, conso
     shown = (TextColumn("acting out pairs of frames"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*shown, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(chosen))
-        await Run(crews, chosen, proof).act(cluster.database, lambda: progress.advance(task))
+
+        def tick() -> None:
+            progress.advance(task)
+            if not console.is_terminal and proof.pairs % LINE_EVERY == 0:
+                console.print(visible(f"acted out {proof.pairs:,} of {len(chosen):,} pairs …"))
+
+        await Run(crews, chosen, proof).act(cluster.database, tick)
     for line in await cluster.check():
         if not line.is_good:
             proof.violations.append(f"{line.check}: {', '.join(line.some or ())}")
