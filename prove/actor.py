@@ -96,6 +96,7 @@ class Actor:
         self._random = random.Random(seed)
         self.others: list[UserId] = []
         """The users whom it may add, write to and watch."""
+        self._watched: list[UserId] = []
         self.mirror = Mirror()
         self.tally = Tally()
         self.client: Client | None = None
@@ -134,6 +135,7 @@ class Actor:
                     await self._until_done(fresh, frame)
                     self.mirror.epoch = ready.epoch
                     self._is_behind = False
+                    await self._watch(fresh)
                     await self._load()
             except InvalidStatus as error:
                 self.client = None
@@ -200,6 +202,11 @@ class Actor:
         """Whether others should see this user as connected."""
         return self._status not in {"invisible", "offline"}
 
+    async def watch(self, user_ids: Sequence[UserId]) -> None:
+        """Watch users, on this connection and on later ones."""
+        self._watched = list(user_ids)
+        await self._watch(await self.connected())
+
     async def try_to(self, frame: Frame) -> ErrorCode | None:
         """Send a frame until it is answered, and return the code of the refusal, if it was refused."""
         try:
@@ -263,6 +270,12 @@ class Actor:
             self._ticket = frame.ticket
             self._back_at = self._received_at + frame.reconnect_after_ms / 1000
         self.mirror.receive(frame)
+
+    async def _watch(self, connection: Client) -> None:
+        self.mirror.forget_presences()
+        if self._watched:
+            frame = client.Watch(user_ids=self._watched)
+            self.mirror.show((await self._until_done(connection, frame, server.PresenceList)).presences)
 
     def _end_of(self, connection: Client) -> str:
         if connection.is_over:

@@ -9,7 +9,7 @@ import msgspec
 
 from protocol import server
 from protocol.ids import ConversationId, MessageId, RelationshipId, UserId
-from protocol.server import DurableEvent, OwnEvent, ServerFrame, StateEvent
+from protocol.server import DurableEvent, OwnEvent, PresenceChanged, ServerFrame, StateEvent
 from protocol.values import (
     Conversation,
     ConversationView,
@@ -18,6 +18,7 @@ from protocol.values import (
     Message,
     Participant,
     Preferences,
+    Presence,
     Relationship,
 )
 
@@ -153,6 +154,15 @@ class Mirror:
         """Delete the copy of a conversation."""
         self.copies.pop(conversation_id, None)
         self.unloaded.discard(conversation_id)
+
+    def forget_presences(self) -> None:
+        """Delete the presences of users, whose revisions do not outlast a connection."""
+        self.states = {key: event for key, event in self.states.items() if not isinstance(event, PresenceChanged)}
+
+    def show(self, presences: Iterable[Presence]) -> None:
+        """Apply the reply to `watch`."""
+        for one in presences:
+            self._receive_state(PresenceChanged(presence=one))
 
     def loaded(self, conversation_id: ConversationId) -> None:
         """Mark a conversation as complete, after its history and participants were loaded."""

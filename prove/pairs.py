@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from protocol import client, server
 from protocol.client import Frame
+from protocol.ids import UserId
 from prove import truth
 from prove.actor import EXPECTED, Actor, Identity
 from prove.scene import REPEATS, Side, clean_up, set_up
@@ -98,8 +100,10 @@ class Crew:
         return [*self.owners, *self.admins, *self.members]
 
     async def connect(self) -> None:
-        """Connect all devices."""
+        """Connect all devices. Each watches all people."""
         await asyncio.gather(*(one.connect() for one in self.devices))
+        watched = [one.id for one in self._people]
+        await asyncio.gather(*(one.watch(watched) for one in self.devices))
 
     async def leave(self) -> None:
         """Disconnect all devices."""
@@ -183,7 +187,38 @@ async def _unlike(db: Db, device: Actor, new: Actor) -> list[str]:
         for name in ("me", "relationships", "follows", "scheduled")
         if getattr(mirror, name) != getattr(new.mirror, name)
     ]
+    found += await _unlike_states(db, device, new)
     return [f"a device of {device.account.name}: {one}" for one in found]
+
+
+async def _unlike_states(db: Db, device: Actor, new: Actor) -> list[str]:
+    """Return how the last states that a device received differ from the rows, and from what a new device reads."""
+    states = device.mirror.states.values()
+    about = [one.subject[0] for one in states if isinstance(one, server.PresenceChanged | server.UserUpdated)]
+    if about:
+        wanted = list(dict.fromkeys(UserId(one) for one in about))
+        users = (await new.ask(client.GetUsers(user_ids=wanted), server.UserList)).users
+        presences = (await new.ask(client.Watch(user_ids=wanted), server.PresenceList)).presences
+    else:
+        users, presences = [], []
+    faces = {one.id: one for one in users}
+    statuses = {one.user_id: (one.status, one.custom_status) for one in presences}
+    found = []
+    for event in states:
+        match event:
+            case server.MessageRead(conversation_id=one, user_id=reader) if one in device.mirror.copies:
+                stored = await truth.read_position(db, one, reader)
+                if stored not in {None, event.revision}:
+                    found.append(f"{reader} has read up to {stored}, and not up to {event.revision}")
+            case server.UserUpdated(user=user) if faces.get(user.id, user) != user:
+                found.append(f"{user} is {faces[user.id]}")
+            case server.PresenceChanged(presence=one):
+                shown = (one.status, one.custom_status)
+                if statuses.get(one.user_id, shown) != shown:
+                    found.append(f"{one} is {statuses[one.user_id]}")
+            case _:
+                pass
+    return found
 
 
 class Run:

@@ -196,6 +196,16 @@ async def unread(db: Db, user_id: UserId, conversation_id: ConversationId) -> in
     return count
 
 
+async def read_position(db: Db, conversation_id: ConversationId, user_id: UserId) -> int | None:
+    """Return the version of the last message that a participant has read, or None for others."""
+    position: int | None = await db.fetchval(
+        "SELECT last_read_version FROM conversation_participant"
+        " WHERE conversation_id = $1 AND user_id = $2 AND status = 'active'",
+        conversation_id, user_id,
+    )  # fmt: skip
+    return position
+
+
 async def waiting(db: Db) -> int:
     """Return how many scheduled messages are due within a minute and not sent."""
     query = "SELECT count(*) FROM scheduled_message WHERE status = 'waiting' AND send_at < now() + interval '1 minute'"
