@@ -9,7 +9,16 @@ import msgspec
 
 from protocol.client import SetPresence
 from protocol.ids import ConversationId, SessionId, UserId
-from protocol.server import DurableEvent, PresenceChanged, ServerFrame, StateEvent, TypingEvent, UserUpdated
+from protocol.server import (
+    DurableEvent,
+    MeChanged,
+    OwnEvent,
+    PresenceChanged,
+    ServerFrame,
+    StateEvent,
+    TypingEvent,
+    UserUpdated,
+)
 from protocol.values import Message, Presence, User
 from server.core.errors import NotActive
 from server.core.unconfirmed import Unconfirmed
@@ -34,6 +43,11 @@ class Events(Protocol):
 
     def whisper(self, user_id: UserId, event: StateEvent) -> None:
         """Deliver an ephemeral event to a user's own devices."""
+
+    def tell_own(self, user_id: UserId, event: OwnEvent) -> None:
+        """Deliver a change of a user's own rows to the user's devices, in the order of user versions. It must be the
+        only event of its user version.
+        """
 
     def send_to_watchers(self, user_id: UserId, event: PresenceChanged | UserUpdated) -> None:
         """Deliver an event about a user to those who watch the user."""
@@ -124,8 +138,10 @@ class UserNews(Protocol):
 class Presences(Protocol):
     """The presence of users. `Presence` of `domain` implements it, which imports this file."""
 
-    async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> bool:
-        """Store the chosen presence of a user, or of one of the user's devices. Return whether the choice changed."""
+    async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> MeChanged | None:
+        """Store the chosen presence of a user, or of one of the user's devices. Return the event for the user's own
+        devices, if the choice changed.
+        """
 
     async def republish(self, user_id: UserId) -> None:
         """Send a user's presence again to those who watch the user, after a change of privacy."""

@@ -120,10 +120,10 @@ async def is_recorded(on: Stage) -> None:
             await asyncio.sleep(0.01)
 
 
-async def writes_a_draft(on: Stage) -> None:
+async def mutes(on: Stage) -> None:
     laptop = await on.world.connect(on.charles)
-    await on.phone.call(client.SetDraft(conversation_id=on.group, content="Later"))
-    await laptop.event(server.DraftChanged)
+    await on.phone.call(client.Mute(user_id=on.them.id))
+    await laptop.event(server.RelationshipChanged)
 
 
 async def is_added(on: Stage) -> None:
@@ -152,8 +152,8 @@ CASES: tuple[tuple[ModuleType, str, Callable[[Stage], Awaitable[None]]], ...] = 
     (stored_presence, "choices", dies_with_a_worker),
     (stored_presence, "watchable", blocks),
     (stored_presence, "seen", is_recorded),
-    (users, "versions", writes_a_draft),
-    (own_news, "read", writes_a_draft),
+    (users, "versions", mutes),
+    (own_news, "read", mutes),
     (users, "versions", is_added),
     (memberships, "read", is_added),
     (sessions, "living", loses_the_session),

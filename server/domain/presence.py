@@ -16,7 +16,7 @@ from typing import TypeVar
 from protocol.client import SetPresence
 from protocol.errors import CloseCode
 from protocol.ids import UserId
-from protocol.server import PresenceChanged
+from protocol.server import MeChanged, PresenceChanged
 from protocol.values import Presence as Seen
 from protocol.values import PresenceStatus
 from server.context import Subscriber
@@ -149,13 +149,13 @@ class Presence:
             self._departing[user_id] = self._loop.time() + OFFLINE_SECONDS
             self._has_news.set()
 
-    async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> bool:
-        """Store the chosen presence of a user, or `away` for one of the user's devices. Return whether the choice
-        changed.
+    async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> MeChanged | None:
+        """Store the chosen presence of a user, or `away` for one of the user's devices. Return the event for the user's
+        own devices, if the choice changed.
         """
         devices = self._devices.get(user_id, {})
         async with self._database.of(user_id).connection() as db:
-            is_new, is_visible_again = await presence.choose(db, user_id, frame, is_here=bool(devices))
+            event, is_visible_again = await presence.choose(db, user_id, frame, is_here=bool(devices))
         if is_visible_again and not devices and self._departing.pop(user_id, None) is not None:
             # They were invisible, so their departure needs no delay in which they may reconnect.
             self._note(user_id)
@@ -165,10 +165,10 @@ class Presence:
         try:
             await self._flushes.submit(None)  # announces a device that became idle or active
         finally:
-            if is_new:
+            if event is not None:
                 self._pending.keep(user_id, PresenceNews(Reason.CHOICE))
         await self._pending.tell(user_id)
-        return is_new
+        return event
 
     async def republish(self, user_id: UserId) -> None:
         """Send a user's presence again to those who watch the user, after a change of privacy."""

@@ -136,9 +136,10 @@ async def _say_own(context: Context, user_news: UserNews | None = None) -> None:
             _start_own_over(context, lost)
             is_whole = False
             continue
-        for event in news:
+        # Meanwhile the worker may have sent events that are in `news`, and later ones.
+        for event in [one for one in news if one.user_version > connection.user_version]:
             connection.say(event)
-        connection.user_version = version
+        connection.user_version = max(connection.user_version, version)
         done += OWN_PAGE
         if not is_whole:
             await connection.drained()

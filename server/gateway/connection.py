@@ -221,6 +221,16 @@ class Connection:
             self._todo.append(self._refresh)
             self._wake()
 
+    def tell_own(self, version: int, frame: bytes, user_news: UserNews) -> None:
+        """Send the event of a user version if it is the next one. Otherwise send all changes as soon as possible."""
+        if self._is_closed or version <= self.user_version:
+            return
+        if self._entering is None and version == self.user_version + 1:
+            self.user_version = version
+            self.write(frame)
+        else:
+            self.refresh(user_news)
+
     # --------------------------------------------------------------------------------- for handlers (Subscriber)
 
     @property

@@ -250,11 +250,12 @@ async def set_preferences(context: Context, frame: client.SetPreferences) -> One
     """Change the caller's own preferences for a conversation."""
     given = client.given(frame)
     async with context.transaction() as db:
-        if given and not await participants.prefer(db, frame.conversation_id, context.user_id, given):
+        event = await participants.prefer(db, frame.conversation_id, context.user_id, given) if given else None
+        if given and event is None:
             raise NotFound("conversation_id")
         view = await _view(db, context.user_id, frame.conversation_id)
-    if given:
-        context.events.notify([context.user_id])
+    if event is not None:
+        context.events.tell_own(context.user_id, event)
     return OneConversation(view=view)
 
 

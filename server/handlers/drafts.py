@@ -31,9 +31,10 @@ async def set_draft(context: Context, frame: client.SetDraft) -> Done:
         if not await conversations.keep(db, frame.conversation_id, context.user_id):
             raise NotFound("conversation_id")
         await users.lock(db, [context.user_id])
-        if not await drafts.put(db, frame, context.user_id):
+        event = await drafts.put(db, frame, context.user_id)
+        if event is None:
             raise NotFound("conversation_id")
-    context.events.notify([context.user_id])
+    context.events.tell_own(context.user_id, event)
     return Done()
 
 
@@ -77,8 +78,8 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
             if there is not None and await scheduled.is_repeated(db, frame, context.user_id):
                 return OneScheduled(scheduled=there)
             raise _too_late(there)
-    context.events.notify([context.user_id])
-    return OneScheduled(scheduled=made)
+    context.events.tell_own(context.user_id, made)
+    return OneScheduled(scheduled=made.scheduled)
 
 
 async def cancel(context: Context, frame: client.CancelScheduled) -> OneScheduled:
@@ -93,8 +94,8 @@ async def cancel(context: Context, frame: client.CancelScheduled) -> OneSchedule
             if there.status == "cancelled":
                 return OneScheduled(scheduled=there)
             raise _too_late(there)
-    context.events.notify([context.user_id])
-    return OneScheduled(scheduled=made)
+    context.events.tell_own(context.user_id, made)
+    return OneScheduled(scheduled=made.scheduled)
 
 
 async def list_scheduled(context: Context, frame: client.ListScheduled) -> ScheduledList:

@@ -58,19 +58,22 @@ async def star(context: Context, frame: client.Star) -> Done:
     async with context.transaction() as db:
         if not await conversations.keep(db, frame.conversation_id, context.user_id):
             raise NotFound("message_id")
-        if not await pins.star(db, frame, context.user_id):
+        starred = await pins.star(db, frame, context.user_id)
+        if starred is None:
             raise NotFound("message_id")
         await bounds.require_stars(db, context.user_id)
-    context.events.notify([context.user_id])
+    if starred.event is not None:
+        context.events.tell_own(context.user_id, starred.event)
     return Done()
 
 
 async def unstar(context: Context, frame: client.Unstar) -> Done:
     """Remove a star, even in a conversation that the caller can no longer read."""
     async with context.transaction() as db:
-        await pins.unstar(db, frame, context.user_id)
+        starred = await pins.unstar(db, frame, context.user_id)
         await bounds.forget_stars(db, context.user_id)
-    context.events.notify([context.user_id])
+    if starred.event is not None:
+        context.events.tell_own(context.user_id, starred.event)
     return Done()
 
 

@@ -5,7 +5,7 @@ from protocol.limits import MAX_SHARED_PARTICIPANTS
 from protocol.server import Done, MessageDelivered, MessageRead, Readers, ReadUpTo, StateEvent
 from server.context import Context
 from server.core.errors import NotFound
-from server.queries import receipts, users
+from server.queries import participants, receipts, users
 
 
 async def read(context: Context, frame: client.Read) -> ReadUpTo:
@@ -21,8 +21,8 @@ async def read(context: Context, frame: client.Read) -> ReadUpTo:
             position = await receipts.read(db, frame, context.user_id)
     if position is None:
         raise NotFound("message_id")
-    if position.was_marked:
-        context.events.notify([context.user_id])
+    if position.preferences is not None:
+        _tell_marked(context, frame, position.mark_version, position.preferences)
     if position.has_moved:
         event = MessageRead(
             conversation_id=position.conversation_id,
@@ -67,8 +67,14 @@ async def mark_unread(context: Context, frame: client.MarkUnread) -> ReadUpTo:
         mark = await receipts.mark_unread(db, frame, context.user_id)
     if mark is None:
         raise NotFound("message_id")
-    context.events.notify([context.user_id])
-    return ReadUpTo(conversation_id=frame.conversation_id, message_id=frame.message_id, **mark._asdict())
+    _tell_marked(context, frame, mark.mark_version, mark.preferences)
+    return ReadUpTo(
+        conversation_id=frame.conversation_id,
+        message_id=frame.message_id,
+        unread_count=mark.unread_count,
+        version=mark.version,
+        mark_version=mark.mark_version,
+    )
 
 
 async def list_readers(context: Context, frame: client.ListReaders) -> Readers:
@@ -78,6 +84,12 @@ async def list_readers(context: Context, frame: client.ListReaders) -> Readers:
     if found is None:
         raise NotFound("message_id")
     return found
+
+
+def _tell_marked(context: Context, frame: client.Read | client.MarkUnread, version: int, preferences: str) -> None:
+    """Publish that a mark was set or removed."""
+    event = participants.decoded_preferences(frame.conversation_id, version, preferences)
+    context.events.tell_own(context.user_id, event)
 
 
 def _tell(context: Context, frame: client.Read | client.Delivered, event: StateEvent, participant_count: int) -> None:

@@ -68,5 +68,5 @@ async def _change(
             raise NotFound("message_id")
         if now.is_new:
             await bounds.require_threads(db, context.user_id)
-    context.events.notify([context.user_id])
-    return OneThreadFollow(follow=now.follow)
+    context.events.tell_own(context.user_id, now.event)
+    return OneThreadFollow(follow=now.event.follow)

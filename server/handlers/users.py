@@ -63,9 +63,10 @@ async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe
                 )
     async with context.transaction() as db:
         before = await users.me(db, context.user_id)
-        after = await users.update(db, context.user_id, given) if given else before
-        if after is None:
+        event = await users.update(db, context.user_id, given) if given else None
+        if given and event is None:
             raise NotActive
+        after = before if event is None else event.me
         if given.keys() & {"quiet_from", "quiet_until"} and (after.quiet_from is None) != (after.quiet_until is None):
             missing, other = (
                 ("quiet_from", "quiet_until") if after.quiet_from is None else ("quiet_until", "quiet_from")
@@ -78,8 +79,8 @@ async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe
         context.events.send_to_watchers(context.user_id, UserUpdated(user=after.user))
     if after.show_online_status != before.show_online_status:
         await context.services.presence.republish(context.user_id)
-    if given:
-        context.events.notify([context.user_id])
+    if event is not None:
+        context.events.tell_own(context.user_id, event)
     return OneMe(me=after)
 
 
@@ -100,8 +101,9 @@ async def typing(context: Context, frame: client.Typing) -> Done:
 
 async def set_presence(context: Context, frame: client.SetPresence) -> Done:
     """Store the caller's chosen presence."""
-    if await context.services.presence.choose(context.user_id, context.subscriber, frame):
-        context.events.notify([context.user_id])
+    event = await context.services.presence.choose(context.user_id, context.subscriber, frame)
+    if event is not None:
+        context.events.tell_own(context.user_id, event)
     return Done()
 
 

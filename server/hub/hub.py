@@ -10,7 +10,7 @@ from uuid import UUID
 
 from protocol.codec import encode, text_frame
 from protocol.ids import ConversationId, UserId
-from protocol.server import DurableEvent, PresenceChanged, StateEvent, TypingEvent, UserUpdated
+from protocol.server import DurableEvent, OwnEvent, PresenceChanged, StateEvent, TypingEvent, UserUpdated
 from server.core.periodic import end, every
 from server.hub import online_users, peers, topics, watchers
 from server.hub.bus import Bus, Connect
@@ -49,6 +49,10 @@ version.
 """
 WATCHING = 1
 """Kind of a notification about a change that affects whom the user may watch. It takes the place of the version."""
+OWN = 2
+"""Kind of a notification about a change of the user's own rows, whose event was published before. It takes the place of
+the version, and the user version takes that of the user.
+"""
 
 
 class HubStore(ConversationStore, UserStore, WatchStore, Protocol):
@@ -141,6 +145,14 @@ class Hub:
         self._say(online_users.channel(user_id), 0, frame)
         self.online_users.write(user_id, frame)
 
+    def tell_own(self, user_id: UserId, event: OwnEvent) -> None:
+        """Deliver a change of a user's own rows at all workers, in the order of user versions."""
+        frame = text_frame(encode(event))
+        self._say(online_users.own_channel(user_id), event.user_version, frame)
+        # Workers of an earlier release do not know that channel. They recheck the user.
+        self._say(online_users.channel(user_id), OWN, b"", event.user_version.to_bytes(len(NOBODY)))
+        self.online_users.accept(user_id, event.user_version, frame)
+
     def send_to_watchers(self, user_id: UserId, event: PresenceChanged | UserUpdated) -> None:
         """Deliver a user's presence or face to those who watch the user."""
         frame = text_frame(encode(event))
@@ -213,8 +225,12 @@ class Hub:
                 self.watchers.tell(UserId(one), frame, int.from_bytes(gone), is_face=version == FACE)
             elif kind == b"p:":
                 self.watchers.doubt_watchers(UserId(one), None if gone == NOBODY else UserId(UUID(bytes=gone)))
+            elif kind == b"o:":
+                self.online_users.accept(UserId(one), version, frame)
             elif frame:
                 self.online_users.write(UserId(one), frame)
+            elif version == OWN:
+                self.online_users.expect(UserId(one), int.from_bytes(gone))
             else:
                 self.online_users.recheck(UserId(one), may_watch_others=version == WATCHING)
 

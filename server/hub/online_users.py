@@ -52,6 +52,9 @@ class Socket(Protocol):
     def refresh(self, user_news: UserNews) -> None:
         """Make the socket send the changes of its user's rows."""
 
+    def tell_own(self, version: int, frame: bytes, user_news: UserNews) -> None:
+        """Send the event of a user version if it is the next one. Otherwise `refresh`."""
+
     def close(self, code: CloseCode) -> None:
         """Close the socket."""
 
@@ -73,14 +76,14 @@ class UserStore(Protocol):
 
 
 class OnlineUser:
-    """A user with sockets at this worker. `version` and `shared` are from the last recheck. `compared` has the hidden
-    and the shared number of the last comparison.
+    """A user with sockets at this worker. `version` is from the last event or recheck, and `shared` from the last
+    recheck. `compared` has the hidden and the shared number of the last comparison.
     """
 
-    __slots__ = ("channel", "compared", "is_recheck_due", "is_whole_due", "recheck", "shared", "sockets", "version")
+    __slots__ = ("channels", "compared", "is_recheck_due", "is_whole_due", "recheck", "shared", "sockets", "version")
 
-    def __init__(self, channel: bytes) -> None:
-        self.channel = channel
+    def __init__(self, channels: tuple[bytes, bytes]) -> None:
+        self.channels = channels
         self.sockets: set[Socket] = set()
         self.version = -1
         self.shared = -1
@@ -119,9 +122,9 @@ class OnlineUsers:
         """
         user = self._users.get(socket.user_id)
         if user is None:
-            user = self._users[socket.user_id] = OnlineUser(channel(socket.user_id))
+            user = self._users[socket.user_id] = OnlineUser((channel(socket.user_id), own_channel(socket.user_id)))
         user.sockets.add(socket)
-        await self._bus.subscribe([user.channel])
+        await self._bus.subscribe(user.channels)
         if user.version < 0:
             found = await self._store.user_versions([socket.user_id])
             own, hidden, shared = found.get(socket.user_id, UNKNOWN)
@@ -137,13 +140,35 @@ class OnlineUsers:
             user.sockets.discard(socket)
             if not user.sockets:
                 del self._users[socket.user_id]
-                self._bus.unsubscribe(user.channel)
+                for one in user.channels:
+                    self._bus.unsubscribe(one)
 
     def write(self, user_id: UserId, frame: bytes) -> None:
         """Write a frame to a user's sockets."""
         if (user := self._users.get(user_id)) is not None:
             for socket in user.sockets:
                 socket.write(frame)
+
+    def accept(self, user_id: UserId, version: int, frame: bytes) -> None:
+        """Write the event of a user version to the user's sockets. If an earlier version is missing, recheck the user
+        instead.
+        """
+        user = self._users.get(user_id)
+        if user is None or user.version < 0 or version <= user.version:
+            return
+        if version > user.version + 1:
+            self.recheck(user_id)
+            return
+        user.version = version
+        user_news = self._store.user_news(user_id, is_whole=False)
+        for socket in list(user.sockets):
+            socket.tell_own(version, frame, user_news)
+
+    def expect(self, user_id: UserId, version: int) -> None:
+        """Recheck a user unless the event of a user version has arrived, which was published before this call."""
+        user = self._users.get(user_id)
+        if user is not None and 0 <= user.version < version:
+            self.recheck(user_id)
 
     def fresh(self, user_id: UserId) -> UserNews:
         """Return all news for a socket of a user, which is read from now on."""
@@ -188,7 +213,7 @@ class OnlineUsers:
                 # The bus may have lost a notification with `may_watch_others`, which a recheck does not replace.
                 user.compared = (hidden, shared)
                 self._doubt(user_id)
-            if (user.version, user.shared) != (version, shared):
+            if user.version < version or user.shared != shared:
                 self.recheck(user_id)
                 yield user.recheck
 
@@ -223,7 +248,7 @@ class OnlineUsers:
         """
         version, _, shared = (await self._store.user_versions([user_id])).get(user_id, UNKNOWN)
         is_whole = is_whole or shared != user.shared
-        if not is_whole and version == user.version:
+        if not is_whole and version <= user.version:
             return None
         checked: set[Socket] = set()
         if is_whole:
@@ -233,7 +258,7 @@ class OnlineUsers:
                 if socket.session_id not in living:
                     socket.close(CloseCode.SESSION_ENDED)
         user_news = self._store.user_news(user_id, is_whole=is_whole)
-        user.version, user.shared = version, shared
+        user.version, user.shared = max(user.version, version), shared
         for socket in list(user.sockets):
             if not is_whole or socket in checked:
                 socket.refresh(user_news)
@@ -261,3 +286,8 @@ async def _read(user_news: UserNews, user: OnlineUser) -> None:
 def channel(user_id: UserId) -> bytes:
     """Return the bus channel of a user."""
     return b"u:" + user_id.hex.encode()
+
+
+def own_channel(user_id: UserId) -> bytes:
+    """Return the bus channel of changes of a user's own rows."""
+    return b"o:" + user_id.hex.encode()

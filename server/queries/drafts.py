@@ -3,6 +3,7 @@
 from protocol.client import SetDraft
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_PAGE
+from protocol.server import DraftChanged
 from protocol.values import Draft
 from server.db.database import Db
 from server.db.rows import Page, Reader, Undecoded
@@ -25,17 +26,21 @@ INSERT INTO draft (user_id, conversation_id, content, user_version)
 SELECT $2, here.conversation_id, $3, touched.version FROM here, touched
 ON CONFLICT (user_id, conversation_id) DO UPDATE SET content = excluded.content, updated_at = now(),
     user_version = excluded.user_version
-RETURNING true
+RETURNING user_version, updated_at
 """  # noqa: S608 - MOVE_OWN is a constant
 
 
-async def put(db: Db, frame: SetDraft, user_id: UserId) -> bool:
-    """Store a draft, which replaces an earlier one. Return False, without an effect, if the user has no access.
+async def put(db: Db, frame: SetDraft, user_id: UserId) -> DraftChanged | None:
+    """Store a draft, which replaces an earlier one. Return None, without an effect, if the user has no access.
 
     Requires the lock of `conversations.keep`, for which a deletion waits, and the user's lock, which leaving and
     removal take. So no draft outlives the membership.
     """
-    return bool(await db.fetchval(SET, frame.conversation_id, user_id, frame.content))
+    row = await db.fetchrow(SET, frame.conversation_id, user_id, frame.content)
+    if row is None:
+        return None
+    draft = Draft(conversation_id=frame.conversation_id, content=frame.content, updated_at=row[1])
+    return DraftChanged(user_version=row[0], draft=draft)
 
 
 # The row stays, so that the user's other devices are notified.

@@ -8,7 +8,7 @@ from uuid import UUID
 from protocol.client import ListFeed
 from protocol.ids import UserId
 from protocol.limits import MAX_COUNTED
-from protocol.server import FeedPage
+from protocol.server import FeedPage, MeChanged
 from protocol.values import FeedEntry, FeedKind
 from server.db.database import IN_ORDER, Db
 from server.db.rows import Reader, Undecoded
@@ -17,6 +17,7 @@ from server.queries.cursor import moment_of, not_a_cursor
 from server.queries.latest import LATEST
 from server.queries.moment import MOMENT
 from server.queries.unread import SILENCES
+from server.queries.users import decoded_me
 
 _entry_decoder = Reader(FeedEntry)
 
@@ -239,9 +240,11 @@ SEE = """
 UPDATE "user" SET feed_seen_at = greatest(feed_seen_at, least($2::timestamptz, now())), version = version + 1,
     own_version = version + 1, own_moves = own_moves + 1
 WHERE id = $1 AND is_active AND coalesce(feed_seen_at < least($2, now()), true)
+RETURNING version, me_json("user")
 """
 
 
-async def see(db: Db, user_id: UserId, up_to: datetime) -> None:
-    """Mark the feed as seen up to a time, which never moves back."""
-    await db.execute(SEE, user_id, up_to)
+async def see(db: Db, user_id: UserId, up_to: datetime) -> MeChanged | None:
+    """Mark the feed as seen up to a time, which never moves back. Return None if nothing changed."""
+    row = await db.fetchrow(SEE, user_id, up_to)
+    return None if row is None else decoded_me(*row)

@@ -11,14 +11,15 @@ import msgspec
 from protocol.client import ListParticipants
 from protocol.ids import ConversationId, UserId
 from protocol.roles import ROLES
-from protocol.server import OutsidersChanged, ParticipantChanged, ParticipantEntry, ParticipantLeft
-from protocol.values import Participant, ParticipantStatus, Role
+from protocol.server import OutsidersChanged, ParticipantChanged, ParticipantEntry, ParticipantLeft, PreferencesChanged
+from protocol.values import Participant, ParticipantStatus, Preferences, Role
 from server.db.database import Db
 from server.db.rows import Page, Reader, Undecoded
 from server.queries import drafts
 from server.queries.users import FACE, MOVE_OWN
 
 _participant_decoder = Reader(Participant)
+_preferences_decoder = Reader(Preferences)
 _entry_decoder = Reader(ParticipantEntry)
 ParticipantEvent = ParticipantChanged | ParticipantLeft | OutsidersChanged
 _event_decoder: Reader[ParticipantEvent] = Reader(ParticipantEvent)
@@ -214,13 +215,23 @@ UPDATE conversation_participant p SET user_version = t.version,
 FROM touched t WHERE p.conversation_id = $1 AND p.user_id = $2 AND p.status = 'active' AND EXISTS (
     SELECT FROM conversation c WHERE c.id = $1 AND NOT c.is_deleted
 )
-RETURNING true
+RETURNING p.user_version, preferences_json(p)
 """  # noqa: S608 - MOVE_OWN is a constant
 
 
-async def prefer(db: Db, conversation_id: ConversationId, user_id: UserId, changes: dict[str, Any]) -> bool:
-    """Change a user's preferences for a conversation. Return False, without an effect, without access."""
-    return bool(await db.fetchval(PREFER, conversation_id, user_id, msgspec.json.encode(changes).decode()))
+async def prefer(
+    db: Db, conversation_id: ConversationId, user_id: UserId, changes: dict[str, Any]
+) -> PreferencesChanged | None:
+    """Change a user's preferences for a conversation. Return None, without an effect, without access."""
+    row = await db.fetchrow(PREFER, conversation_id, user_id, msgspec.json.encode(changes).decode())
+    return None if row is None else decoded_preferences(conversation_id, *row)
+
+
+def decoded_preferences(conversation_id: ConversationId, version: int, preferences: str) -> PreferencesChanged:
+    """Return the event of a user version with the result of preferences_json()."""
+    return PreferencesChanged(
+        user_version=version, conversation_id=conversation_id, preferences=_preferences_decoder.decode(preferences)
+    )
 
 
 # Users are locked in the order of their ids, after the conversation, as everywhere.

@@ -1,16 +1,17 @@
 """Pins, which all participants of a conversation see, and stars, which only their user sees."""
 
 from collections.abc import Sequence
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_PINS
-from protocol.server import MessageList
-from protocol.values import Message
+from protocol.server import MessageList, StarChanged
+from protocol.values import Message, StarredMessage
 from server.db.database import Db
 from server.db.rows import Page, Reader, Undecoded
 from server.queries.cursor import Cursor
-from server.queries.messages import VISIBLE, WITHHELD, MessageRef
+from server.queries.messages import VISIBLE, WITHHELD, At, MessageRef
 from server.queries.moment import MOMENT
 from server.queries.users import MOVE_OWN
 
@@ -92,8 +93,9 @@ touched AS (
     SELECT $2, seen.id, seen.conversation_id, t.version FROM seen, touched t
     ON CONFLICT (user_id, message_id) DO UPDATE SET is_removed = false, user_version = excluded.user_version,
         starred_at = now()
+    RETURNING s.user_version, s.starred_at
 )
-SELECT EXISTS (SELECT FROM seen)
+SELECT starred.* FROM seen LEFT JOIN starred ON true
 """  # noqa: S608 - constants are put in
 UNSTAR = f"""
 WITH touched AS (
@@ -103,17 +105,36 @@ WITH touched AS (
 )
 UPDATE message_star s SET is_removed = true, user_version = t.version FROM touched t
 WHERE s.user_id = $2 AND s.message_id = $1
+RETURNING s.user_version, s.starred_at, s.conversation_id
 """  # noqa: S608 - MOVE_OWN is a constant
 
 
-async def star(db: Db, ref: MessageRef, user_id: UserId) -> bool:
-    """Star a message. Return False, without an effect, without access."""
-    return bool(await db.fetchval(STAR, ref.message_id, user_id, ref.conversation_id))
+class Starred(NamedTuple):
+    """The event of a change of a star, or None if nothing changed."""
+
+    event: StarChanged | None
 
 
-async def unstar(db: Db, ref: MessageRef, user_id: UserId) -> None:
+async def star(db: Db, ref: MessageRef, user_id: UserId) -> Starred | None:
+    """Star a message. Return None, without an effect, without access."""
+    row = await db.fetchrow(STAR, ref.message_id, user_id, ref.conversation_id)
+    return None if row is None else Starred(None if row[0] is None else _changed(ref, *row, is_removed=False))
+
+
+async def unstar(db: Db, ref: MessageRef, user_id: UserId) -> Starred:
     """Remove a star, if there is one."""
-    await db.execute(UNSTAR, ref.message_id, user_id)
+    row = await db.fetchrow(UNSTAR, ref.message_id, user_id)
+    if row is None:
+        return Starred(None)
+    version, starred_at, conversation_id = row
+    return Starred(_changed(At(conversation_id, ref.message_id), version, starred_at, is_removed=True))
+
+
+def _changed(ref: MessageRef, version: int, starred_at: datetime, *, is_removed: bool) -> StarChanged:
+    star = StarredMessage(
+        conversation_id=ref.conversation_id, message_id=ref.message_id, is_removed=is_removed, starred_at=starred_at
+    )
+    return StarChanged(user_version=version, star=star)
 
 
 STARS = f"""

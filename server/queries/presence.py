@@ -7,8 +7,10 @@ from msgspec import UNSET
 
 from protocol.client import SetPresence
 from protocol.ids import UserId
+from protocol.server import MeChanged
 from protocol.values import PresenceStatus
 from server.db.database import Db
+from server.queries.users import decoded_me
 
 MAX_DELETED = 1_000
 """Max custom statuses that one statement deletes."""
@@ -90,14 +92,14 @@ FROM (
 ) chosen
 WHERE u.id = $1 AND u.is_active AND (u.status <> chosen.status OR ($3 AND (u.custom_status IS DISTINCT FROM $4
     OR u.custom_status_until IS NOT NULL OR $5::float8 IS NOT NULL)))
-RETURNING (u.visible_since >= now()) IS TRUE
+RETURNING (u.visible_since >= now()) IS TRUE, u.version, me_json(u)
 """
 
 
 class Choice(NamedTuple):
-    """Whether the choice changed the row, and whether it ended invisibility."""
+    """The event, if the choice changed the row, and whether it ended invisibility."""
 
-    is_new: bool
+    event: MeChanged | None
     is_visible_again: bool
 
 
@@ -105,10 +107,10 @@ async def choose(db: Db, user_id: UserId, frame: SetPresence, *, is_here: bool) 
     """Store the chosen presence of a user. `is_here` tells whether the user is online."""
     custom_status = None if frame.custom_status is UNSET else frame.custom_status
     seconds = frame.custom_status_seconds
-    is_visible_again = await db.fetchval(
+    row = await db.fetchrow(
         CHOOSE, user_id, frame.status, frame.custom_status is not UNSET, custom_status, seconds, is_here
     )
-    return Choice(is_visible_again is not None, bool(is_visible_again))
+    return Choice(None, is_visible_again=False) if row is None else Choice(decoded_me(row[1], row[2]), row[0])
 
 
 EXPIRE = """

@@ -36,8 +36,8 @@ class Position(NamedTuple):
     mark_version: int
     participant_count: int
     has_moved: bool
-    was_marked: bool
-    """Whether something was marked as unread, so that the user version moved."""
+    preferences: str | None
+    """The result of preferences_json(), if a mark was removed."""
     is_stale: bool
     """Whether another device changed the row meanwhile, so that the statement changed nothing and read an old row."""
 
@@ -63,11 +63,12 @@ WITH target AS (
     WHERE p.conversation_id = t.conversation_id AND p.user_id = $2 AND p.status = 'active'
         AND (p.last_read_version < t.sent_version OR p.unread_from_id IS NOT NULL)
         AND (p.unread_from_id IS NULL OR touched.version IS NOT NULL)
-    RETURNING p.last_read_message_id, p.last_read_version, p.user_version
+    RETURNING p.last_read_message_id, p.last_read_version, p.user_version,
+        CASE WHEN touched.version IS NOT NULL THEN preferences_json(p) END AS preferences
 )
 SELECT t.conversation_id, coalesce(moved.last_read_message_id, t.last_read_message_id, t.id), me.last_read_version,
     ({COUNT_UNREAD.format(me="me")}), t.version, coalesce(moved.user_version, t.user_version), t.participant_count,
-    coalesce(moved.last_read_version > t.last_read_version, false), EXISTS (SELECT FROM touched),
+    coalesce(moved.last_read_version > t.last_read_version, false), moved.preferences,
     t.must_move AND moved.last_read_version IS NULL
 FROM target t LEFT JOIN moved ON true
 CROSS JOIN LATERAL (
@@ -94,13 +95,14 @@ async def lock(db: Db, conversation_id: ConversationId, user_id: UserId) -> None
 
 
 class Mark(NamedTuple):
-    """The number of messages from the mark on, up to the conversation's version `version`, and the user version of the
-    mark.
+    """The number of messages from the mark on, up to the conversation's version `version`, the user version of the
+    mark, and the result of preferences_json().
     """
 
     unread_count: int
     version: int
     mark_version: int
+    preferences: str
 
 
 MARK_UNREAD = f"""
@@ -113,9 +115,11 @@ WITH target AS (
     SET unread_from_id = t.id, unread_from_version = t.sent_version, user_version = touched.version
     FROM target t, touched
     WHERE p.conversation_id = t.conversation_id AND p.user_id = $2 AND p.status = 'active'
-    RETURNING p.user_id, p.conversation_id, p.unread_from_version, p.last_read_version, p.user_version
+    RETURNING p.user_id, p.conversation_id, p.unread_from_version, p.last_read_version, p.user_version,
+        preferences_json(p) AS preferences
 )
-SELECT ({COUNT_UNREAD.format(me="marked")}), t.version, marked.user_version FROM marked, target t
+SELECT ({COUNT_UNREAD.format(me="marked")}), t.version, marked.user_version, marked.preferences
+FROM marked, target t
 """  # noqa: S608 - only names are put in
 
 

@@ -4,12 +4,14 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
 
+import asyncpg
 import msgspec
 
 from protocol import json_object
 from protocol.client import Schedule, Send
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.limits import MAX_PAGE
+from protocol.server import ScheduledChanged
 from protocol.values import Scheduled, ScheduledStatus, User, Words
 from server.db.database import Db
 from server.db.rows import Page, Reader, Undecoded
@@ -61,22 +63,29 @@ SELECT $1, $2, $3, $4, $5, t.version FROM touched t
 ON CONFLICT (id) DO UPDATE SET words = excluded.words, send_at = excluded.send_at, user_version = excluded.user_version,
         not_before = NULL
     WHERE s.status = 'waiting' AND {_WAITS}
-RETURNING scheduled_json(s)
+RETURNING scheduled_json(s), s.user_version
 """  # noqa: S608 - constants are put in
 CANCEL = f"""
 WITH touched AS ({MOVE_OWN} RETURNING version)
 UPDATE scheduled_message s SET status = 'cancelled', not_before = NULL, user_version = t.version FROM touched t
 WHERE s.id = $1 AND s.status = 'waiting' AND {_WAITS}
-RETURNING scheduled_json(s)
+RETURNING scheduled_json(s), s.user_version
 """  # noqa: S608 - constants are put in
 
 
-async def put(db: Db, frame: Schedule, user_id: UserId) -> Scheduled | None:
+async def put(db: Db, frame: Schedule, user_id: UserId) -> ScheduledChanged | None:
     """Schedule a message, or change a waiting one. Return None if the id is taken, or if the message can no longer
     change. Requires the user's lock.
     """
-    text = await db.fetchval(PUT, frame.message_id, user_id, frame.conversation_id, _words(frame), frame.send_at)
-    return None if text is None else _scheduled_decoder.decode(text)
+    return _changed(
+        await db.fetchrow(PUT, frame.message_id, user_id, frame.conversation_id, _words(frame), frame.send_at)
+    )
+
+
+def _changed(row: asyncpg.Record | None) -> ScheduledChanged | None:
+    if row is None:
+        return None
+    return ScheduledChanged(user_version=row[1], scheduled=_scheduled_decoder.decode(row[0]))
 
 
 # A message without content was sent and has expired (`expire_messages`). Nobody can schedule one.
@@ -98,12 +107,13 @@ def _words(frame: Schedule) -> str:
     ).decode()
 
 
-async def cancel(db: Db, message_id: MessageId, user_id: UserId, conversation_id: ConversationId) -> Scheduled | None:
+async def cancel(
+    db: Db, message_id: MessageId, user_id: UserId, conversation_id: ConversationId
+) -> ScheduledChanged | None:
     """Cancel a waiting message. Return None if there is none, or if it can no longer change. Requires the
     user's lock.
     """
-    text = await db.fetchval(CANCEL, message_id, user_id, conversation_id)
-    return None if text is None else _scheduled_decoder.decode(text)
+    return _changed(await db.fetchrow(CANCEL, message_id, user_id, conversation_id))
 
 
 LIST = f"""

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from protocol.ids import UserId
+from protocol.server import ThreadFollowChanged
 from protocol.values import ThreadFollow, ThreadView
 from server.db.database import Db
 from server.db.rows import Page, Reader, Undecoded
@@ -117,18 +118,20 @@ FROM root, touched
 ON CONFLICT (root_id, user_id) DO UPDATE SET is_following = coalesce($4, t.is_following),
     last_read_order = greatest(t.last_read_order, CASE WHEN $5::integer IS NOT NULL THEN excluded.last_read_order END),
     user_version = excluded.user_version
-RETURNING thread_json(t), xmax = 0
+RETURNING thread_json(t), t.user_version, xmax = 0
 """  # noqa: S608 - constants are put in
 
 
 class FollowChanged(NamedTuple):
-    """The follower's row, and whether it is new."""
+    """The event with the follower's row, and whether the row is new."""
 
-    follow: ThreadFollow
+    event: ThreadFollowChanged
     is_new: bool
 
 
 async def change(db: Db, ref: MessageRef, user_id: UserId, change: FollowChange) -> FollowChanged | None:
     """Follow or unfollow a thread, or move the read position in it. Return None without access to the root."""
     row = await db.fetchrow(CHANGE, ref.message_id, user_id, ref.conversation_id, *change)
-    return None if row is None else FollowChanged(_follow_decoder.decode(row[0]), row[1])
+    if row is None:
+        return None
+    return FollowChanged(ThreadFollowChanged(user_version=row[1], follow=_follow_decoder.decode(row[0])), row[2])

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from protocol.ids import UserId
+from protocol.server import MeChanged
 from protocol.values import Me, Profile, User
 from server.db.database import Db
 from server.db.rows import Reader
@@ -95,14 +96,19 @@ UPDATE "user" u SET
         OR ($2 ? 'image' AND $2 ->> 'image' IS DISTINCT FROM u.image))::integer,
     version = u.version + 1, own_version = u.version + 1, own_moves = u.own_moves + 1, updated_at = now()
 WHERE u.id = $1 AND u.is_active
-RETURNING me_json(u)
+RETURNING u.version, me_json(u)
 """
 
 
-async def update(db: Db, user_id: UserId, changes: dict[str, Any]) -> Me | None:
-    """Change the fields in `changes` of a user, and return the user. Return None if the user is not active."""
-    text = await db.fetchval(UPDATE, user_id, msgspec.json.encode(changes).decode())
-    return None if text is None else _me_decoder.decode(text)
+async def update(db: Db, user_id: UserId, changes: dict[str, Any]) -> MeChanged | None:
+    """Change the fields in `changes` of a user. Return None if the user is not active."""
+    row = await db.fetchrow(UPDATE, user_id, msgspec.json.encode(changes).decode())
+    return None if row is None else decoded_me(*row)
+
+
+def decoded_me(version: int, me: str) -> MeChanged:
+    """Return the event of a user version with the result of me_json()."""
+    return MeChanged(user_version=version, me=_me_decoder.decode(me))
 
 
 TIME_ZONES = "SELECT name FROM pg_timezone_names"
