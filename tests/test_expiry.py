@@ -194,3 +194,30 @@ async def test_portions_have_a_bound_in_rows_and_bytes(world: World, monkeypatch
     assert sum(portions.sizes) == 6
     assert max(portions.sizes) <= 3
     assert await recount(world.db) == []
+
+
+async def test_two_workers_delete_each_message_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Senders write there meanwhile."""
+    monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
+    async with World(settings) as world:
+        (who,) = await world.users("Ada")
+        ada = await world.connect(who)
+        places = [await world.channel(ada) for _ in range(3)]
+        for number in range(100):
+            await sent(ada, places[number % 3])
+        await world.db.execute(DUE, [])
+        apps = [worker.app for worker in world.workers]
+        runs = [expire_due(app._database, app.hub) for app in apps]  # noqa: SLF001 - a job
+        await asyncio.gather(*runs, *(sent(ada, places[number % 3]) for number in range(30)))
+        await expire(world)  # conversations that the other worker held
+        assert await world.db.fetchval(LEFT) == 30
+        assert await recount(world.db) == []
+        for about in places:
+            versions = [row[0] for row in await world.db.fetch(EVERY_VERSION, about)]
+            assert versions == list(range(versions[0], versions[0] + len(versions)))
+
+
+EVERY_VERSION = """
+SELECT version FROM message WHERE conversation_id = $1
+UNION SELECT sent_version FROM message WHERE conversation_id = $1 ORDER BY 1
+"""

@@ -10,7 +10,6 @@ from server.context import Events
 from server.core.errors import log_failure
 from server.core.faults import is_lost
 from server.db.database import Database
-from server.db.rows import Undecoded
 from server.domain.publish import publish_deleted
 from server.queries import expiry
 from server.queries.expiry import PORTION, PORTION_BYTES, Due, Expired
@@ -98,11 +97,11 @@ async def _expire(
             while await expiry.forget_edits(db, edited):
                 pass
 
-    async def once() -> Undecoded[Expired]:
+    async def once() -> Expired:
         async with database.connection() as db:
             return await expiry.expire(db, portion, passes_held=passes_held)
 
-    expired = await (await database.again("expiry", once)).decoded()
+    expired = await database.again("expiry", once)
     for deleted in expired.deleted:
         publish_deleted(events, deleted)
     return expired.held

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.values import Message
 from server.db.database import Db
-from server.db.rows import Reader, Undecoded
+from server.db.rows import Reader
 from server.queries.edits import Deleted
 
 MAX_DUE = 1_000
@@ -66,17 +66,21 @@ class Expired(NamedTuple):
     held: set[ConversationId]
 
 
-async def expire(db: Db, portion: Sequence[Due], *, passes_held: bool) -> Undecoded[Expired]:
+async def expire(db: Db, portion: Sequence[Due], *, passes_held: bool) -> Expired:
     """Delete the content of expired messages and all copies of it, with the version of each deletion. Messages that
     were deleted before, or whose remains are unreadable, are not returned.
 
     With `passes_held`, messages of locked conversations stay as they are. Otherwise raises LockNotAvailableError if a
     lock takes longer than `HELD_MS`.
     """
-    rows = await db.fetch(EXPIRE, *_ids(portion), passes_held, f"{HELD_MS}ms")
-    held = {ConversationId(row[0]) for row in rows if row[0] is not None}
-    remains = _message_decoder.beside([tuple(row)[1:] for row in rows if row[0] is None])
-    return remains.then(lambda read: Expired([Deleted(message, *rest) for message, (_, *rest) in read], held))
+    deleted, held = [], set()
+    for held_id, text, *rest in await db.fetch(EXPIRE, *_ids(portion), passes_held, f"{HELD_MS}ms"):
+        if held_id is not None:
+            held.add(ConversationId(held_id))
+        # Decoded immediately, since a job that is cancelled before it publishes would leave that to the comparison.
+        elif (message := _message_decoder.read(text)) is not None:
+            deleted.append(Deleted(message, *rest))
+    return Expired(deleted, held)
 
 
 def _ids(portion: Sequence[Due]) -> tuple[list[ConversationId], list[MessageId]]:
