@@ -1,6 +1,9 @@
 """Events that a worker committed and did not publish: after its end, during its outage, or with an unknown outcome."""
 
 import asyncio
+import os
+import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,15 +13,16 @@ import pytest
 
 from protocol import client, server
 from protocol.errors import ErrorCode
-from protocol.ids import ConversationId
+from protocol.ids import ConversationId, uuid7
 from prove.client import Client
+from prove.cluster import OwnCluster
 from server.core.config import Settings
 from server.hub import hub, redis_bus
 from server.hub.hub import Hub
 from server.hub.redis_bus import RedisBus
 from server.queries import sending
 from server.queries.sending import Outgoing
-from tests.world import Worker, World, message, received_message, sent, until
+from tests.world import Worker, World, message, received_message, sent, session_of, until
 
 BEAT = 0.1
 
@@ -204,3 +208,53 @@ async def test_two_single_workers_hear_each_other(settings: Settings) -> None:
             await worker.start()
         async with paired(world) as pair:
             assert not await pair.arrives_by_comparison()
+
+
+SLOW_COMMIT = """
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1); RETURN NULL; END $$;
+CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON message DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
+EXECUTE FUNCTION slow()
+"""
+
+
+async def worker_of(cluster: OwnCluster, one: Client) -> int:
+    """Return the process that does not answer this client while it is stopped."""
+    for pid in cluster.workers():
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(0.5):
+                await one.call(client.GetMe())
+        except TimeoutError:
+            return pid
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    raise AssertionError
+
+
+@pytest.mark.long
+async def test_message_of_a_worker_killed_before_it_published_arrives_within_five_seconds() -> None:
+    """PostgreSQL commits it after the worker's end."""
+    async with OwnCluster(2) as cluster:
+        await cluster.ready()
+        db = await cluster.database()
+        ada, charles = [await session_of(db, name) for name in ("Ada", "Charles")]
+        places: dict[int, Client] = {}
+        while len(places) < 2:
+            one = Client(cluster.url, (ada if not places else charles).token)
+            await one.__aenter__()
+            places.setdefault(await worker_of(cluster, one), one)
+        (victim, author), (_, reader) = places.items()
+        about = ConversationId(uuid7())
+        await author.call(client.CreateChannel(conversation_id=about, title="News", is_public=True))
+        await reader.call(client.Join(conversation_id=about))
+        await db.execute(SLOW_COMMIT)
+        frame = message(about)
+        sending_it = asyncio.create_task(author.ask(frame))
+        while not await db.fetchval("SELECT true FROM pg_stat_activity WHERE wait_event = 'PgSleep'"):
+            await asyncio.sleep(0.01)
+        os.kill(victim, signal.SIGKILL)
+        killed_at = time.monotonic()
+        await received_message(reader, frame.message_id)
+        assert time.monotonic() - killed_at < 5
+        sending_it.cancel()
+        await db.close()

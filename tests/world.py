@@ -117,11 +117,8 @@ class World:
         return self.workers[0].url
 
     async def user(self, name: str) -> UserSession:
-        """Create a user with a session, without hashing a password."""
-        user_id = await accounts.register(self.db, name, f"{name.lower()}.{uuid7().hex}@example.org", "no password")
-        token = new_token()
-        await sessions.create(self.db, user_id, token_hash(token), timedelta(days=30), (None, None))
-        return UserSession(user_id, name, token)
+        """Create a user with a session."""
+        return await session_of(self.db, name)
 
     async def users(self, *names: str) -> list[UserSession]:
         return [await self.user(name) for name in names]
@@ -159,6 +156,14 @@ class World:
     async def channel(self, owner: Client, **fields: Any) -> ConversationId:
         frame = CreateChannel(conversation_id=ConversationId(uuid7()), title=fields.pop("title", "News"), **fields)
         return (await owner.call(frame, OneConversation)).view.conversation.id
+
+
+async def session_of(db: "asyncpg.Connection[asyncpg.Record]", name: str) -> UserSession:
+    """Create a user with a session, without hashing a password."""
+    user_id = await accounts.register(db, name, f"{name.lower()}.{uuid7().hex}@example.org", "no password")
+    token = new_token()
+    await sessions.create(db, user_id, token_hash(token), timedelta(days=30), (None, None))
+    return UserSession(user_id, name, token)
 
 
 def http_client(url: str = "", *, timeout: float = 5) -> httpx.AsyncClient:
