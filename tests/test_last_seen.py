@@ -11,7 +11,9 @@ from protocol import client, server
 from protocol.codec import encode
 from protocol.ids import UserId
 from server.core.config import Settings
+from server.db.database import Db
 from server.domain import pending_presence, presence
+from server.queries import presence as queries
 from tests.world import World, http_client, until
 
 ROW = 'SELECT is_online, last_seen_at FROM "user" WHERE id = $1'
@@ -134,6 +136,60 @@ async def test_departure_is_not_recorded_after_a_return_at_another_worker(
             await other._record()  # noqa: SLF001
         await one._record()  # noqa: SLF001
         assert await world.db.fetchval('SELECT is_online FROM "user" WHERE id = $1', charles.id) is is_back
+        assert not one._transitions  # noqa: SLF001
+
+
+async def test_departure_that_overtakes_a_return_at_another_worker_is_corrected(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user returns and the other worker records that while the first one is about to write."""
+    monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.1)
+    monkeypatch.setattr(presence, "RECORD_SECONDS", 3_600.0)
+    seen = queries.seen
+    async with World(settings, workers=2) as world:
+        (charles,) = await world.users("Charles")
+        one, other = [worker.app.presence for worker in world.workers]
+        phone = await world.connect(charles)
+        await until(lambda: charles.id in one._transitions)  # noqa: SLF001
+        await one._record()  # noqa: SLF001
+        await phone.close()
+        await until(lambda: charles.id in one._transitions)  # noqa: SLF001
+
+        async def late(db: Db, transitions: dict[UserId, queries.Transition]) -> dict[UserId, queries.Transition]:
+            monkeypatch.setattr(queries, "seen", seen)
+            await world.connect(charles, 1)
+            await until(lambda: charles.id in other._transitions)  # noqa: SLF001
+            await other._record()  # noqa: SLF001
+            return await seen(db, transitions)
+
+        monkeypatch.setattr(queries, "seen", late)
+        await one._record()  # noqa: SLF001
+        await one._record()  # noqa: SLF001
+        assert await world.db.fetchval('SELECT is_online FROM "user" WHERE id = $1', charles.id)
+        assert not one._transitions  # noqa: SLF001
+
+
+async def test_late_arrival_of_a_user_who_has_left_from_another_worker_is_corrected(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.1)
+    monkeypatch.setattr(presence, "RECORD_SECONDS", 3_600.0)
+    async with World(settings, workers=2) as world:
+        (charles,) = await world.users("Charles")
+        one, other = [worker.app.presence for worker in world.workers]
+        phone = await world.connect(charles)
+        await until(lambda: charles.id in one._transitions)  # noqa: SLF001
+        tablet = await world.connect(charles, 1)
+        await until(lambda: not other._dirty)  # noqa: SLF001
+        await other._flushes.submit(None)  # noqa: SLF001
+        await phone.close()
+        await until(lambda: charles.id not in one._left_at)  # noqa: SLF001
+        await tablet.close()
+        await until(lambda: charles.id in other._transitions)  # noqa: SLF001
+        await other._record()  # noqa: SLF001
+        await one._record()  # noqa: SLF001
+        await one._record()  # noqa: SLF001
+        assert not await world.db.fetchval('SELECT is_online FROM "user" WHERE id = $1', charles.id)
         assert not one._transitions  # noqa: SLF001
 
 

@@ -76,6 +76,36 @@ async def test_frame_of_a_disabled_account_writes_nothing_even_if_it_waited(worl
         assert refused > 35, "too few frames waited and were refused"
 
 
+async def test_change_of_privacy_that_waits_for_its_opposite_is_published(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It compared the row with what it had read before it waited, and found no difference."""
+    ada = await world.user("Ada")
+    devices = [await world.connect(ada), await world.connect(ada, 1)]
+    await devices[0].call(client.UpdateProfile(show_online_status=False))
+    published = 0
+    for worker in world.workers:
+        events, reconsider = worker.app.hub, worker.app.hub.reconsider
+
+        def counted(user_id: UserId, *rest: Any, reconsider: Callable[..., None] = reconsider) -> None:
+            nonlocal published
+            published += 1
+            reconsider(user_id, *rest)
+
+        monkeypatch.setattr(events, "reconsider", counted)
+    holder = await asyncpg.connect(world.settings.database_url)
+    async with holder.transaction():
+        await holder.execute('SELECT FROM "user" WHERE id = $1 FOR UPDATE', ada.id)
+        asked: list[asyncio.Task[Any]] = []
+        for count, (one, is_shown) in enumerate(zip(devices, (True, False), strict=True), start=1):
+            asked.append(asyncio.create_task(one.call(client.UpdateProfile(show_online_status=is_shown))))
+            await waiting(world, count)
+    await asyncio.gather(*asked)
+    await holder.close()
+    assert await world.db.fetchval('SELECT NOT show_online_status FROM "user" WHERE id = $1', ada.id)
+    assert published == 2
+
+
 async def rows(db: Any) -> dict[str, list[str]]:
     """Return all rows of all tables."""
     tables = [row[0] for row in await db.fetch(TABLES)]

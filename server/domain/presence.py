@@ -249,8 +249,7 @@ class Presence:
             self._unsaved.update(user_ids)
         for user_id in user_ids:
             was = self._states(before[user_id])
-            others = {worker: state for worker, state in before[user_id].items() if worker != self._worker.encode()}
-            states = self._states(others | here.get(user_id, {}))
+            states = self._elsewhere(before[user_id]) | self._states(here.get(user_id, {}))
             # A user is gone even if Redis had no entry. A user whom nobody knew was never here.
             has_left = not states and (bool(was) or user_id in left_at)
             if (states and not was) or (has_left and is_noted):
@@ -364,17 +363,18 @@ class Presence:
         if not self._transitions:
             return
         transitions, self._transitions = self._transitions, {}
-        left = transitions
+        left, overtaken = transitions, {}
         try:
             current = await self._without_returned(transitions)
             async with self._database.connection() as db:
                 left = await presence.seen(db, current)
+            overtaken = await self._overtaken({one: current[one] for one in current.keys() - left.keys()})
         except Exception as error:
             if fault_of(error) is None:
                 raise
             log_failure(log, "recording who is online", error)
         finally:
-            self._transitions = left | self._transitions
+            self._transitions = left | overtaken | self._transitions
 
     async def _without_returned(self, transitions: dict[UserId, Transition]) -> dict[UserId, Transition]:
         """Leave out users who departed and are at another worker by now. The other worker records their arrival,
@@ -382,13 +382,34 @@ class Presence:
         """
         gone = [user_id for user_id, one in transitions.items() if not one.is_online]
         try:
-            fields = await self._shared_fields(gone) if gone else {}
+            fields = await self.entries.read(gone) if gone else {}
         except REDIS_LOST:
             return transitions
-        for there in fields.values():
-            there.pop(self._worker.encode(), None)
-        returned = {user_id for user_id, there in fields.items() if self._states(there)}
+        returned = {user_id for user_id, there in fields.items() if self._elsewhere(there)}
         return {user_id: one for user_id, one in transitions.items() if user_id not in returned}
+
+    async def _overtaken(self, recorded: dict[UserId, Transition]) -> dict[UserId, Transition]:
+        """Return the opposite of what was recorded for users who came or left elsewhere meanwhile, as Redis has it now.
+
+        Another worker may have recorded that before this one overwrote it. Whichever worker writes last reads Redis
+        after it, so the row is right in the end.
+        """
+        try:
+            fields = await self.entries.read(list(recorded)) if recorded else {}
+        except REDIS_LOST:
+            return {}
+        overtaken = {}
+        for user_id, one in recorded.items():
+            local = self._local(user_id)
+            # This worker's entry outlives the last device by `OFFLINE_SECONDS`, and the worker's end.
+            there = self._states(fields[user_id]) if one.is_online else self._elsewhere(fields[user_id])
+            if bool(local or there) is not one.is_online:
+                overtaken[user_id] = Transition(is_online=not one.is_online)
+        return overtaken
+
+    def _elsewhere(self, fields: dict[bytes, bytes]) -> set[bytes]:
+        """Return the states at other workers that are not known to be dead."""
+        return self._states({worker: state for worker, state in fields.items() if worker != self._worker.encode()})
 
 
 def _of_device(states: Collection[bytes], left_at: float | None = None) -> PresenceNews:

@@ -62,6 +62,8 @@ async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe
                     ErrorCode.INVALID, "`time_zone` must be an IANA name such as `Europe/London`.", path="time_zone"
                 )
     async with context.transaction() as db:
+        if given and not await users.lock(db, [context.user_id]):
+            raise NotActive
         before = await users.me(db, context.user_id)
         event = await users.update(db, context.user_id, given) if given else None
         if given and event is None:
