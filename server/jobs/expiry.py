@@ -24,7 +24,6 @@ async def expire_due(database: Database, events: Events) -> None:
     A conversation that fails, or whose lock takes too long, is left to a later run. Raises the errors of the query for
     due messages, because without a database the run ends.
     """
-    database = database.of_jobs()
     failed: set[ConversationId] = set()
     served: set[UserId] = set()
     while True:
