@@ -113,6 +113,21 @@ async def test_messages_that_could_not_be_published_are_delivered(pair: Pair, mo
     assert pair.hubs[1].topics.fetched == 1
 
 
+async def test_losses_that_another_worker_reports_often_cause_few_comparisons(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "LOSSES_SECONDS", 0.4)
+    times: list[float] = []
+    monkeypatch.setattr(pair.hubs[1], "_compare_with_delay", lambda: times.append(time.monotonic()))
+    bus = pair.hubs[0].bus
+    assert isinstance(bus, RedisBus)
+    while len(times) < 3:
+        bus.losses += 1
+        pair.hubs[0]._peers.report()  # noqa: SLF001
+        await asyncio.sleep(0.01)
+    assert times[2] - times[0] > 0.7
+
+
 async def test_messages_of_a_worker_without_a_bus_are_delivered(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other worker's bus is up all the time. It compares again when the first one has reconnected."""
     monkeypatch.setattr(hub, "AFTER_END_SECONDS", (0.0,))

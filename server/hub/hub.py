@@ -32,6 +32,10 @@ AFTER_END_SECONDS = (0.0, 4.0, 12.0)
 """Delays of the comparisons after another worker disappeared, in seconds. PostgreSQL finishes the statements of a
 worker that was killed. It cancels those that store messages after two seconds, and others after ten.
 """
+LOSSES_SECONDS = 5.0
+"""Min interval between two comparisons because of losses of other workers, in seconds. One whose connection to Redis is
+bad reports them every second.
+"""
 LOOK_SECONDS = 5.0
 """Interval at which PostgreSQL is asked for the workers that are connected to it, in seconds."""
 MAX_JITTER_SECONDS = 0.5
@@ -73,11 +77,12 @@ class Hub:
         self._worker = worker
         self.bus: Bus = connect(deliver=self._hear, caught_up=self._caught_up)
         self._peers = Peers(
-            self.bus, say=self._say_to_workers, lost_events=self._compare_with_delay, lost_worker=self._lost_worker
+            self.bus, say=self._say_to_workers, lost_events=self._lost_events, lost_worker=self._lost_worker
         )
         self._unsure_topics: Unsure[ConversationId] = Unsure()
         self._unsure_users: Unsure[UserId] = Unsure()
         self._is_beside_unheard = False
+        self._compares_losses_at = -LOSSES_SECONDS
         self.watchers = Watchers(store, self.bus, describe=describe)
         self.online_users = OnlineUsers(store, self.bus, doubt=self.watchers.doubt_watched)
         self.topics = Topics(
@@ -278,6 +283,13 @@ class Hub:
         self.watchers.doubt_all()
         delay = random.random() * MAX_JITTER_SECONDS  # noqa: S311 - it spreads load, and needs no secrecy
         self._loop.call_later(delay, self._start_rounds)
+
+    def _lost_events(self) -> None:
+        now = self._loop.time()
+        if self._compares_losses_at <= now:  # otherwise a comparison follows already
+            delay = max(0.0, self._compares_losses_at + LOSSES_SECONDS - now)
+            self._compares_losses_at = now + delay
+            self._loop.call_later(delay, self._compare_with_delay)
 
     def _lost_worker(self) -> None:
         for seconds in AFTER_END_SECONDS:
