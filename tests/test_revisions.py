@@ -2,10 +2,12 @@
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
 import pytest
 
 from protocol import client, server
@@ -13,6 +15,7 @@ from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.values import Presence, User
 from prove import truth
 from prove.mirror import Mirror
+from server.core.config import Settings
 from tests.world import World, sent, until
 
 GROUPS = (server.DurableEvent, server.OwnEvent, server.StateEvent, server.TypingEvent, server.ConnectionFrame)
@@ -52,6 +55,12 @@ def test_client_keeps_the_state_with_the_highest_revision() -> None:
     mirror.receive(face)
     assert mirror.states[server.PresenceChanged, (other,)] == later
     assert mirror.states[server.UserUpdated, (other,)] == face
+
+
+@pytest.fixture
+async def world(settings: Settings) -> AsyncIterator[World]:
+    async with World(msgspec.structs.replace(settings, ephemeral_rate=1e6)) as world:
+        yield world
 
 
 @pytest.mark.parametrize("rounds", [12, pytest.param(400, marks=pytest.mark.long)])
