@@ -5,6 +5,7 @@ import contextlib
 import gc
 import ipaddress
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,8 +13,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import h11
+import httpx
 import msgspec
 import pytest
 from hypothesis import given
@@ -113,9 +116,25 @@ async def test_private_addresses_are_never_connected_to(
         raise OSError("sent")
 
     # The stub prevents connections to these addresses if the check is broken.
-    monkeypatch.setattr(restricted._transport, "handle_async_request", send)  # noqa: SLF001
+    monkeypatch.setattr(await restricted.transport(), "handle_async_request", send)
     with pytest.raises(Unreachable, match="not a public one" if url in NEAR else "not an address on the web"):
         await restricted.get(url, most=10)
+
+
+async def test_certificates_are_read_once_and_outside_the_event_loop(
+    unrestricted: SafeHttp, site: FakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    read = httpx.create_ssl_context
+
+    def noted(**options: Any) -> ssl.SSLContext:
+        threads.append(threading.current_thread())
+        return read(**options)
+
+    monkeypatch.setattr(httpx, "create_ssl_context", noted)
+    await asyncio.gather(*(unrestricted.get(site.url, most=10) for _ in range(5)))
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
 
 
 def test_addresses_that_reach_private_networks_are_not_public() -> None:
@@ -149,7 +168,7 @@ async def test_name_that_resolves_to_a_private_address_is_refused(
         asked.append(str(request.url))  # type: ignore[attr-defined]
         raise OSError
 
-    monkeypatch.setattr(restricted._transport, "handle_async_request", connect)  # noqa: SLF001 - no network in tests
+    monkeypatch.setattr(await restricted.transport(), "handle_async_request", connect)  # no network in tests
     for _ in range(4):
         with pytest.raises(Unreachable):
             await restricted.get(f"http://rebinding.example:{port}/", most=10)

@@ -10,7 +10,6 @@ import ipaddress
 import ssl
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from functools import cached_property
 from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
@@ -118,16 +117,23 @@ class SafeHttp:
         # GET and POST have one share each, so that links in messages do not delay notifications.
         self._gets = LoopTime(LOOP_SHARE, BURST_SECONDS)
         self._posts = LoopTime(LOOP_SHARE, BURST_SECONDS)
+        self._creating = asyncio.Lock()
+        self._transport: _Transport | None = None
 
-    @cached_property
-    def _transport(self) -> "_Transport":
-        # Created when first needed, because it reads the certificates of all authorities. It is used without a client,
-        # which would keep the cookies of all responses for ever.
-        return _Transport(httpx.create_ssl_context(trust_env=False))
+    async def transport(self) -> "_Transport":
+        """Return the transport. It is used without a client, which would keep the cookies of all responses for ever.
+
+        The first call creates it. That reads the certificates of all authorities, in a thread, because it takes a tenth
+        of a second.
+        """
+        async with self._creating:
+            if self._transport is None:
+                self._transport = _Transport(await asyncio.to_thread(httpx.create_ssl_context, trust_env=False))
+        return self._transport
 
     async def close(self) -> None:
         """Close all connections."""
-        if "_transport" in self.__dict__:
+        if self._transport is not None:
             await self._transport.aclose()
 
     async def get(self, url: str, *, most: int) -> HttpAnswer:
@@ -190,7 +196,7 @@ class SafeHttp:
     async def _exchange(self, request: httpx.Request, url: str, most: int, cost: _Cost) -> HttpAnswer:
         token = _COST.set(cost)
         try:
-            response = await self._transport.handle_async_request(request)
+            response = await (await self.transport()).handle_async_request(request)
             try:
                 return HttpAnswer(response.status_code, response.headers, await _read(response, most, cost), url)
             finally:
