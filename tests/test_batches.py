@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, NamedTuple
 
+import asyncpg
 import msgspec
 import pytest
 
@@ -362,6 +363,11 @@ def _several(items: list[int], error: type[BaseException]) -> None:
         raise error
 
 
+def _deadlock(items: list[int], which: int) -> None:
+    if which in items:
+        raise asyncpg.DeadlockDetectedError("deadlock detected")
+
+
 def _slow(items: list[int], which: range) -> None:
     if set(items) & set(which):
         raise Slow
@@ -373,6 +379,8 @@ FAILURES: dict[str, tuple[Callable[[list[int]], object], list[int], int]] = {
     "too few outcomes": (lambda items: items.pop() and None if len(items) > 1 else None, [1, 64, 4], 68),
     "a cancellation": (lambda items: _several(items, asyncio.CancelledError), [1, 64, 4], 68),
     "a lost database": (lambda items: _several(items, TimeoutError), [1, 64, 4], 68),
+    "a full disk": (lambda items: _several(items, asyncpg.DiskFullError), [1, 64, 4], 68),
+    "a deadlock of one": (lambda items: _deadlock(items, 17), [1, 64, 32, 16, 16, 8, 4, 2, 1, 1, 2, 4, 8, 32, 4], 1),
     "all slow": (lambda items: _slow(items, range(1, 69)), [1, 64, 8, 1, 1, 4, 1, 1], 68),
     "one slow": (lambda items: _slow(items, range(17, 18)), [1, 64, *[8] * 3, *[1] * 8, *[8] * 5, 4], 1),
 }
