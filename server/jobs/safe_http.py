@@ -123,7 +123,7 @@ class SafeHttp:
     async def transport(self) -> "_Transport":
         """Return the transport. It is used without a client, which would keep the cookies of all responses for ever.
 
-        The first call creates it. That reads the certificates of all authorities, in a thread, because it takes a tenth
+        The first call creates it. The certificates of all authorities are read in a thread, because that takes a tenth
         of a second.
         """
         async with self._creating:
