@@ -310,6 +310,8 @@ class Hub:
 
     async def _beat(self) -> None:
         self._peers.beat()
+        if self._is_bus_down():
+            self._start_rounds()
         if conversation_ids := self._unsure_topics.due():
             self._say_to_workers(Kind.RECHECK_CONVERSATIONS, b"".join(one.bytes for one in conversation_ids))
             self._topic_rounds.first(self.topics.followed(conversation_ids))
@@ -319,4 +321,7 @@ class Hub:
 
     async def _look_for_unheard(self) -> None:
         workers = set(await self._store.workers())
+        was_beside_unheard = self._is_beside_unheard
         self._is_beside_unheard = not workers - {self._worker} <= self._peers.workers
+        if self._is_beside_unheard and not was_beside_unheard:
+            self._topic_rounds.soon()

@@ -16,7 +16,7 @@ PAUSE_FACTOR, PAUSE_MOST_SECONDS = 2.0, 0.1
 takes a bounded share of the loop and of PostgreSQL, however many items there are.
 """
 FAST_SECONDS = 0.5
-"""Min interval between the starts of two fast rounds, and max delay until a slow round becomes fast, in seconds."""
+"""Min interval between the starts of two fast rounds, in seconds."""
 RETRY_SECONDS = 1.0
 """Pause after a failed batch, in seconds."""
 
@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 
 class Rounds(Generic[Item]):
     """Compares all items, again and again. A slow round takes `seconds`, with pauses of equal length between batches. A
-    fast round follows `soon`, and there are only fast rounds while `is_urgent`.
+    fast round follows `soon`, and then there are only fast rounds while `is_urgent`.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Rounds(Generic[Item]):
         began = time.monotonic()
         for number, batch in enumerate(batches, start=1):
             while (pause := began + self._seconds() * number / len(batches) - time.monotonic()) > 0:
-                await self._wait(min(pause, FAST_SECONDS))
+                await self._wait(pause)
                 if self._is_fast():
                     return
                 await self._compare_first()
