@@ -47,14 +47,11 @@ class Installation:
                 stdout=log, stderr=subprocess.STDOUT, process_group=0,
                 env=outside | {"OPENCHAT_DATA_DIR": str(self._data)} | dict(self._settings),
             )  # fmt: skip
-        async with asyncio.timeout(START_SECONDS):
-            while not self.url:
-                if self._process.poll() is not None:
-                    raise Unusable(f"openchat does not start: {self.log.read_text().strip()}")
-                await asyncio.sleep(POLL_SECONDS)
-                for line in self.log.read_text().splitlines():
-                    if line.strip().startswith("listening"):
-                        self.url = line.split()[1]
+        try:
+            await self._listening()
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -65,6 +62,17 @@ class Installation:
         finally:  # also after Ctrl-C
             self._process.kill()
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _listening(self) -> None:
+        """Wait until the supervisor has printed its URL. Raises Unusable, with its log, if it ends before that."""
+        async with asyncio.timeout(START_SECONDS):
+            while not self.url:
+                if self._process.poll() is not None:
+                    raise Unusable(f"openchat does not start: {self.log.read_text().strip()}")
+                await asyncio.sleep(POLL_SECONDS)
+                for line in self.log.read_text().splitlines():
+                    if line.strip().startswith("listening"):
+                        self.url = line.split()[1]
 
     @property
     def pid(self) -> int:

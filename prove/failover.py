@@ -36,15 +36,22 @@ class PairCluster(OwnCluster):
 
     async def __aenter__(self) -> Self:
         """Start both servers, and then the cluster."""
-        await self.pair.start()
-        return await super().__aenter__()
+        try:
+            await self.pair.start()
+            return await super().__aenter__()
+        except BaseException:
+            self._remove()
+            raise
 
     async def __aexit__(self, *reason: object) -> None:
         try:
             await super().__aexit__(*reason)
         finally:
-            self.pair.stop()
-            shutil.rmtree(self._pair_folder, ignore_errors=True)
+            self._remove()
+
+    def _remove(self) -> None:
+        self.pair.stop()
+        shutil.rmtree(self._pair_folder, ignore_errors=True)
 
     async def database(self) -> "asyncpg.Connection[asyncpg.Record]":
         """Connect to the primary. An old one may still answer."""

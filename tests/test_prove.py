@@ -5,6 +5,7 @@ import contextlib
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import msgspec
 import pytest
 
 from loadtest.proxy import Proxy
+from loadtest.target import Unusable
 from protocol.ids import MessageId, uuid7
 from prove import faults, pairs, report, run
-from prove.cluster import Cluster
+from prove.cluster import Cluster, OwnCluster
 from prove.device import Device
 from prove.faults import FAULTS, Fault
 from prove.run import Outcome, Proof, Run
@@ -265,6 +267,14 @@ def test_prove_command_writes_its_report(tmp_path: Path) -> None:
     (page,) = tmp_path.glob("*.html")
     assert "<svg" in page.read_text()
     assert "src=" not in page.read_text()
+
+
+@pytest.mark.long
+def test_cluster_that_does_not_start_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(Unusable, match="OPENCHAT_NONSENSE is not a setting"):
+        asyncio.run(OwnCluster(1, OPENCHAT_NONSENSE="1").__aenter__())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.long
