@@ -120,7 +120,7 @@ class Mirror:
 
     def _receive_own(self, event: OwnEvent) -> None:
         """Apply an event about data of this user only. It contains the current state."""
-        self.user_version = max(self.user_version, event.user_version)
+        self._advance(event.user_version)
         match event:
             case server.MeChanged():
                 self.me = event.me
@@ -141,6 +141,11 @@ class Mirror:
             case server.PreferencesChanged():
                 self.invitations.pop(event.conversation_id, None)
                 self.preferences[event.conversation_id] = event.preferences
+
+    def _advance(self, user_version: int) -> None:
+        if user_version < self.user_version:
+            self.wrong["out of order"] += 1
+        self.user_version = max(self.user_version, user_version)
 
     def _start_own_over(self, event: server.OwnStartOver) -> None:
         """Drop the user's own rows. The server sends them again, or the client reads them."""

@@ -11,8 +11,9 @@ import msgspec
 import pytest
 
 from protocol import client, server
+from protocol.codec import now
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
-from protocol.values import Presence, User
+from protocol.values import Draft, Presence, User
 from prove import truth
 from prove.mirror import Mirror
 from server.core.config import Settings
@@ -55,6 +56,14 @@ def test_client_keeps_the_state_with_the_highest_revision() -> None:
     mirror.receive(face)
     assert mirror.states[server.PresenceChanged, (other,)] == later
     assert mirror.states[server.UserUpdated, (other,)] == face
+
+
+def test_own_event_after_a_later_one_is_reported() -> None:
+    mirror = Mirror()
+    for version in (3, 4, 4, 2):
+        draft = Draft(conversation_id=ConversationId(uuid7()), content="Dear", updated_at=now())
+        mirror.receive(server.DraftChanged(user_version=version, draft=draft))
+    assert mirror.wrong == {"out of order": 1}
 
 
 @pytest.fixture
