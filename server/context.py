@@ -1,7 +1,7 @@
 """The parameters of a handler: its caller, and the services that it may use. The two wings of the server meet here."""
 
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from datetime import datetime
 from typing import Protocol
 
@@ -197,6 +197,10 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     subscriber: Subscriber | None = None
     is_of_job: bool = False
     """Whether a job acts for the caller. It does not wait for the caller's turn, and waits only briefly for locks."""
+    passes_held: bool = False
+    """Whether transactions raise RowHeld instead of waiting for a held row."""
+    place: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+    """Waits for the place of each transaction among frames that wait for the same rows."""
 
     @property
     def user_id(self) -> UserId:
@@ -207,14 +211,14 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     def database(self) -> Database:
         """The database, with the caller's share of connections."""
         database = self.services.database
-        return database.of_jobs() if self.is_of_job else database.of(self.user_id)
+        return database.of_jobs() if self.is_of_job else database.of(self.user_id, passes_held=self.passes_held)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Db]:
         """Borrow a connection inside a transaction, which commits when the block ends. If the caller's account is no
         longer active then, it rolls back and raises NotActive. The frame may have waited for long.
         """
-        async with self.database.transaction() as db:
+        async with self.place(), self.database.transaction() as db:
             yield db
             if not await users.is_active(db, self.user_id):
                 raise NotActive

@@ -10,7 +10,7 @@ import pytest
 
 from protocol import client, server
 from protocol.errors import ErrorCode
-from protocol.ids import ConversationId, MessageId, uuid7
+from protocol.ids import ConversationId, EditId, MessageId, uuid7
 from protocol.values import ConversationSettings
 from prove.client import Client
 from prove.truth import recount
@@ -339,6 +339,40 @@ async def test_message_does_not_wait_for_other_locked_conversations(settings: Se
         assert await world.db.fetchval(CONTENTS, others) == [f"Free {number}" for number in range(4)]
         assert await recount(world.db) == []
         assert sends._lanes == {}  # noqa: SLF001 - lanes are removed
+
+
+async def test_frames_that_wait_for_a_row_leave_connections_to_others(settings: Settings) -> None:
+    async with World(settings, workers=1) as world, asyncio.TaskGroup() as group:
+        mary, *people = await world.users("Mary", *(f"User {number}" for number in range(8)))
+        other, (first, *more) = await world.connect(mary), [await world.connect(who) for who in people]
+        about, free = await world.group(first, *people[1:], title="Held"), await world.channel(other)
+        said = await sent(other, free)
+        for one in more:
+            await one.event(server.ConversationJoined)
+        edits = [
+            client.Edit(
+                conversation_id=about, message_id=await sent(one, about), edit_id=EditId(uuid7()), content="New"
+            )
+            for one in (first, *more)
+        ]
+        async with world.db.transaction():
+            await world.db.execute(HOLD["conversation"])
+            tasks = [
+                group.create_task(one.call(edit, server.Changed))
+                for one, edit in zip((first, *more), edits, strict=True)
+            ]
+            async with asyncio.timeout(5):
+                await waiting(world, 1)
+                await other.call(client.History(conversation_id=free))
+                await other.call(client.Pin(conversation_id=free, message_id=said))
+                await sent(other, free)
+                while await world.db.fetchval(HELD_UP) > 1:  # first attempts, which do not wait for long
+                    await asyncio.sleep(0.01)
+            assert not any(task.done() for task in tasks)
+        await asyncio.gather(*tasks)
+        aside = world.workers[0].app._aside  # noqa: SLF001
+        assert aside._of_key._taken == {}  # noqa: SLF001
+        assert await recount(world.db) == []
 
 
 HOLD_ALL = """

@@ -23,7 +23,7 @@ from server.db.database import Db
 from server.gateway.dispatch import Rate
 from server.queries import conversations, participants
 from server.routes import ROUTES
-from tests.test_may_send import waiting
+from tests.test_may_send import let_all_wait, waiting
 from tests.test_security import LEAST
 from tests.world import UserSession, World, message, sent
 
@@ -146,6 +146,7 @@ async def answers_after(
     Return the error codes of the answers.
     """
     devices = [await world.connect(on.admin, number % 2) for number in range(len(frames))]
+    let_all_wait(world)
     async with world.db.transaction():
         await conversations.lock(world.db, on.about)
         asked = [asyncio.create_task(one.ask(frame)) for one, frame in zip(devices, frames, strict=True)]

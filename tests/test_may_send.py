@@ -64,6 +64,15 @@ async def waiting(world: World, count: int) -> None:
     await watch.close()
 
 
+def let_all_wait(world: World) -> None:
+    """Make frames wait for locks concurrently, and without a first attempt that does not wait."""
+    for worker in world.workers:
+        aside = worker.app._aside  # noqa: SLF001 - no client can do that
+        aside._of_key._most = 1_000  # noqa: SLF001
+        aside._places = asyncio.Semaphore(1_000)  # noqa: SLF001
+        aside.is_held = lambda key: True  # type: ignore[method-assign]  # noqa: ARG005 - the name of the parameter
+
+
 async def stage(world: World, *, is_direct: bool) -> Stage:
     keeper, member = await world.users("Keeper", "Member")
     theirs, mine = await world.connect(keeper), await world.connect(member, 1)
@@ -333,6 +342,7 @@ async def assert_frames_are_refused_after(
 ) -> None:
     """Make a change while every frame that reaches others waits for the conversation."""
     on = await stage(world, is_direct=is_direct)
+    let_all_wait(world)
     # `typing` takes no lock and does not wait. It is handled before the change or after it.
     frames = {name: frame for name, frame in frames_that_reach_others(on).items() if name != "typing"}
     async with on.world.db.transaction():

@@ -66,7 +66,10 @@ async def test_frame_whose_first_attempt_is_aborted_is_published_once(
         await conflicting.begin()
         here = world.workers[0].app
         told = Published(here.hub, monkeypatch)
-        dispatch = Dispatch(ROUTES, here._rate_limits, metrics=here.metrics, load_shedding=here.load_shedding)  # noqa: SLF001
+        dispatch = Dispatch(
+            ROUTES, here._rate_limits, metrics=here.metrics, load_shedding=here.load_shedding,  # noqa: SLF001
+            aside=here._aside,  # noqa: SLF001
+        )  # fmt: skip
         context = Context(
             services=here._services,  # noqa: SLF001
             user=User(id=conflicting.ada, name="Ada"),

@@ -23,7 +23,7 @@ from server.db.database import Database
 from server.queries import conversations, moderation
 from server.routes import ROUTES
 from tests.test_lock_order import ConflictingWrites
-from tests.test_may_send import WAITING, waiting
+from tests.test_may_send import WAITING, let_all_wait, waiting
 from tests.world import World, http_client, message, sent
 
 TABLES = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' ORDER BY relname"
@@ -135,7 +135,7 @@ class WritesInTransactions(Database):
 
     __slots__ = ()
 
-    def of(self, user_id: UserId) -> Database:
+    def of(self, user_id: UserId, *, passes_held: bool = False) -> Database:  # noqa: ARG002 - they wait
         return WritesInTransactions(self._state.pool.of(user_id), self._state)
 
     @asynccontextmanager
@@ -316,6 +316,7 @@ async def test_reply_or_quote_is_refused_if_its_message_is_deleted_meanwhile(wor
     about = await world.group(theirs, reader)
     source = Source(theirs, theirs, reader.id, about, await sent(theirs, about))
     other = await world.connect(reader)
+    let_all_wait(world)
     async with world.db.transaction():
         await conversations.lock(world.db, about)
         deleted = asyncio.create_task(theirs.ask(client.Delete(**source.at)))

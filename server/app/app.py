@@ -34,6 +34,7 @@ from server.db.migrate import require_steps
 from server.domain import sync
 from server.domain.presence import Presence
 from server.domain.presence_entries import PresenceEntries
+from server.fairness.aside import Aside
 from server.fairness.lanes import Held, Lanes
 from server.gateway.connection import Connection, ConnectionDeps, Hooks
 from server.gateway.connections import Connections
@@ -86,6 +87,8 @@ SENDERS_SHARE = 4
 """Max share of a worker's connections that scheduled messages use, as 1 / `SENDERS_SHARE`, but at least one."""
 ENDPOINT_RATE, ENDPOINT_BURST = 1 / 30, 40.0
 """Max new push endpoints, per user and worker, per second and as a burst. A browser keeps its endpoint for months."""
+ASIDE_SECONDS = 10.0
+"""Max wait of a frame until it may wait for a held row, in seconds."""
 FINISH_SECONDS = 5.0
 """Max wait for frames in progress when the worker ends, in seconds."""
 
@@ -206,7 +209,14 @@ class App:
             web_push=self.web_push,
             metrics=metrics,
         )
-        dispatch = Dispatch(ROUTES, self._rate_limits, metrics=metrics, load_shedding=self.load_shedding)
+        self._aside: Aside[ConversationId | UserId] = Aside(self._lanes, patience=ASIDE_SECONDS)
+        dispatch = Dispatch(
+            ROUTES,
+            self._rate_limits,
+            metrics=metrics,
+            load_shedding=self.load_shedding,
+            aside=self._aside,
+        )
         self.searching = dispatch.searching
         connection_deps = ConnectionDeps(
             epoch=self.epoch.id,

@@ -41,6 +41,12 @@ class Exhausted(TimeoutError):  # noqa: N818 - a state of the server
 
 ROLLED_BACK = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
 """Raised when PostgreSQL ends a transaction that succeeds if it is retried once."""
+
+
+class RowHeld(Exception):  # noqa: N818 - the caller repeats the frame
+    """Another transaction holds a row that a frame needs. The frame had no effect."""
+
+
 OF_SOME = (*ROLLED_BACK, asyncpg.LockNotAvailableError)
 """Raised when PostgreSQL ends a statement because of some of its items. It succeeds without them."""
 
@@ -116,7 +122,7 @@ def may_have_committed(error: BaseException) -> bool:
     """Whether a write that raised `error` may have taken effect, without publishing its events. It did not if it was
     refused, by this program or by PostgreSQL.
     """
-    if isinstance(error, Refused | asyncpg.PostgresError) or fault_of(error) is not None:
+    if isinstance(error, Refused | RowHeld | asyncpg.PostgresError) or fault_of(error) is not None:
         return is_lost(error)
     return True
 

@@ -14,7 +14,7 @@ from protocol.errors import ErrorCode, Refused
 from protocol.ids import SessionId, UserId
 from server.core.config import Settings
 from server.core.errors import Fatal
-from server.core.faults import ROLLED_BACK, Fault, fault_of
+from server.core.faults import ROLLED_BACK, Fault, RowHeld, fault_of
 from server.db.epoch import Epoch
 from server.db.hosts import CONNECT_SECONDS, REFUSED, Hosts
 from server.db.migrate import is_current
@@ -53,6 +53,8 @@ COUNTS_WAITING = 256
 """Max `get_badge` frames that wait for a connection, per worker. Every client sends one when it starts."""
 JOB_LOCK_MS = 500
 """Max time that a transaction of a job waits for a lock, in milliseconds. Due work of others waits behind the job."""
+BRIEF_LOCK_MS = 50
+"""Max time that the first attempt of a frame waits for a lock, in milliseconds. It has a connection meanwhile."""
 COUNT_PATIENCE = 5.0
 """Max time that a `get_badge` waits for a connection, in seconds."""
 CATCHING_UP_SHARE = 4
@@ -96,6 +98,8 @@ IN_ORDER = "SET LOCAL enable_bitmapscan = off"
 """Setting for statements of such a transaction that read in the order of an index and stop. A bitmap has no order."""
 
 IMPATIENT = f"SET LOCAL lock_timeout = '{JOB_LOCK_MS}ms'"
+BEGIN_BRIEFLY = f"BEGIN; SET LOCAL lock_timeout = '{BRIEF_LOCK_MS}ms'"
+"""Begins a transaction that passes held rows, in one round trip."""
 
 
 class PoolState:
@@ -133,16 +137,21 @@ class PoolState:
 class Database:
     """A pool of connections. Lost connections are replaced when the next statement needs one."""
 
-    __slots__ = ("_is_impatient", "_pool", "_state")
+    __slots__ = ("_is_impatient", "_passes_held", "_pool", "_state")
 
-    def __init__(self, pool: Pool | UserPool, state: PoolState, *, is_impatient: bool = False) -> None:
+    def __init__(
+        self, pool: Pool | UserPool, state: PoolState, *, is_impatient: bool = False, passes_held: bool = False
+    ) -> None:
         self._pool = pool
         self._state = state
         self._is_impatient = is_impatient
+        self._passes_held = passes_held
 
-    def of(self, user_id: UserId) -> "Database":
-        """Return the database for one user, who holds at most a share of the connections."""
-        return Database(self._state.pool.of(user_id), self._state)
+    def of(self, user_id: UserId, *, passes_held: bool = False) -> "Database":
+        """Return the database for one user, who holds at most a share of the connections. With `passes_held`, its
+        transactions raise RowHeld if they wait for a lock longer than `BRIEF_LOCK_MS`.
+        """
+        return Database(self._state.pool.of(user_id), self._state, passes_held=passes_held)
 
     def of_sessions(self, user_id: UserId, asker: SessionId | None) -> "Database":
         """Return the database for requests about one user's sessions. They have a connection that the user's frames
@@ -228,10 +237,15 @@ class Database:
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Db]:
         """Borrow a connection inside a transaction, which commits when the block ends."""
-        async with self.connection() as connection, connection.transaction():
-            if self._is_impatient:
-                await connection.execute(IMPATIENT)
-            yield connection
+        async with self.connection() as connection:
+            if self._passes_held:
+                async with _brief_transaction(connection):
+                    yield connection
+                return
+            async with connection.transaction():
+                if self._is_impatient:
+                    await connection.execute(IMPATIENT)
+                yield connection
 
     async def atomically(self, what: str, work: Callable[[Db], Awaitable[Result]]) -> Result:
         """Return the result of `work` in a transaction, which is retried once if PostgreSQL ends it to break a
@@ -322,6 +336,21 @@ class Database:
         """
         async with self.connection() as db:
             await self.epoch.check(db)
+
+
+@asynccontextmanager
+async def _brief_transaction(connection: Db) -> AsyncIterator[None]:
+    """Run the block in a transaction. Raises RowHeld if it waits for a lock longer than `BRIEF_LOCK_MS`."""
+    try:
+        await connection.execute(BEGIN_BRIEFLY)
+        try:
+            yield
+        except BaseException:
+            await connection.execute("ROLLBACK")
+            raise
+        await connection.execute("COMMIT")
+    except asyncpg.LockNotAvailableError:
+        raise RowHeld from None
 
 
 class Single:

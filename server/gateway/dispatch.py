@@ -3,8 +3,12 @@
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple
+
+import msgspec
 
 from protocol.client import (
     AddParticipants,
@@ -28,7 +32,7 @@ from protocol.client import (
 )
 from protocol.codec import decode_client, kind, label
 from protocol.errors import ErrorCode, Refused
-from protocol.ids import UserId
+from protocol.ids import ConversationId, UserId
 from protocol.limits import (
     ANSWER_TOKEN_BYTES,
     FURTHER_TOKENS,
@@ -42,8 +46,9 @@ from protocol.limits import (
 from protocol.server import Error, Reply, Result
 from server.context import Context
 from server.core.errors import INTERNAL, log_defect, refusal
-from server.core.faults import ROLLED_BACK, may_have_committed
+from server.core.faults import ROLLED_BACK, RowHeld, may_have_committed
 from server.core.metrics import Metrics
+from server.fairness.aside import Aside
 from server.fairness.share import HELD
 from server.fairness.turns import Turns
 from server.limits.load_shedding import LoadShedding, Shed
@@ -105,8 +110,11 @@ class Dispatch:
         *,
         metrics: Metrics,
         load_shedding: LoadShedding,
+        aside: Aside[ConversationId | UserId],
     ) -> None:
+        """Frames whose rows others hold wait in `aside`, by conversation, or else by their user."""
         self._routes = routes
+        self._aside = aside
         self._metrics = metrics
         self._load_shedding = load_shedding
         self._rate_limits = rate_limits
@@ -181,12 +189,23 @@ class Dispatch:
             self._rate_limits[self._rates.get(kind(data) or "", Rate.READ)].charge(user_id, more)
 
     async def _handle(self, route: Route, context: Context, frame: Frame) -> Result:
+        """Run the handler of a frame. If its transaction would wait for a row, run it again, and wait in `aside`.
+
+        Handlers publish after their commit, so nothing was published yet.
+        """
+        key = getattr(frame, "conversation_id", None) or context.user_id
+        if not self._aside.is_held(key):
+            with suppress(RowHeld):
+                return await self._handle_twice(route, msgspec.structs.replace(context, passes_held=True), frame)
+        place = partial(self._aside.place, key, context.user_id)
+        return await self._handle_twice(route, msgspec.structs.replace(context, place=place), frame)
+
+    async def _handle_twice(self, route: Route, context: Context, frame: Frame) -> Result:
         """Run the handler of a frame. Retry it once if PostgreSQL ended its transaction to break a deadlock."""
         try:
             try:
                 return await route.handler(context, frame)
             except ROLLED_BACK as error:
-                # Handlers publish after their commit, so nothing was published yet.
                 context.database.rolled_back(str(type(frame).__struct_config__.tag), error)
             return await route.handler(context, frame)
         except BaseException as error:
