@@ -34,6 +34,7 @@ from server.hub.hub import Hub
 from server.routes import ROUTES
 from tests.conftest import Lines
 from tests.test_hostile_values import valid
+from tests.test_may_send import let_all_wait
 from tests.world import World, http_client, message, sent, until
 
 CONNECTIONS = 4
@@ -46,6 +47,7 @@ async def test_user_whose_frames_wait_for_a_lock_leaves_connections_to_others(wo
     busy, quiet = await world.channel(asker), await world.channel(other)
     about = await sent(asker, busy)
     more = [await world.connect(ada) for _ in range(2 * CONNECTIONS)]
+    let_all_wait(world)
     pool = world.workers[0].app._database._state.pool  # noqa: SLF001
     holding = await asyncpg.connect(world.settings.database_url)
     try:

@@ -93,6 +93,7 @@ async def test_change_of_privacy_that_waits_for_its_opposite_is_published(
             reconsider(user_id, *rest)
 
         monkeypatch.setattr(events, "reconsider", counted)
+    let_all_wait(world)
     holder = await asyncpg.connect(world.settings.database_url)
     async with holder.transaction():
         await holder.execute('SELECT FROM "user" WHERE id = $1 FOR UPDATE', ada.id)
