@@ -22,8 +22,10 @@ from prove.mirror import Mirror
 
 EMOJI = ("👍", "🎉", "❤️")
 TRANSIENT = {ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED}
-EXPECTED = {ErrorCode.NOT_FOUND, ErrorCode.FORBIDDEN, ErrorCode.CONFLICT}
-"""Errors that random actions cause: another user was faster, or has a higher role."""
+EXPECTED = {ErrorCode.NOT_FOUND, ErrorCode.FORBIDDEN, ErrorCode.CONFLICT, ErrorCode.RATE_LIMITED}
+"""Errors that random actions cause: another user was faster, has a higher role, or a daily limit was reached."""
+MAX_RETRY_MS = 60_000
+"""Max delay of a retry, in milliseconds. A user who has reached a daily limit would wait for hours."""
 CONNECT_SECONDS = 5.0
 RETRY_SECONDS = 0.05
 POLL_SECONDS = 0.2
@@ -298,7 +300,7 @@ class Actor:
                 async with asyncio.timeout(ANSWER_SECONDS):
                     return await connection.call(frame, kind)
             except Refused as refused:
-                if refused.code not in TRANSIENT:
+                if refused.code not in TRANSIENT or (refused.retry_after_ms or 0) > MAX_RETRY_MS:
                     raise
                 await asyncio.sleep((refused.retry_after_ms or 50) / 1000)
 

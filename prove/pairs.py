@@ -28,6 +28,10 @@ SETTLE_SECONDS = 60.0
 LATE_SECONDS = 4.0
 """A state that a device has only after this time was repaired by a comparison with PostgreSQL, in seconds."""
 POLL_SECONDS = 0.02
+PAIRS_PER_CREW = 20
+"""Pairs that one crew acts out. Then new people continue, because the same two may approach each other only ten times
+a day.
+"""
 
 
 class Pair(NamedTuple):
@@ -224,25 +228,38 @@ async def _unlike_states(db: Db, device: Actor, new: Actor) -> list[str]:
 class Run:
     """Crews that act out pairs concurrently."""
 
-    def __init__(self, crews: Sequence[Crew], chosen: Sequence[Pair], proof: PairsProof) -> None:
-        self._crews = crews
+    def __init__(self, chosen: Sequence[Pair], proof: PairsProof) -> None:
         self._proof = proof
         self._left = list(chosen)
         random.Random(proof.seed).shuffle(self._left)
 
-    async def act(self, connect: Callable[[], Awaitable[Db]], tick: Callable[[], None] = lambda: None) -> None:
-        """Act out all pairs. `connect` connects to the server's database. `tick` is called after each pair."""
-        async with asyncio.TaskGroup() as crews:
-            for crew in self._crews:
-                crews.create_task(self._act(crew, connect, tick))
+    async def act(
+        self,
+        crews: int,
+        new_crew: Callable[[], Awaitable[Crew]],
+        *,
+        connect: Callable[[], Awaitable[Db]],
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Act out all pairs, with that many crews at a time. `connect` connects to the server's database. `tick` is
+        called after each pair.
+        """
+        async with asyncio.TaskGroup() as acting:
+            for _ in range(crews):
+                acting.create_task(self._act(new_crew, connect, tick))
 
-    async def _act(self, crew: Crew, connect: Callable[[], Awaitable[Db]], tick: Callable[[], None]) -> None:
+    async def _act(
+        self, new_crew: Callable[[], Awaitable[Crew]], connect: Callable[[], Awaitable[Db]], tick: Callable[[], None]
+    ) -> None:
         db = await connect()
         try:
-            await crew.connect()
             while self._left:
-                await crew.act(self._left.pop(), self._proof, db)
-                tick()
-            await crew.leave()
+                crew = await new_crew()
+                await crew.connect()
+                for _ in range(min(PAIRS_PER_CREW, len(self._left))):
+                    if self._left:
+                        await crew.act(self._left.pop(), self._proof, db)
+                        tick()
+                await crew.leave()
         finally:
             await db.close()

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from loadtest.target import Unusable, some_at_once
+from loadtest.target import Unusable
 from prove.accounts import Account
 from prove.cluster import Cluster
 from prove.pairs import Crew, PairsProof, Run, pairs, tag
@@ -13,7 +13,7 @@ from prove.writes import WRITES
 from server.cli.tables import visible
 
 CREWS = 12
-"""Crews that act concurrently. More would share the rate limits of fewer accounts, or wait for the cores."""
+"""Crews that act concurrently."""
 
 LINE_EVERY = 100
 """Pairs per line of progress, without a terminal."""
@@ -27,8 +27,6 @@ async def prove_pairs(cluster: Cluster, names: tuple[str, ...], seed: int, conso
     if names and not kinds:
         raise Unusable("no frame matches.")
     proof = PairsProof(seed=seed)
-    accounts = await some_at_once(Account.register(cluster.url, f"Person {one}") for one in range(CREWS * len(PEOPLE)))
-    crews = [Crew(accounts[first::CREWS], [cluster.url], seed + first) for first in range(CREWS)]
     chosen = pairs(kinds)
     shown = (TextColumn("acting out pairs of frames"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*shown, console=console, transient=True) as progress:
@@ -39,7 +37,11 @@ async def prove_pairs(cluster: Cluster, names: tuple[str, ...], seed: int, conso
             if not console.is_terminal and proof.pairs % LINE_EVERY == 0:
                 console.print(visible(f"acted out {proof.pairs:,} of {len(chosen):,} pairs …"))
 
-        await Run(crews, chosen, proof).act(cluster.database, tick)
+        async def new_crew() -> Crew:
+            accounts = [await Account.register(cluster.url, name) for name in PEOPLE]
+            return Crew(accounts, [cluster.url], seed)
+
+        await Run(chosen, proof).act(CREWS, new_crew, connect=cluster.database, tick=tick)
     for line in await cluster.check():
         if not line.is_good:
             proof.violations.append(f"{line.check}: {', '.join(line.some or ())}")

@@ -1,5 +1,6 @@
 """Pairs of writing frames, sent concurrently by two devices at two workers: all devices have the state of the rows."""
 
+import asyncio
 import random
 
 import asyncpg
@@ -26,9 +27,14 @@ def test_the_table_has_every_frame_that_writes() -> None:
 async def acted_out(settings: Settings, chosen: list[Pair], seed: int) -> PairsProof:
     proof = PairsProof(seed=seed)
     async with World(settings) as world:
+        one_at_a_time = asyncio.Lock()  # they share a connection
         urls = [worker.url for worker in world.workers]
-        crews = [Crew(await world.users(*PEOPLE), urls, number) for number in range(CREWS)]
-        await Run(crews, chosen, proof).act(lambda: asyncpg.connect(settings.database_url))
+
+        async def new_crew() -> Crew:
+            async with one_at_a_time:
+                return Crew(await world.users(*PEOPLE), urls, seed)
+
+        await Run(chosen, proof).act(CREWS, new_crew, connect=lambda: asyncpg.connect(settings.database_url))
     return proof
 
 
