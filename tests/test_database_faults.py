@@ -130,7 +130,8 @@ async def test_read_only_database_is_refused_as_full_and_can_be_read(room: Room,
     await configure(world, "default_transaction_read_only = on")
     async with asyncio.timeout(10):
         while not told(lines, "send failed, database full (25006)"):
-            await room.ada.ask(message(room.group))
+            if isinstance(await room.ada.ask(message(room.group)), server.Reply):
+                await world.db.fetch(END_OTHERS)  # a session that began before the change was not listed yet
     await refusal(room.ada, client.Pin(**room.at(message_id)), Fault.FULL)
     assert isinstance(await room.charles.ask(client.History(conversation_id=room.group)), server.Reply)
     await configure(world, "default_transaction_read_only = off")
@@ -302,6 +303,7 @@ async def test_worker_is_not_ready_while_the_database_is_read_only(world: World)
     assert await is_ready(world)
     await configure(world, "default_transaction_read_only = on")
     await becomes(world, ready=False)
+    assert not await is_ready(world), "it is not only the end of the connection"
     await configure(world, "default_transaction_read_only = off")
     await becomes(world, ready=True)
 
