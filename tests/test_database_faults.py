@@ -114,7 +114,7 @@ async def test_full_disk_is_refused_as_full_and_logged_once_per_frame_type(
 SET = "ALTER DATABASE {name} SET {setting}"
 END_OTHERS = """
 SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
-WHERE datname = current_database() AND application_name = 'openchat'
+WHERE datname = current_database() AND starts_with(application_name, 'openchat')
 """
 
 
