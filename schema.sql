@@ -1853,7 +1853,7 @@ REVOKE EXECUTE ON FUNCTION may(text, uuid, uuid), are_together(uuid, uuid), may_
     is_unerased_now(uuid), obstacle(conversation, conversation_participant),
     obstacle_of(conversation, conversation_participant, boolean),
     message_in(uuid, uuid), sender_part(uuid, uuid), send_messages(json, boolean, text), part_in(uuid, uuid),
-    change_reactions(json, boolean, text, integer, integer) FROM PUBLIC;
+    change_reactions(json, boolean, text, integer, integer), expire_messages(uuid[], uuid[], boolean, text) FROM PUBLIC;
 
 -- Revokes from PUBLIC the rights to create temporary tables and objects in the schema. Neither CREATE DATABASE with a
 -- template nor pg_dump copies the rights on a database, so the server calls this at every start.

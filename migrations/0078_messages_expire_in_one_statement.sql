@@ -101,3 +101,5 @@ BEGIN
     WHERE a.id <> ALL(locked);
 END
 $$;
+
+REVOKE EXECUTE ON FUNCTION expire_messages(uuid[], uuid[], boolean, text) FROM PUBLIC;

@@ -315,6 +315,7 @@ OTHER_WRITERS = {
     "server/describe/__main__.py": "generated documents",
     "server/processes/embedded/logfile.py": "uses file descriptors",
     "loadtest/installation.py": "a log",
+    "prove/standby.py": "a configuration file of a server that ends with the run",
     "server/core/metrics.py": "replaces a file that only this program reads",
 }
 """Source files that write files without server/core/atomic_file.py, and why."""

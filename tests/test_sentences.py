@@ -36,7 +36,7 @@ VERBS = (
 ACTS = re.compile(rf"(?:^|[.:,;] (?:or )?)(?:{VERBS})\b")
 BEGINS = re.compile(r"[A-Z`{]")
 NAMES_BOUND = re.compile(r"\bat (?:most|least)\b|\bmust\b|\bbetween\b|\blonger than\b|\bmore than\b|^Requires\b|_A_DAY")
-ELSEWHERE = re.compile(r"server/(?:ops/transfer|queries/transfers|queries/cursor|core/config|core/proxies)")
+ELSEWHERE = re.compile(r"server/(?:ops/transfer|queries/transfers|queries/cursor|core/config|core/proxies|db/hosts)")
 """Files whose ValueErrors reach no client."""
 
 

@@ -60,12 +60,15 @@ async def _expire_portion(
     """Delete messages, and add the conversations of those that were not deleted to `failed`. Return False if the
     database may be lost.
     """
-    for conversation_id in await _expire_together(database, events, portion):
+    conversation_ids, failure = await _expire_together(database, events, portion)
+    for conversation_id in conversation_ids:
         alone = [one for one in portion if one.conversation_id == conversation_id]
         try:
             await _expire(database, events, alone, passes_held=False)
         except LockNotAvailableError:
             failed.add(conversation_id)
+            if failure is not None:  # that statement may still hold the lock
+                log_failure(log, f"expiry in {conversation_id}", failure)
         except Exception as error:  # noqa: BLE001 - the other conversations are due, too
             log_failure(log, f"expiry in {conversation_id}", error)
             failed.add(conversation_id)
@@ -74,17 +77,19 @@ async def _expire_portion(
     return True
 
 
-async def _expire_together(database: Database, events: Events, portion: Sequence[Due]) -> Collection[ConversationId]:
+async def _expire_together(
+    database: Database, events: Events, portion: Sequence[Due]
+) -> tuple[Collection[ConversationId], Exception | None]:
     """Delete messages of several conversations, without waiting for locks. Return the conversations that it passed
-    over.
+    over, and the error if it failed for all of them.
     """
     conversation_ids = {one.conversation_id for one in portion}
     if len(conversation_ids) == 1:
-        return conversation_ids
+        return conversation_ids, None
     try:
-        return await _expire(database, events, portion, passes_held=True)
-    except Exception:  # noqa: BLE001 - one of them fails, and the caller finds it
-        return conversation_ids
+        return await _expire(database, events, portion, passes_held=True), None
+    except Exception as error:  # noqa: BLE001 - one of them fails, and the caller finds it
+        return conversation_ids, error
 
 
 async def _expire(
