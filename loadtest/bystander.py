@@ -112,7 +112,7 @@ FAULTS = (
     Fault("many reactions", "40 people react 30 times a second in one channel", "reacting", 1_200.0),
     Fault("busy account", "one account on 5 devices, as busy as its limits", "busy", ALL["busy"].rate),
     Fault("joins and leaves", "20 people join and leave a channel in which 20 write", "joining", 80.0),
-    Fault("expiry", "6,000 messages expire at the same time", "filling", 0.0, _expire, fill=BACKLOG),
+    Fault("expiry", f"{BACKLOG:,} messages expire at the same time", "filling", 0.0, _expire, fill=BACKLOG),
 )
 """The faults, in the order of the table."""
 

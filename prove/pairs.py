@@ -22,8 +22,8 @@ from prove.truth import Db
 from prove.writes import OF_ADMIN, WRITES, before
 
 SETTLE_SECONDS = 60.0
-"""Max time until each device has the state of the rows, in seconds. Lost events are found within half a minute
-(docs/map.md).
+"""Max time until each device has the state of the rows, in seconds. Lost events of users are found within half
+a minute, and those of conversations within a minute (docs/map.md).
 """
 LATE_SECONDS = 4.0
 """A state that a device has only after this time was repaired by a comparison with PostgreSQL, in seconds."""

@@ -14,7 +14,6 @@ from server.cli.tables import visible
 
 CREWS = 12
 """Crews that act concurrently."""
-
 LINE_EVERY = 100
 """Pairs per line of progress, without a terminal."""
 

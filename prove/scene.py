@@ -10,8 +10,6 @@ from prove.actor import Actor
 
 REPEATS = 3
 """How often each side sends its frame, with other values each time."""
-
-
 PEOPLE = ("Owner", "Admin", "Member", "Outsider")
 """The people of a scene. The owner and the admin act."""
 

@@ -20,7 +20,7 @@ Make = Callable[[Side, int], Frame]
 """Returns the frame of a side for one of `REPEATS` turns."""
 
 
-def _at(side: Side, turn: int) -> int:
+def _index(side: Side, turn: int) -> int:
     """Return an index below `REPEATS`. The two sides send the same values in different orders."""
     return (turn + side.number) % REPEATS
 
@@ -73,7 +73,7 @@ WRITES: Mapping[type[Frame], Make] = {
     ),
     client.DeleteConversation: lambda side, _: client.DeleteConversation(conversation_id=side.scene.group),
     client.SetPreferences: lambda side, turn: client.SetPreferences(
-        conversation_id=side.scene.group, pin_order=2 * turn + side.number, is_muted=_at(side, turn) == 1
+        conversation_id=side.scene.group, pin_order=2 * turn + side.number, is_muted=_index(side, turn) == 1
     ),
     # participants
     client.Join: lambda side, _: client.Join(conversation_id=side.scene.group),
@@ -91,10 +91,10 @@ WRITES: Mapping[type[Frame], Make] = {
     ),
     client.Unban: lambda side, _: client.Unban(conversation_id=side.scene.group, user_id=side.subject),
     client.SetRole: lambda side, turn: client.SetRole(
-        conversation_id=side.scene.group, user_id=side.subject, role=ROLES[_at(side, turn)]
+        conversation_id=side.scene.group, user_id=side.subject, role=ROLES[_index(side, turn)]
     ),
     client.SetPermissions: lambda side, turn: client.SetPermissions(
-        conversation_id=side.scene.group, user_id=side.subject, can_pin_messages=_at(side, turn) == 1
+        conversation_id=side.scene.group, user_id=side.subject, can_pin_messages=_index(side, turn) == 1
     ),
     client.TransferOwnership: lambda side, _: client.TransferOwnership(
         conversation_id=side.scene.group, user_id=side.other
@@ -108,14 +108,14 @@ WRITES: Mapping[type[Frame], Make] = {
     client.Delete: lambda side, turn: client.Delete(
         conversation_id=side.scene.group, message_id=side.scene.messages[-1 - turn]
     ),
-    client.React: lambda side, turn: client.React(**side.scene.at, emoji=EMOJI[_at(side, turn)]),
+    client.React: lambda side, turn: client.React(**side.scene.at, emoji=EMOJI[_index(side, turn)]),
     client.Unreact: lambda side, turn: client.Unreact(**side.scene.at, emoji=EMOJI[turn]),
     client.Pin: lambda side, _: client.Pin(**side.scene.at),
     client.Unpin: lambda side, _: client.Unpin(**side.scene.at),
     client.Star: lambda side, _: client.Star(**side.scene.at),
     client.Unstar: lambda side, _: client.Unstar(**side.scene.at),
     client.Vote: lambda side, turn: client.Vote(
-        conversation_id=side.scene.group, message_id=side.scene.poll, options=[_at(side, turn)]
+        conversation_id=side.scene.group, message_id=side.scene.poll, options=[_index(side, turn)]
     ),
     client.ClosePoll: lambda side, _: client.ClosePoll(conversation_id=side.scene.group, message_id=side.scene.poll),
     # threads
@@ -124,13 +124,13 @@ WRITES: Mapping[type[Frame], Make] = {
     client.ReadThread: lambda side, turn: client.ReadThread(**side.scene.at, thread_order=turn),
     # receipts
     client.Read: lambda side, turn: client.Read(
-        conversation_id=side.scene.group, message_id=side.scene.messages[_at(side, turn)]
+        conversation_id=side.scene.group, message_id=side.scene.messages[_index(side, turn)]
     ),
     client.Delivered: lambda side, turn: client.Delivered(
-        conversation_id=side.scene.group, message_id=side.scene.messages[_at(side, turn)]
+        conversation_id=side.scene.group, message_id=side.scene.messages[_index(side, turn)]
     ),
     client.MarkUnread: lambda side, turn: client.MarkUnread(
-        conversation_id=side.scene.group, message_id=side.scene.messages[_at(side, turn)]
+        conversation_id=side.scene.group, message_id=side.scene.messages[_index(side, turn)]
     ),
     # drafts and scheduled messages
     client.SetDraft: lambda side, turn: client.SetDraft(
@@ -157,10 +157,10 @@ WRITES: Mapping[type[Frame], Make] = {
     ),
     # people
     client.SetPresence: lambda side, turn: client.SetPresence(
-        status=STATUSES[_at(side, turn)], custom_status=_text(side, turn)
+        status=STATUSES[_index(side, turn)], custom_status=_text(side, turn)
     ),
     client.UpdateProfile: lambda side, turn: client.UpdateProfile(
-        name=f"Pair {side.number}.{turn}", is_private=_at(side, turn) == 1
+        name=f"Pair {side.number}.{turn}", is_private=_index(side, turn) == 1
     ),
     # relationships
     client.RequestFriend: lambda side, _: client.RequestFriend(user_id=side.other),

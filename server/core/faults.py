@@ -39,14 +39,12 @@ class Exhausted(TimeoutError):  # noqa: N818 - a state of the server
     """A connection, or another thing that callers take in turns, did not become free in time."""
 
 
-ROLLED_BACK = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
-"""Raised when PostgreSQL ends a transaction that succeeds if it is retried once."""
-
-
 class RowHeld(Exception):  # noqa: N818 - the caller repeats the frame
     """Another transaction holds a row that a frame needs. The frame had no effect."""
 
 
+ROLLED_BACK = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+"""Raised when PostgreSQL ends a transaction that succeeds if it is retried once."""
 OF_SOME = (*ROLLED_BACK, asyncpg.LockNotAvailableError)
 """Raised when PostgreSQL ends a statement because of some of its items. It succeeds without them."""
 

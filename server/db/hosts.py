@@ -25,6 +25,7 @@ SILENT_SECONDS = 5
 REFUSED = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 """Raised by connecting."""
 WRITABLE = "read-write"
+"""Default of `target_session_attrs` if the URL lists several hosts."""
 SILENT = "it does not answer"
 UNCONFIRMED = "it does not confirm a commit in time; if a synchronous standby is required, it may be away"
 UNFIT = "it is a standby or read-only, or otherwise not what target_session_attrs requires"

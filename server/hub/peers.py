@@ -1,7 +1,8 @@
 """The other workers on the bus, by their heartbeats.
 
 A worker that disappears without a goodbye may have committed a change that it did not publish. A worker whose bus was
-interrupted may have published into the void. In both cases this worker compares its positions with PostgreSQL.
+interrupted may have published events that nobody received. In both cases this worker compares its positions with
+PostgreSQL.
 """
 
 import struct

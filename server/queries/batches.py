@@ -16,7 +16,6 @@ SHARED_LOCK_MS, ALONE_LOCK_MS = 10, 200
 second for a single one, which delays only its conversation.
 """
 
-
 Query: TypeAlias = Callable[..., Awaitable[list[Record]]]
 """A statement with its connection and its items. The other parameters follow."""
 
