@@ -51,7 +51,7 @@ docs: $(VENV)/test-ready  ## write the generated parts of docs/
 bench: $(VENV)/test-ready $(NODE)/node_modules  ## compare with other servers (half an hour, needs Node.js)
 	$(VENV)/bin/python -m benchmarks $(ARGS)
 
-prove: $(VENV)/test-ready  ## cause faults in a cluster under load, and compare clients with the database (seven minutes)
+prove: $(VENV)/test-ready  ## cause faults in a cluster under load, and compare clients with the database (eight minutes)
 	$(VENV)/bin/openchat prove $(ARGS)
 
 fuzz: $(VENV)/test-ready  ## fuzz the decoder and the HTTP endpoints for two minutes (Linux)

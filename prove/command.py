@@ -61,7 +61,7 @@ class Options(NamedTuple):
     "prove",
     cls=Command,
     examples="""
-        openchat prove                        # every fault once, about seven minutes
+        openchat prove                        # every fault once, about eight minutes
         openchat prove --list
         openchat prove worker sockets
         openchat prove --minutes 60 --seed 7 --report proof

@@ -39,9 +39,7 @@ class Failures:
             log_failure(self._log, self._what, error)
         self._logged.add(kind)
 
-    def end(self) -> bool:
-        """Record a success. Return whether it ends consecutive failures."""
-        was_failing = bool(self._logged)
+    def end(self) -> None:
+        """Record a success, so that the next failure is a first one."""
         self._logged.clear()
         self._throttle.clear()
-        return was_failing
