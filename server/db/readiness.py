@@ -12,15 +12,14 @@ import asyncpg
 CHECK_SECONDS = 1.0
 """Min interval between the starts of two checks, in seconds. Probes need no account and have no rate limit."""
 
-
-Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-
 IS_WRITABLE = "SELECT current_setting('transaction_read_only') = 'off'"
 # 64 KB of noise need new pages, so that a full disk refuses them.
 WRITE = """
 INSERT INTO server_key (name, value)
 SELECT 'nothing', string_agg(md5(random()::text), '') FROM generate_series(1, 2000)
 """
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 
 async def is_writable(connection: Connection) -> bool:

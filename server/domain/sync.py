@@ -198,7 +198,7 @@ async def _attach(
 def _batches(
     versions: Mapping[ConversationId, int], there: Mapping[ConversationId, Membership]
 ) -> Iterator[dict[ConversationId, int]]:
-    """Return conversations in batches for `changes.missed`, those with few changes first. The changes of each one in a
+    """Yield batches of conversations for `changes.missed`, those with few changes first. The changes of each one in a
     batch fit into its share, unless more have been made meanwhile.
     """
     batch: dict[ConversationId, int] = {}
