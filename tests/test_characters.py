@@ -15,6 +15,7 @@ from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, uuid7
 from protocol.limits import CustomStatus, Description, Email, Link, Name, Query, Reason, Text, Title, visible
 from protocol.payloads import File, Image, Payload
+from tests.trees import parsed
 from tests.world import Room, World, http_client, refused, sent
 
 ROOT = Path(__file__).parent.parent
@@ -124,7 +125,7 @@ def test_no_pattern_accepts_a_trailing_line_break() -> None:
         for folder in ("protocol", "server")
         for path in (ROOT / folder).rglob("*.py")
         if path.parent.name != "describe" and path.stem not in {"asyncapi", "openapi"}  # patterns for our own names
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
         and re.search(r"(?<!\\)\$(?:\)*\Z)", node.value)

@@ -16,6 +16,7 @@ from server.describe import columns, query_tree
 from server.describe.columns import WAITING, WAITING_VALUES, granted
 from server.describe.query_tree import Use
 from server.queries import erasure
+from tests.trees import parsed
 from tests.world import Room, World
 
 READERS = "readers of the database"
@@ -76,7 +77,7 @@ def test_every_statement_is_a_module_constant() -> None:
     hidden = [
         f"{path.name}: {part.value}"
         for path in Path(queries.__file__).parent.glob("*.py")
-        for function in ast.walk(ast.parse(path.read_text()))
+        for function in ast.walk(parsed(path))
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         for call in ast.walk(function)
         if isinstance(call, ast.Call)

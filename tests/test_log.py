@@ -22,6 +22,7 @@ from server.core.config import Settings
 from server.core.errors import told
 from tests.conftest import Lines
 from tests.test_hostile import idle
+from tests.trees import parsed
 from tests.world import Room, World, http_client, message, until
 
 ADDRESS = "ada@secret.example.org"
@@ -134,7 +135,7 @@ def test_log_calls_pass_exceptions_and_not_their_texts() -> None:
     found = [
         f"{path.name}:{call.lineno}"
         for path in sorted((ROOT / "server").rglob("*.py"))
-        for call in ast.walk(ast.parse(path.read_text()))
+        for call in ast.walk(parsed(path))
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in WAYS_OF_LOGGING
         if ast.unparse(call.func.value) != "self"  # a method of a parser
         if any(is_made_into_text(argument) for argument in call.args)
@@ -147,7 +148,7 @@ def test_every_caught_exception_is_logged_with_its_traceback() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{call.lineno}"
         for path in sorted(ROOT.glob("server/**/*.py"))
-        for handler in ast.walk(ast.parse(path.read_text()))
+        for handler in ast.walk(parsed(path))
         if isinstance(handler, ast.ExceptHandler) and handler.type and ast.unparse(handler.type) == "Exception"
         for call in ast.walk(handler)
         if isinstance(call, ast.Call) and is_text_alone(call, handler.name)

@@ -26,6 +26,7 @@ from server.gateway.websocket import MAX_EARLY_BYTES, MAX_FRAGMENTS, MESSAGE_SEC
 from server.http.asyncapi import CLIENT_FRAMES
 from server.limits.strikes import ALWAYS
 from server.limits.token_bucket import TokenBuckets
+from tests.trees import parsed
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=50)
 JSON = st.recursive(
@@ -122,7 +123,7 @@ def test_temporary_refusals_have_a_retry_time() -> None:
     """A client retries only those refusals that have a `retry_after_ms`."""
     without = []
     for path in sorted(Path(handbook.__file__).parents[1].rglob("*.py")):
-        for call in ast.walk(ast.parse(path.read_text())):
+        for call in ast.walk(parsed(path)):
             if not (isinstance(call, ast.Call) and ast.unparse(call.func).endswith("Refused") and call.args):
                 continue
             is_for_now = ast.unparse(call.args[0]) in {"ErrorCode.RATE_LIMITED", "ErrorCode.UNAVAILABLE"}

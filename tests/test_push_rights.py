@@ -15,6 +15,7 @@ from prove.client import Client
 from server.core.config import Settings
 from tests.browser import Browser
 from tests.test_house import ROOT
+from tests.trees import parsed
 from tests.world import UserSession, World, http_client, sent, until
 
 
@@ -130,7 +131,7 @@ def test_queues_hold_ids_and_no_content() -> None:
     nodes = [
         (path.stem, node)
         for path in (ROOT / "server").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.AnnAssign) and queue.match(ast.unparse(node.annotation))
     ]
     assert ("push_hosts", "self.queue") in {(name, ast.unparse(node.target)) for name, node in nodes}

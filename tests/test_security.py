@@ -27,6 +27,7 @@ from server.core.config import Settings
 from server.describe import DOCUMENTS
 from server.describe.handbook import is_for_participants
 from server.routes import ROUTES
+from tests.trees import parsed
 from tests.world import PUSH_POINT, UserSession, World, http_client, message, sent
 
 ROOT = Path(__file__).parent.parent
@@ -299,7 +300,7 @@ def test_statements_are_constants_and_values_are_parameters() -> None:
     """Each statement is a constant in capitals, or a literal without interpolation."""
     found = []
     for path in sources("server"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             is_query = (
                 isinstance(node, ast.Call)
                 and isinstance(node.func, ast.Attribute)
@@ -338,7 +339,7 @@ def test_server_sends_http_requests_in_one_module() -> None:
     for path in sources("server"):
         if path.name == "safe_http.py":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [

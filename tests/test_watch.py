@@ -24,6 +24,7 @@ from server.processes.embedded.folder import DataFolder
 from server.processes.embedded.logfile import LogFile
 from server.processes.embedded.postgres import Postgres
 from server.processes.supervisor import Supervisor, Worker
+from tests.trees import parsed
 
 EMBEDDED = Path(__file__).parent.parent / "server" / "embedded"
 
@@ -339,7 +340,7 @@ def test_only_folder_and_logfile_use_paths_in_the_data_folder() -> None:
     found = {
         (path.name, node.attr)
         for path in EMBEDDED.glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Attribute) and node.attr in changing
     }
     assert found <= allowed

@@ -21,6 +21,7 @@ from protocol.http import LoggedIn
 from protocol.ids import ConversationId, uuid7
 from prove.client import Client
 from tests.test_command import Program, folder, registered, workers_of
+from tests.trees import parsed
 from tests.world import http_client, received_message, sent
 
 __all__ = ("folder",)
@@ -129,7 +130,7 @@ def test_hook_renames_every_import_of_the_tree(hook: ModuleType, tmp_path: Path)
     hook.write(ROOT, tmp_path)
     files = list(tmp_path.rglob("*.py"))
     assert len(files) > 100
-    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
+    nodes = [node for path in files for node in ast.walk(parsed(path))]
     sources = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
     names = sources | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     assert {name for name in names if name.split(".")[0] in PACKAGES} == set()
