@@ -148,6 +148,11 @@ def kind(data: bytes | str) -> str | None:
         return None
 
 
+def tag(frame: type[msgspec.Struct]) -> str:
+    """Return the `type` of a frame."""
+    return str(frame.__struct_config__.tag)
+
+
 def text_frame(payload: bytes) -> bytes:
     """Return `payload` as one unmasked, final WebSocket text frame (RFC 6455, section 5.2)."""
     size = len(payload)

@@ -14,6 +14,7 @@ import msgspec
 
 from protocol import client, server
 from protocol.client import Frame
+from protocol.codec import tag
 from protocol.ids import UserId
 from prove import truth
 from prove.actor import EXPECTED, Actor, Identity
@@ -70,11 +71,6 @@ class PairsProof(msgspec.Struct, kw_only=True):
     def is_good(self) -> bool:
         """Whether there was no violation."""
         return bool(self.pairs) and not self.violations
-
-
-def tag(kind: type[Frame]) -> str:
-    """Return the name of a frame on the wire."""
-    return str(kind.__struct_config__.tag)
 
 
 def pairs(kinds: Collection[type[Frame]] = ()) -> list[Pair]:

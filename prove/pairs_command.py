@@ -5,9 +5,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loadtest.target import Unusable
+from protocol.codec import tag
 from prove.accounts import Account
 from prove.cluster import Cluster
-from prove.pairs import Crew, PairsProof, Run, pairs, tag
+from prove.pairs import Crew, PairsProof, Run, pairs
 from prove.scene import PEOPLE
 from prove.writes import WRITES
 from server.cli.tables import visible

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from msgspec import inspect
 
+from protocol.codec import tag
 from protocol.limits import HASHTAG
 from server.describe import handbook
 from server.http import asyncapi, openapi
-from server.http.asyncapi import CLIENT_FRAMES, tag
+from server.http.asyncapi import CLIENT_FRAMES
 from tests.test_hostile_values import valid
 from tests.world import World, http_client, require_described
 

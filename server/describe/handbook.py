@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 
 from protocol import PROTOCOL_VERSION, SUBPROTOCOL, client, payloads, server, values
+from protocol.codec import tag
 from protocol.errors import CloseCode, ErrorCode
 from protocol.limits import Limits, RateLimit
 from server.core.config import Settings
-from server.http.asyncapi import ANSWERS, CLIENT_FRAMES, DURABLE, SERVER_FRAMES, tag
+from server.http.asyncapi import ANSWERS, CLIENT_FRAMES, DURABLE, SERVER_FRAMES
 from server.http.openapi import CALLED
 from server.limits.advertised import advertised
 from server.routes import ROUTES

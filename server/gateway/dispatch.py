@@ -30,7 +30,7 @@ from protocol.client import (
     Send,
     Watch,
 )
-from protocol.codec import decode_client, kind, label
+from protocol.codec import decode_client, kind, label, tag
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, UserId
 from protocol.limits import (
@@ -118,7 +118,7 @@ class Dispatch:
         self._metrics = metrics
         self._load_shedding = load_shedding
         self._rate_limits = rate_limits
-        self._rates = {_tag(frame): route.rate for frame, route in routes.items()}
+        self._rates = {tag(frame): route.rate for frame, route in routes.items()}
         self._reading: Turns[UserId] = Turns(1, patience=READ_SECONDS)
         self.searching: set[UserId] = set()
         """Users with a running search at this worker."""
@@ -146,7 +146,7 @@ class Dispatch:
             else:
                 result = await self._handle(route, context, frame)
         except Exception as error:  # noqa: BLE001 - any error becomes a reply
-            what = "a frame" if frame is None else _tag(type(frame))
+            what = "a frame" if frame is None else tag(type(frame))
             refused = refusal(error, what)
             if refused is None:
                 log_defect(log, what, error)
@@ -155,7 +155,7 @@ class Dispatch:
             if refused.retry_after_ms is not None:
                 refused = self._in_turn(context.user_id, data, frame, refused, refused.retry_after_ms)
             return error_frame(refused, re=label(data) if frame is None else frame.id)
-        self._metrics.answered(_tag(type(frame)), time.perf_counter() - began)
+        self._metrics.answered(tag(type(frame)), time.perf_counter() - began)
         return Reply(re=frame.id, result=result)
 
     def _charge(self, user_id: UserId, data: bytes) -> int:
@@ -206,7 +206,7 @@ class Dispatch:
             try:
                 return await route.handler(context, frame)
             except ROLLED_BACK as error:
-                context.database.rolled_back(_tag(type(frame)), error)
+                context.database.rolled_back(tag(type(frame)), error)
             return await route.handler(context, frame)
         except BaseException as error:
             if route.rate is Rate.WRITE and may_have_committed(error):
@@ -265,12 +265,7 @@ def further(frame: Frame) -> int:
             part = frame.limit / MAX_PAGE
         case _:
             part = 1.0
-    return int(FURTHER_TOKENS.get(_tag(type(frame)), 0) * part)
-
-
-def _tag(frame: type[Frame]) -> str:
-    """Return the name of a frame on the wire."""
-    return str(frame.__struct_config__.tag)
+    return int(FURTHER_TOKENS.get(tag(type(frame)), 0) * part)
 
 
 def most_further(named: str, data: bytes) -> int:

@@ -7,6 +7,7 @@ import msgspec
 
 from protocol import SUBPROTOCOL
 from protocol.client import ClientFrame, Frame
+from protocol.codec import tag
 from protocol.errors import CloseCode
 from protocol.limits import HASHTAG
 from protocol.server import DurableEvent, Error, Reply, ServerFrame
@@ -20,11 +21,6 @@ ECMA = {HASHTAG: r"^[^\x00-/:-@\[-\^`{-\x7f]+$"}
 """Patterns that mean something else in other languages, and their replacements in the document. `\\w` is ASCII there,
 so the document leaves letters beyond ASCII to the server.
 """
-
-
-def tag(frame: type[msgspec.Struct]) -> str:
-    """Return the `type` of a frame."""
-    return str(frame.__struct_config__.tag)
 
 
 def summary(what: type) -> str:

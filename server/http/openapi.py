@@ -3,10 +3,11 @@
 from importlib.metadata import version
 from typing import Any
 
+from protocol.codec import tag
 from protocol.export import Export
 from protocol.http import ChangePassword, Confirm, LoggedIn, Login, Register, SessionList
 from protocol.server import Error, Reply
-from server.http.asyncapi import CLIENT_FRAMES, Schema, schemas, tag
+from server.http.asyncapi import CLIENT_FRAMES, Schema, schemas
 from server.routes import ROUTES
 
 _SECURITY: list[dict[str, list[str]]] = [{"token": []}, {"cookie": []}]
