@@ -22,7 +22,7 @@ from prove.scene import REPEATS, Side, clean_up, set_up
 from prove.truth import Db
 from prove.writes import OF_ADMIN, WRITES, before
 
-SETTLE_SECONDS = 60.0
+SETTLE_SECONDS = 75.0
 """Max time until each device has the state of the rows, in seconds. Lost events of users are found within half
 a minute, and those of conversations within a minute (docs/map.md).
 """
