@@ -85,10 +85,10 @@ ROUTES: dict[type[client.Frame], Route] = {
     client.MarkUnread: Route(receipts.mark_unread, Rate.WRITE),
     client.ListReaders: Route(receipts.list_readers, Rate.READ),
     # drafts and scheduled messages
-    client.SetDraft: Route(drafts.set_draft, Rate.WRITE),
+    client.SetDraft: Route(drafts.set_draft, Rate.WRITE, waits_for_user=True),
     client.ListDrafts: Route(drafts.list_drafts, Rate.READ),
     client.Schedule: Route(drafts.schedule, Rate.WRITE),
-    client.CancelScheduled: Route(drafts.cancel, Rate.WRITE),
+    client.CancelScheduled: Route(drafts.cancel, Rate.WRITE, waits_for_user=True),
     client.ListScheduled: Route(drafts.list_scheduled, Rate.READ),
     # notifications
     client.ListFeed: Route(notifications.list_feed, Rate.SEARCH),

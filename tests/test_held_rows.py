@@ -1,7 +1,7 @@
 """A locked row delays only frames and jobs that need it."""
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -25,12 +25,13 @@ from server.queries.sending import Outgoing
 from server.routes import ROUTES
 from tests.test_may_send import waiting
 from tests.test_refusals import frames
-from tests.world import Room, World, all_sent, are_stored, message, received_message, refused, sent
+from tests.world import Room, World, all_sent, are_stored, message, received_message, refused, sent, until
 
 HOLD = {
     "sender": """SELECT FROM "user" WHERE name = 'Charles' FOR NO KEY UPDATE""",
     "conversation": "SELECT FROM conversation WHERE title = 'Held' FOR NO KEY UPDATE",
 }
+DAY = timedelta(days=1)
 LAPSE = "UPDATE scheduled_message SET claimed_at = claimed_at - interval '1 minute' WHERE status = 'waiting'"
 WAITING = "SELECT count(*) FROM scheduled_message WHERE status = 'waiting'"
 CONTENTS = (
@@ -373,6 +374,59 @@ async def test_frames_that_wait_for_a_row_leave_connections_to_others(settings: 
         aside = world.workers[0].app._aside  # noqa: SLF001
         assert aside._of_key._taken == {}  # noqa: SLF001
         assert await recount(world.db) == []
+
+
+async def test_user_whose_row_is_locked_delays_nobody_else(settings: Settings) -> None:
+    """Charles waits for his own row, in conversations of others, in several of his own, and in one that is not his."""
+    settings = msgspec.structs.replace(settings, database_connections=8)
+    async with World(settings, workers=1) as world, asyncio.TaskGroup() as group:
+        ada, charles = await world.users("Ada", "Charles")
+        one, two = await world.connect(ada), await world.connect(ada)
+        devices = [await world.connect(charles) for _ in range(4)]
+        shared, foreign = await world.group(one, charles), await world.channel(one)
+        said = [(about, await sent(one, about)) for about in (shared, foreign)]
+        own = [await world.channel(devices[0]) for _ in range(2)]
+        await devices[-1].event(server.ConversationJoined)
+        frames: list[client.Frame] = [client.SetDraft(conversation_id=shared, content="Held")]
+        frames += [
+            client.Schedule(
+                conversation_id=about, message_id=MessageId(uuid7()), content="Held", send_at=datetime.now(UTC) + DAY
+            )
+            for about in own
+        ]
+
+        async def cancel() -> None:
+            with refused(ErrorCode.NOT_FOUND, "message_id"):
+                await devices[-1].call(client.CancelScheduled(conversation_id=foreign, message_id=MessageId(uuid7())))
+
+        async with world.db.transaction():
+            await world.db.execute(HOLD["sender"])
+            tasks: list[asyncio.Task[Any]] = [group.create_task(cancel())]
+            tasks += [group.create_task(device.call(frame)) for device, frame in zip(devices, frames, strict=False)]
+            aside = world.workers[0].app._aside  # noqa: SLF001
+            await until(lambda: aside.is_held(charles.id))
+            async with asyncio.timeout(3):
+                while await world.db.fetchval(HELD_UP) > 1:  # first attempts, which do not wait for long
+                    await asyncio.sleep(0.01)
+                for about, message_id in said:
+                    edit = client.Edit(
+                        conversation_id=about, message_id=message_id, edit_id=EditId(uuid7()), content="Edited"
+                    )
+                    await one.call(edit, server.Changed)
+                # Frames of others that wait for a row have a place.
+                other = await asyncpg.connect(settings.database_url)
+                async with other.transaction():
+                    await other.execute("SELECT FROM conversation WHERE id = $1 FOR NO KEY UPDATE", foreign)
+                    pair: list[asyncio.Task[Any]] = [
+                        group.create_task(one.call(client.Pin(conversation_id=foreign, message_id=said[1][1]))),
+                        group.create_task(two.call(message(foreign))),
+                    ]
+                    await waiting(world, 2)
+                await other.close()
+                await asyncio.gather(*pair)
+            assert not any(task.done() for task in tasks)
+        await asyncio.gather(*tasks)
+        assert aside._of_key._taken == aside._of_client._taken == {}  # noqa: SLF001
 
 
 HOLD_ALL = """

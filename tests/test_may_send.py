@@ -68,7 +68,7 @@ def let_all_wait(world: World) -> None:
     """Make frames wait for locks concurrently, and without a first attempt that does not wait."""
     for worker in world.workers:
         aside = worker.app._aside  # noqa: SLF001 - no client can do that
-        aside._of_key._most = 1_000  # noqa: SLF001
+        aside._of_key._most = aside._of_client._most = 1_000  # noqa: SLF001
         aside._places = asyncio.Semaphore(1_000)  # noqa: SLF001
         aside.is_held = lambda key: True  # type: ignore[method-assign]  # noqa: ARG005 - the name of the parameter
 

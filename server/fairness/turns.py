@@ -1,7 +1,8 @@
 """Turns: a max number of concurrent turns per key, for which others of the same key queue."""
 
 import asyncio
-from collections.abc import Hashable
+from collections.abc import AsyncIterator, Hashable
+from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
 from server.core.faults import Exhausted
@@ -49,6 +50,15 @@ class Turns(Generic[Key]):
             if isinstance(error, TimeoutError):
                 raise Exhausted("no turn became free in time") from None
             raise
+
+    @asynccontextmanager
+    async def turn(self, key: Key, client: Hashable = None) -> AsyncIterator[None]:
+        """Hold a turn for the block. Raises what `take` raises."""
+        await self.take(key, client)
+        try:
+            yield
+        finally:
+            self.give(key, client)
 
     def give(self, key: Key, client: Hashable = None) -> None:
         """End a turn of a client. Of the other clients, the one that has waited longest is next."""

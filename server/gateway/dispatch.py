@@ -98,6 +98,10 @@ class Route(NamedTuple):
     """
     socket_only: bool = False
     """Whether the frame concerns its connection. Over plain HTTP it is refused."""
+    waits_for_user: bool = False
+    """Whether the frame waits for rows of its user only, although it names a conversation. Then it does not delay
+    frames of others in the conversation.
+    """
 
 
 class Dispatch:
@@ -193,7 +197,7 @@ class Dispatch:
 
         Handlers publish after their commit, so nothing was published yet.
         """
-        key = getattr(frame, "conversation_id", None) or context.user_id
+        key = context.user_id if route.waits_for_user else getattr(frame, "conversation_id", None) or context.user_id
         if not self._aside.is_held(key):
             with suppress(RowHeld):
                 return await self._handle_twice(route, msgspec.structs.replace(context, passes_held=True), frame)
