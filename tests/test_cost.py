@@ -106,6 +106,8 @@ WITHOUT_KEY = {
     "notices": "by message: those of the posts, whose ids are in memory",
 }
 """Statements without a condition on the conversation or the user, with the condition that they have."""
+EITHER_KEY = {"expire", "edits that expire"}
+"""Statements about given messages of given conversations, which PostgreSQL finds by either."""
 
 
 FILL = """
@@ -435,7 +437,7 @@ async def test_cost_does_not_grow_with_history(
     ]
     report = "\n".join(lines)
     without_key = {name: plan.without_key for name, plan in plans[MESSAGES].items() if plan.without_key}
-    assert without_key.keys() == WITHOUT_KEY.keys(), without_key
+    assert without_key.keys() - EITHER_KEY == WITHOUT_KEY.keys(), without_key
     for name, plan in plans[MESSAGES].items():
         before = plans[SMALL][name]
         assert plan.scanned == [], f"{name} scans {plan.scanned}\n{report}"
