@@ -23,6 +23,8 @@ CONNECT_SECONDS = 5.0
 SETTINGS = {
     # All accounts are registered from one address, within a minute.
     "OPENCHAT_LOGIN_ATTEMPTS_PER_ADDRESS": "100000",
+    # High, because the devices of a busy account read what the others of them create.
+    "OPENCHAT_READ_RATE": "2000",
     # Low, so that silent and slow clients are detected within a phase.
     "OPENCHAT_HEARTBEAT_SECONDS": "2",
     "OPENCHAT_OUTBOX_BYTES": "65536",

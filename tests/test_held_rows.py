@@ -429,6 +429,33 @@ async def test_user_whose_row_is_locked_delays_nobody_else(settings: Settings) -
         assert aside._of_key._taken == aside._of_client._taken == {}  # noqa: SLF001
 
 
+async def test_frames_that_change_only_rows_of_their_user_wait_for_their_user(room: Room, world: World) -> None:
+    """Otherwise frames of others in the conversation would wait behind them."""
+    here = room.at(await sent(room.charles, room.group))
+    charles = room.charles.ready.user.id
+    aside = world.workers[1].app._aside  # noqa: SLF001
+    for frame in (
+        client.Star(**here),
+        client.Unstar(**here),
+        client.FollowThread(**here),
+        client.UnfollowThread(**here),
+        client.ReadThread(**here, thread_order=1),
+        client.SetPreferences(conversation_id=room.group, pin_order=1),
+        client.SetDraft(conversation_id=room.group, content="I think"),
+    ):
+        async with world.db.transaction():
+            await world.db.execute(HOLD_USER, charles)
+            task: asyncio.Task[Any] = asyncio.create_task(room.charles.call(frame))
+            await until(lambda: aside.is_held(charles) or aside.is_held(room.group))
+            assert not aside.is_held(room.group), frame
+        await task
+
+
+HOLD_USER = """
+WITH parts AS (SELECT FROM conversation_participant WHERE user_id = $1 FOR UPDATE)
+SELECT (SELECT count(*) FROM parts) FROM "user" WHERE id = $1 FOR NO KEY UPDATE
+"""
+
 HOLD_ALL = """
 WITH held AS (SELECT FROM conversation FOR UPDATE), said AS (SELECT FROM message FOR UPDATE),
     parts AS (SELECT FROM conversation_participant WHERE user_id <> ALL ($1) FOR UPDATE),
