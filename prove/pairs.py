@@ -117,15 +117,15 @@ class Crew:
             devices = self.admins if is_admin else self.owners
         else:
             devices = [self.owners[0], self.admins[0]]
-        sides = [Side(scene, device.account.id, number) for number, device in enumerate(devices)]
-        for kind, side in zip((pair.first, pair.second), sides, strict=True):
+        acting = [
+            (device, kind, Side(scene, device.account.id, number))
+            for number, (device, kind) in enumerate(zip(devices, (pair.first, pair.second), strict=True))
+        ]
+        for _, kind, side in acting:
             for user_id, frame in before(kind, side):
                 await next(one for one in self.devices if one.account.id == user_id).try_to(frame)
         found: list[str] = []
-        await asyncio.gather(
-            *(_send(device, kind, side, proof, found)
-              for device, kind, side in zip(devices, (pair.first, pair.second), sides, strict=True))
-        )  # fmt: skip
+        await asyncio.gather(*(_send(device, kind, side, proof, found) for device, kind, side in acting))
         began = time.monotonic()
         found += await self._differences(db)
         proof.late += time.monotonic() - began > LATE_SECONDS

@@ -8,12 +8,12 @@ from protocol import client
 from protocol.client import Frame
 from protocol.ids import UserId
 from protocol.values import PresenceStatus
+from prove.actor import EMOJI
 from prove.scene import REPEATS, Side
 
 ROLES: tuple[Literal["moderator", "member", "guest"], ...] = ("moderator", "member", "guest")
 STATUSES: tuple[PresenceStatus, ...] = ("busy", "invisible", "online")
-EMOJI = ("👍", "🎉", "❤️")
-POINT = "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4"
+PUSH_POINT = "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4"
 """A public key of a browser (RFC 8291, section 5)."""
 
 Make = Callable[[Side, int], Frame]
@@ -143,7 +143,7 @@ WRITES: Mapping[type[Frame], Make] = {
     # notifications
     client.SeeFeed: lambda _, __: client.SeeFeed(),
     client.RegisterPush: lambda side, turn: client.RegisterPush(
-        endpoint=_endpoint(side, turn), p256dh=POINT, auth="BTBZMqHH6r4Tts7J_aSIgg"
+        endpoint=_endpoint(side, turn), p256dh=PUSH_POINT, auth="BTBZMqHH6r4Tts7J_aSIgg"
     ),
     client.UnregisterPush: lambda side, turn: client.UnregisterPush(endpoint=_endpoint(side, turn)),
     # moderation

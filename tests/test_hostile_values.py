@@ -27,6 +27,7 @@ from protocol.ids import ConversationId, uuid7
 from protocol.limits import MAX_FRAME_BYTES
 from protocol.server import Error, Reply
 from prove.client import Client
+from prove.writes import PUSH_POINT
 from server.context import Context
 from server.core.config import Settings
 from server.core.errors import UNFIT
@@ -35,7 +36,7 @@ from server.gateway.dispatch import Dispatch
 from server.routes import ROUTES
 from tests.conftest import Servers
 from tests.test_protocol import JSON
-from tests.world import PUSH_POINT, UserSession, World, http_client, refused, sent, until
+from tests.world import UserSession, World, http_client, refused, sent, until
 
 HOLE = "the place of a hostile value"
 BIG = MAX_FRAME_BYTES - 2_000

@@ -14,7 +14,7 @@ from server.core.config import Settings
 from server.db.database import Db
 from server.domain import pending_presence, presence
 from server.queries import presence as queries
-from tests.world import World, http_client, until
+from tests.world import UserSession, World, http_client, until
 
 ROW = 'SELECT is_online, last_seen_at FROM "user" WHERE id = $1'
 
@@ -115,6 +115,26 @@ async def test_last_seen_of_a_user_who_left_while_invisible_is_before_that(
         assert await _recorded(world, charles.id, is_online=False) >= came_at
 
 
+async def departed(world: World) -> UserSession:
+    """Return a user whose arrival at the first worker is recorded, and whose departure is not recorded yet."""
+    (charles,) = await world.users("Charles")
+    one = world.workers[0].app.presence
+    phone = await world.connect(charles)
+    await until(lambda: charles.id in one._transitions)  # noqa: SLF001
+    await one._record()  # noqa: SLF001
+    await phone.close()
+    await until(lambda: charles.id in one._transitions)  # noqa: SLF001
+    return charles
+
+
+async def return_elsewhere(world: World, user: UserSession) -> None:
+    """Connect a user to the second worker, and record the arrival."""
+    other = world.workers[1].app.presence
+    await world.connect(user, 1)
+    await until(lambda: user.id in other._transitions)  # noqa: SLF001
+    await other._record()  # noqa: SLF001
+
+
 @pytest.mark.parametrize("is_back", [True, False])
 async def test_departure_is_not_recorded_after_a_return_at_another_worker(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, *, is_back: bool
@@ -123,17 +143,10 @@ async def test_departure_is_not_recorded_after_a_return_at_another_worker(
     monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.1)
     monkeypatch.setattr(presence, "RECORD_SECONDS", 3_600.0)
     async with World(settings, workers=2) as world:
-        (charles,) = await world.users("Charles")
-        one, other = [worker.app.presence for worker in world.workers]
-        phone = await world.connect(charles)
-        await until(lambda: charles.id in one._transitions)  # noqa: SLF001
-        await one._record()  # noqa: SLF001
-        await phone.close()
-        await until(lambda: charles.id in one._transitions)  # noqa: SLF001
+        one = world.workers[0].app.presence
+        charles = await departed(world)
         if is_back:
-            await world.connect(charles, 1)
-            await until(lambda: charles.id in other._transitions)  # noqa: SLF001
-            await other._record()  # noqa: SLF001
+            await return_elsewhere(world, charles)
         await one._record()  # noqa: SLF001
         assert await world.db.fetchval('SELECT is_online FROM "user" WHERE id = $1', charles.id) is is_back
         assert not one._transitions  # noqa: SLF001
@@ -147,19 +160,12 @@ async def test_departure_that_overtakes_a_return_at_another_worker_is_corrected(
     monkeypatch.setattr(presence, "RECORD_SECONDS", 3_600.0)
     seen = queries.seen
     async with World(settings, workers=2) as world:
-        (charles,) = await world.users("Charles")
-        one, other = [worker.app.presence for worker in world.workers]
-        phone = await world.connect(charles)
-        await until(lambda: charles.id in one._transitions)  # noqa: SLF001
-        await one._record()  # noqa: SLF001
-        await phone.close()
-        await until(lambda: charles.id in one._transitions)  # noqa: SLF001
+        one = world.workers[0].app.presence
+        charles = await departed(world)
 
         async def late(db: Db, transitions: dict[UserId, queries.Transition]) -> dict[UserId, queries.Transition]:
             monkeypatch.setattr(queries, "seen", seen)
-            await world.connect(charles, 1)
-            await until(lambda: charles.id in other._transitions)  # noqa: SLF001
-            await other._record()  # noqa: SLF001
+            await return_elsewhere(world, charles)
             return await seen(db, transitions)
 
         monkeypatch.setattr(queries, "seen", late)

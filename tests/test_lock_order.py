@@ -25,6 +25,7 @@ from protocol.ids import ConversationId, MessageId, ReportId, SessionId, UserId,
 from protocol.payloads import Poll
 from protocol.server import OneConversation
 from protocol.values import User
+from prove.writes import PUSH_POINT
 from server.app.app import App
 from server.auth import passwords
 from server.auth.tokens import new_token, token_hash
@@ -36,7 +37,7 @@ from server.queries import accounts, presence, sessions
 from server.queries.presence import Transition
 from server.routes import ROUTES
 from tests.test_credentials import administer
-from tests.world import PUSH_POINT, World, all_sent, http_client, message
+from tests.world import World, all_sent, http_client, message
 
 Act = Callable[[], Coroutine[Any, Any, object]]
 

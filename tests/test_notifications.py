@@ -18,6 +18,7 @@ from protocol import client, server
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import MessageId, uuid7
 from protocol.limits import MAX_PINS, MAX_PUSH_ENDPOINTS, MAX_SCHEDULED
+from prove.writes import PUSH_POINT
 from server.app import app
 from server.core.config import Settings
 from server.core.stopwatch import Stopwatch
@@ -28,7 +29,7 @@ from server.jobs.push_posts import Failed, Posts, Push
 from server.queries.push import PushPost
 from tests.browser import Browser, post_to, prepared_push, text
 from tests.conftest import Servers
-from tests.world import PUSH_POINT, Room, UserSession, World, refused, sent, until
+from tests.world import Room, UserSession, World, refused, sent, until
 
 
 async def feed(one: Any, *kinds: str) -> list[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from httpx import Headers
 from protocol import client
 from protocol.ids import ConversationId
 from prove.client import Client
+from prove.writes import PUSH_POINT
 from server.core.config import Settings
 from server.db.database import Db
 from server.jobs.push import IN_A_TURN, TICK_SECONDS
@@ -20,7 +21,7 @@ from server.jobs.push_posts import Posts
 from server.jobs.safe_http import HttpAnswer, SafeHttp
 from server.queries import push
 from server.queries.push import DuePushes, PushPage, PushPost
-from tests.world import PUSH_POINT, World, message, sent, until
+from tests.world import World, message, sent, until
 
 MEMBERS, BROWSERS = 20_000, 2_000
 FILL = """

@@ -13,9 +13,10 @@ from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.limits import MAX_PUSH_ENDPOINTS
 from protocol.server import Done
+from prove.writes import PUSH_POINT
 from server.auth.tokens import new_token, token_hash
 from server.queries import sessions
-from tests.world import PUSH_POINT, UserSession, World, http_client, refused
+from tests.world import UserSession, World, http_client, refused
 
 HISTORY = """
 CREATE TABLE history (number bigserial, endpoint text, is_there boolean, by bigint);

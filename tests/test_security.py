@@ -23,12 +23,13 @@ from protocol.ids import ConversationId, MessageId, ReportId, UserId, uuid7
 from protocol.payloads import Poll
 from protocol.server import Error
 from prove.client import Client
+from prove.writes import PUSH_POINT
 from server.core.config import Settings
 from server.describe import DOCUMENTS
 from server.describe.handbook import is_for_participants
 from server.routes import ROUTES
 from tests.trees import parsed
-from tests.world import PUSH_POINT, UserSession, World, http_client, message, sent
+from tests.world import UserSession, World, http_client, message, sent
 
 ROOT = Path(__file__).parent.parent
 CODE = ("server", "protocol", "prove", "loadtest", "benchmarks")

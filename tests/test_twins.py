@@ -10,9 +10,10 @@ from protocol import client, server
 from protocol.ids import MessageId
 from protocol.values import User
 from prove.client import Client
+from prove.writes import PUSH_POINT
 from server.queries import push, relationships
 from server.queries.relationships import RelationshipChange
-from tests.world import PUSH_POINT, Room, UserSession, World, sent
+from tests.world import Room, UserSession, World, sent
 
 BLOCKS, HIDES, SWITCHED, INVISIBLE, AWAY = "Blocks", "Hides", "Switched", "Invisible", "Away"
 

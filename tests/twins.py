@@ -22,9 +22,10 @@ from protocol.payloads import Poll
 from protocol.server import Error
 from protocol.values import PresenceStatus
 from prove.client import Client
+from prove.writes import PUSH_POINT
 from server.auth.tokens import new_token, token_hash
 from server.queries import push, sessions
-from tests.world import PUSH_POINT, UserSession, World, http_client, message, sent
+from tests.world import UserSession, World, http_client, message, sent
 
 VIEWER, XAVER, COMPANION, MARKER = "Viewer", "Xaver", "Companion", "Marker"
 ADD = """INSERT INTO "user" (id, name, display_name, email, bio, last_seen_at) VALUES ($1, $2, $2, $3, 'Bio', $4)"""

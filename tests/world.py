@@ -37,9 +37,6 @@ from server.queries.sending import Stored
 
 ON_LOOPBACK = ("127.0.0.1", 0)
 
-PUSH_POINT = "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4"
-"""A public key of a browser (RFC 8291, section 5)."""
-
 
 REPAIR_SECONDS = max(*AFTER_END_SECONDS, COMPARE_USERS_SECONDS) + 15
 """Max wait for an event that was not published, in seconds. Workers find it by comparing versions."""
