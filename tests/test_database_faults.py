@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Never
 
 import asyncpg
 import msgspec
@@ -19,9 +20,10 @@ from prove.client import Client
 from server.core.config import Settings
 from server.core.faults import REFUSALS, Away, Exhausted, Fault, fault_of
 from server.db import database, readiness
+from server.db.pool import Lease
 from tests.conftest import TEMPLATE, Lines, Servers
 from tests.test_may_send import let_all_wait
-from tests.world import Room, World, http_client, message, sent
+from tests.world import Room, World, http_client, message, sent, until
 
 KINDS = (
     (asyncpg.ConnectionDoesNotExistError("closed"), Fault.LOST),
@@ -218,6 +220,40 @@ async def test_exhausted_pool_is_refused_as_busy(
         assert isinstance(await hers.ask(client.ListRelationships()), server.Reply)
 
 
+MANY = 20
+"""More attempts to connect than three frames and the jobs of a worker make in a moment."""
+
+
+async def test_frames_wait_for_connections_of_the_pool_if_postgresql_has_no_more(settings: Settings) -> None:
+    attempts = []
+
+    async def refuse() -> Never:
+        attempts.append("refused")
+        raise Away("too many clients", Fault.BUSY)
+
+    async with World(settings, workers=1) as world:
+        clients = [await world.connect(one) for one in await world.users("Ada", "Mary", "Charles")]
+        pool = world.workers[0].app._database._state.pool  # noqa: SLF001 - PostgreSQL has more connections than this
+        connection, *others = [await pool.take() for _ in range(len(pool))]
+        pool._connect = refuse  # noqa: SLF001 - as above
+        asked = [asyncio.create_task(one.ask(client.ListRelationships())) for one in clients]
+        await until(lambda: any(one.done() for one in asked) or len(attempts) >= len(clients))
+        for one in (connection, *others):
+            pool.give(one, is_usable=True)
+        assert {type(one) for one in await asyncio.gather(*asked)} == {server.Reply}
+        assert len(attempts) < MANY, "waiting frames do not pass on the right to try"
+
+
+TIMEOUT = "SELECT extract(epoch FROM current_setting('statement_timeout')::interval)"
+
+
+async def test_postgresql_cancels_a_statement_before_it_counts_as_lost(world: World) -> None:
+    one = world.workers[0].app._database  # noqa: SLF001 - a slow statement would take ten seconds
+    for lease in (one.connection(), one.sending(), Lease(one._state.ready, one._state.count)):  # noqa: SLF001 - as above
+        async with lease as db:
+            assert await db.fetchval(TIMEOUT) <= database.STATEMENT_SECONDS - 1
+
+
 LOCK_LAST = """
 CREATE FUNCTION lock_last() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     PERFORM pg_advisory_xact_lock(1); RETURN NEW;
@@ -296,6 +332,16 @@ async def test_single_failure_to_store_leaves_a_worker_ready(room: Room, world: 
     await world.db.execute("DROP TRIGGER fault ON message")
     assert await is_ready(world)
     assert await world.db.fetchval("SELECT count(*) FROM server_key WHERE name = 'nothing'") == 0
+
+
+async def test_repeated_failures_of_some_frames_leave_a_worker_ready(
+    room: Room, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readiness, "CHECK_SECONDS", 0.0)
+    await world.db.execute(RAISE.format(table="message"))
+    for _ in range(3):
+        await refusal(room.ada, message(room.group), Fault.FULL)
+        assert await is_ready(world)
 
 
 @pytest.mark.usefixtures("frequent_checks")

@@ -26,7 +26,11 @@ from server.limits.token_bucket import BURST_SECONDS
 
 OLDEST_MAJOR = 15
 STATEMENT_SECONDS = 10.0
-"""Max time of a statement, in seconds."""
+"""Max wait for the result of a statement, in seconds. Then the database counts as lost."""
+CANCEL_SECONDS = 9.0
+"""Max time of a statement, in seconds. PostgreSQL cancels it earlier than the wait ends, so that a slow statement does
+not count as a lost database.
+"""
 SENDING_SECONDS = 2.0
 """Max time of a statement that stores messages or reactions of many users, in seconds. PostgreSQL cancels it before
 the commit or not at all, so a cancelled statement stored nothing (docs/decisions/0066).
@@ -42,7 +46,7 @@ for `/readyz`. Without it, frames that wait for locks could make a worker unread
 READY_MS = 2_000
 """Max time of a statement for `/readyz`, in milliseconds."""
 WRITE_SECONDS = 5.0
-"""Min interval between two attempts to write after PostgreSQL could not store something, in seconds."""
+"""Min interval between two attempts to write while PostgreSQL cannot store anything, in seconds."""
 SEARCH_SHARE = 4
 """Max share of a worker's connections that searches hold, as 1 / `SEARCH_SHARE`, but at least one."""
 SEARCHES_WAITING = 8
@@ -87,7 +91,7 @@ SESSION = {
     "enable_mergejoin": "off",
     "jit": "off",
     "timezone": "UTC",
-    "statement_timeout": f"{STATEMENT_SECONDS:.0f}s",
+    "statement_timeout": f"{CANCEL_SECONDS:.0f}s",
     "idle_in_transaction_session_timeout": "30s",
 }
 
@@ -308,8 +312,8 @@ class Database:
     async def is_ready(self) -> bool:
         """Whether the database answers, has exactly the schema of this program, and can be written.
 
-        As long as PostgreSQL stores everything, this only reads. After a `full` fault it tries to write, at most once
-        per `WRITE_SECONDS`, and returns False until that succeeds.
+        As long as PostgreSQL stores everything, this only reads. After a `full` fault it tries to write. If that fails,
+        it returns False, and tries again at most once per `WRITE_SECONDS`.
         """
         state = self._state
         if is_in_doubt := state.is_full:
@@ -322,7 +326,7 @@ class Database:
                 return False
             if is_in_doubt:
                 await write_nothing(db)
-                state.is_full = False
+                state.is_full, state.next_write = False, 0.0
         return True
 
     @property

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 import asyncpg
 
 from protocol.ids import SessionId, UserId
-from server.core.faults import Exhausted
+from server.core.faults import Away, Exhausted, Fault
 from server.fairness.fair_queue import FairQueue
 from server.fairness.turns import Turns
 
@@ -84,7 +84,7 @@ class Pool:
         overtakes them. A call without a client, such as that of a job, waits as a client of its own.
 
         Raises Exhausted if none becomes free in time, InterfaceError if the pool is closed, and the errors of
-        connecting.
+        connecting. If PostgreSQL accepts no more connections, the call waits for those of the pool, unless it has none.
         """
         if self._is_closed:
             raise _closed()
@@ -93,15 +93,26 @@ class Pool:
             if not connection.is_closed():
                 self._taken.add(connection)
                 return connection
-        if len(self._taken) + self._opening < self._most:
-            self._opening += 1
-            return await self._open()
+        may_open = len(self._taken) + self._opening < self._most
+        self._opening += may_open
+        while True:
+            if not may_open and (given := await self._wait(client)) is not None:
+                return given
+            try:
+                return await self._open()
+            except Away as away:
+                if not self._is_enough(away):
+                    raise
+            may_open = False
+
+    async def _wait(self, client: Client | None) -> "Connection | None":
+        """Return the next connection that is returned, or None for the right to open one. Raises Exhausted."""
         turn: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
         line: Hashable = turn if client is None else client
         self._waiting.put(line, turn)
         try:
             async with asyncio.timeout(self._patience):
-                got = await turn
+                return await turn
         except BaseException as error:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
                 self._hand_on(turn.result())  # the connection came too late
@@ -112,7 +123,6 @@ class Pool:
             if isinstance(error, TimeoutError):
                 raise Exhausted("no connection became free in time") from None
             raise
-        return await self._open() if got is None else got
 
     def give(self, connection: Connection, *, is_usable: bool) -> None:
         """Return a connection to the pool. It is closed if a statement may still be in progress on it."""
@@ -157,12 +167,19 @@ class Pool:
         while self._waiting:
             self._next_turn().set_exception(_closed())
 
+    def _is_enough(self, error: BaseException) -> bool:
+        """Whether PostgreSQL accepts no more connections, and others of the pool will be returned."""
+        return isinstance(error, Away) and error.fault is Fault.BUSY and bool(self._taken)
+
     async def _open(self) -> Connection:
         """Open a connection that `_opening` counts already."""
         try:
             connection = await self._connect()
-        except BaseException:
-            self._hand_on(None)
+        except BaseException as error:
+            if self._is_enough(error):
+                self._opening -= 1
+            else:
+                self._hand_on(None)
             raise
         self._opening -= 1
         if self._is_closed:

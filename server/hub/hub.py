@@ -30,7 +30,7 @@ COMPARE_SECONDS_BESIDE_UNHEARD = 5.0
 """The same for conversations, while there is a worker that this one does not hear on the bus."""
 AFTER_END_SECONDS = (0.0, 4.0, 12.0)
 """Delays of the comparisons after another worker disappeared, in seconds. PostgreSQL finishes the statements of a
-worker that was killed. It cancels those that store messages after two seconds, and others after ten.
+worker that was killed. It cancels those that store messages after two seconds, and others after nine.
 """
 LOSSES_SECONDS = 5.0
 """Min interval between two comparisons because of losses of other workers, in seconds. One whose connection to Redis is
