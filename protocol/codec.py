@@ -155,12 +155,21 @@ def tag(frame: type[msgspec.Struct]) -> str:
 
 def text_frame(payload: bytes) -> bytes:
     """Return `payload` as one unmasked, final WebSocket text frame (RFC 6455, section 5.2)."""
-    size = len(payload)
+    return _header(len(payload)) + payload
+
+
+def is_text_frame(data: bytes) -> bool:
+    """Whether `data` is a payload with the header of `text_frame`."""
+    size = 2 if len(data) < _SHORT + 2 else 4 if len(data) < _MEDIUM + 4 else 10
+    return len(data) >= size and data[:size] == _header(len(data) - size)
+
+
+def _header(size: int) -> bytes:
     if size < _SHORT:
-        return bytes((0x81, size)) + payload
+        return bytes((0x81, size))
     if size < _MEDIUM:
-        return b"\x81\x7e" + size.to_bytes(2) + payload
-    return b"\x81\x7f" + size.to_bytes(8) + payload
+        return b"\x81\x7e" + size.to_bytes(2)
+    return b"\x81\x7f" + size.to_bytes(8)
 
 
 def now() -> datetime:

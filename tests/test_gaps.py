@@ -9,7 +9,8 @@ from protocol.codec import encode, text_frame
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId
 from protocol.server import Error
-from server.hub.topics import NOBODY, Fetched, Topics
+from server.hub.entries import NOBODY
+from server.hub.topics import Fetched, Topics
 from tests.world import World, until
 
 EVENT = text_frame(encode(Error(code=ErrorCode.INTERNAL, message="This stands for an event.")))

@@ -15,6 +15,7 @@ from protocol.errors import ErrorCode, Refused
 from protocol.ids import SessionId
 from server.auth.tokens import new_token, token_hash
 from server.core.errors import REDIS_LOST
+from server.core.faults import ONCE
 from server.fairness.batcher import Batcher
 
 LASTS_SECONDS = 60
@@ -94,7 +95,16 @@ class Tickets:
                 found = await pipe.execute()
         except REDIS_LOST:
             return [None] * len(tickets)
-        return [None if one is None else _decoder.decode(one) for one in found]
+        return [None if one is None else _ticket(one) for one in found]
 
     def _key(self, ticket: str) -> str:
         return self._prefix + token_hash(ticket)
+
+
+def _ticket(stored: bytes) -> Ticket | None:
+    """Return a stored ticket. Return None for one in another form, because others are read with it."""
+    try:
+        return _decoder.decode(stored)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        log.warning("ignored a return ticket in another form: %s", error, extra={ONCE: "ignored return tickets"})
+        return None

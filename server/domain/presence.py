@@ -83,8 +83,8 @@ class Presence:
         # Users who were announced during an outage of Redis, from this worker's knowledge alone.
         self._guessed: set[UserId] = set()
         # Dead workers whose entries are being deleted, with users whose announcement may still be pending.
-        self._burying: dict[str, Collection[UserId]] = {}
-        self._dead: set[str] = set()
+        self._burying: dict[bytes, Collection[UserId]] = {}
+        self._dead: set[bytes] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._loop = asyncio.get_running_loop()
 
@@ -106,7 +106,7 @@ class Presence:
         try:
             # Some users are also connected to another worker, or have moved there.
             for user_id, fields in (await self._fields(leaving)).items():
-                fields.pop(self._worker.encode(), None)
+                fields.pop(self._worker, None)
                 if not self._states(fields):
                     self._transitions[user_id] = self._gone(user_id)
             # At the end of an epoch, the database may be an old primary that does not answer.
@@ -204,11 +204,11 @@ class Presence:
         devices = self._devices.get(user_id)
         if not devices:
             return {}
-        return {self._worker.encode(): b"away" if all(devices.values()) else b"online"}
+        return {self._worker: b"away" if all(devices.values()) else b"online"}
 
     def _states(self, fields: dict[bytes, bytes]) -> set[bytes]:
         """Return the states at workers that are not known to be dead."""
-        return {state for worker, state in fields.items() if worker.decode() not in self._dead}
+        return {state for worker, state in fields.items() if worker not in self._dead}
 
     # ----------------------------------------------------------------------------------------- writes and expiry
 
@@ -315,7 +315,7 @@ class Presence:
         for worker in self._dead:
             await self._bury(worker)
 
-    async def _bury(self, worker: str) -> None:
+    async def _bury(self, worker: bytes) -> None:
         """Delete the entries of a dead worker, and announce its users who are offline now."""
         if worker not in self._burying:
             try:
@@ -340,7 +340,7 @@ class Presence:
                 del self._burying[worker]  # the worker is alive again
         await self._take_away([worker for worker in over if worker in self._dead])
 
-    async def _take_away(self, workers: Sequence[str]) -> None:
+    async def _take_away(self, workers: Sequence[bytes]) -> None:
         for worker in workers:
             try:
                 await self.entries.delete_worker(worker)
@@ -409,7 +409,7 @@ class Presence:
 
     def _elsewhere(self, fields: dict[bytes, bytes]) -> set[bytes]:
         """Return the states at other workers that are not known to be dead."""
-        return self._states({worker: state for worker, state in fields.items() if worker != self._worker.encode()})
+        return self._states({worker: state for worker, state in fields.items() if worker != self._worker})
 
 
 def _of_device(states: Collection[bytes], left_at: float | None = None) -> PresenceNews:

@@ -3,6 +3,7 @@
 Each method raises an error of `REDIS_LOST` if Redis cannot be reached.
 """
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from uuid import UUID
 from redis.asyncio import Redis, RedisCluster
 
 from protocol.ids import UserId
+from server.core.faults import ONCE
 
 SIGN_LASTS_SECONDS = 6
 """The lifetime of a worker's sign of life, in seconds."""
@@ -19,12 +21,14 @@ WORKERS = "openchat:workers:"
 WORKER = "openchat:worker:"
 USER = "openchat:presence:"
 
+log = logging.getLogger(__name__)
+
 
 async def has_worker(redis: Redis | RedisCluster, installation: str) -> bool:
     """Whether a worker of an installation is alive. Raises an error of `REDIS_LOST` if Redis cannot be reached."""
     members = await redis.smembers(f"{WORKERS}{installation}")
     for member in members:
-        if await redis.exists(f"{WORKER}{installation}:{_text(member)}"):
+        if await redis.exists(f"{WORKER}{installation}:".encode() + _name(member)):
             return True
     return False
 
@@ -33,7 +37,7 @@ class Signs(NamedTuple):
     """Whether this worker's previous sign of life was still there, and the workers without one."""
 
     is_known: bool
-    dead: set[str]
+    dead: set[bytes]
 
 
 class PresenceEntries:
@@ -42,9 +46,9 @@ class PresenceEntries:
     def __init__(self, redis: Redis | RedisCluster, installation: str) -> None:
         self._redis = redis
         self._workers = f"{WORKERS}{installation}"
-        self._worker_key = f"{WORKER}{installation}:"
+        self._worker_key = f"{WORKER}{installation}:".encode()
         self.user_key = f"{USER}{installation}:"
-        self.worker = os.urandom(8).hex()
+        self.worker = os.urandom(8).hex().encode()
 
     async def read(self, user_ids: Sequence[UserId]) -> dict[UserId, dict[bytes, bytes]]:
         """Return the states of users, by worker."""
@@ -69,9 +73,9 @@ class PresenceEntries:
                 pipe.hdel(self.user_key + user_id.hex, self.worker)
             # If this worker dies, others delete the entries of these users.
             if here:
-                pipe.sadd(self._worker_key + self.worker + ":users", *(user_id.hex for user_id in here))
+                pipe.sadd(self._worker_key + self.worker + b":users", *(user_id.hex for user_id in here))
             if gone:
-                pipe.srem(self._worker_key + self.worker + ":users", *(user_id.hex for user_id in gone))
+                pipe.srem(self._worker_key + self.worker + b":users", *(user_id.hex for user_id in gone))
             answers = await pipe.execute()
         return dict(zip(user_ids, answers, strict=False))
 
@@ -82,7 +86,7 @@ class PresenceEntries:
             pipe.sadd(self._workers, self.worker)
             pipe.smembers(self._workers)
             known, _, members = await pipe.execute()
-        workers = sorted(_text(member) for member in members)
+        workers = sorted(map(_name, members))
         async with self._redis.pipeline(transaction=False) as pipe:
             for worker in workers:
                 pipe.exists(self._worker_key + worker)
@@ -95,10 +99,10 @@ class PresenceEntries:
         """Delete the sign of life of this worker."""
         await self._redis.delete(self._worker_key + self.worker)
 
-    async def delete_states(self, worker: str) -> dict[UserId, dict[bytes, bytes]]:
+    async def delete_states(self, worker: bytes) -> dict[UserId, dict[bytes, bytes]]:
         """Delete the states of users at a dead worker. Return their states at others."""
-        members = await self._redis.smembers(self._worker_key + worker + ":users")
-        user_ids = [UserId(UUID(hex=_text(member))) for member in members]
+        members = await self._redis.smembers(self._worker_key + worker + b":users")
+        user_ids = [user_id for member in members if (user_id := _user_id(_name(member))) is not None]
         async with self._redis.pipeline(transaction=False) as pipe:
             for user_id in user_ids:
                 pipe.hdel(self.user_key + user_id.hex, worker)
@@ -106,11 +110,20 @@ class PresenceEntries:
             answers = await pipe.execute()
         return dict(zip(user_ids, answers[1::2], strict=True))
 
-    async def delete_worker(self, worker: str) -> None:
+    async def delete_worker(self, worker: bytes) -> None:
         """Delete a dead worker, and the list of its users."""
-        await self._redis.delete(self._worker_key + worker + ":users")
+        await self._redis.delete(self._worker_key + worker + b":users")
         await self._redis.srem(self._workers, worker)
 
 
-def _text(member: bytes | str) -> str:
-    return member.decode() if isinstance(member, bytes) else member
+def _user_id(member: bytes) -> UserId | None:
+    """Return the user whom a worker listed, or None for an entry in another form."""
+    try:
+        return UserId(UUID(hex=member.decode()))
+    except ValueError:
+        log.warning("ignored a user of a dead worker whose id has another form", extra={ONCE: "ignored ids of users"})
+        return None
+
+
+def _name(member: bytes | str) -> bytes:
+    return member if isinstance(member, bytes) else member.encode()

@@ -11,11 +11,12 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Collection
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+from redis.exceptions import InvalidResponse
 
 from server.core.errors import REDIS_LOST, redis_unreachable
 from server.core.periodic import end, every
@@ -119,8 +120,8 @@ class ClusterBus:
                 await self._arrange(await slots(self._url if address is None else _at(self._url, address)))
                 return
 
-    async def _arrange(self, owners: dict[tuple[int, int], Address]) -> None:
-        for address in set(owners.values()) - self._nodes.keys():
+    async def _arrange(self, by_range: dict[tuple[int, int], Address]) -> None:
+        for address in set(by_range.values()) - self._nodes.keys():
             node = self._nodes[address] = RedisBus(
                 _at(self._url, address),
                 self._installation,
@@ -131,7 +132,7 @@ class ClusterBus:
             )
             node.begin()
         self._slots = [None] * REDIS_CLUSTER_HASH_SLOTS
-        for (first, last), address in owners.items():
+        for (first, last), address in by_range.items():
             self._slots[first : last + 1] = [self._nodes[address]] * (last + 1 - first)
         self._is_covered = None not in self._slots
         moved = [channel for channel, node in self._followed.items() if node is not self._node(channel)]
@@ -139,7 +140,7 @@ class ClusterBus:
             if (before := self._followed[channel]) is not None:
                 before.unsubscribe(channel)
         await self.subscribe(moved)
-        for address in self._nodes.keys() - set(owners.values()):
+        for address in self._nodes.keys() - set(by_range.values()):
             node = self._nodes.pop(address)
             self._other_losses += node.losses + 1
             await node.close()
@@ -151,20 +152,27 @@ async def is_cluster(url: str) -> bool:
     """Whether the Redis at `url` is a node of a cluster. Raises Fatal if it cannot be reached."""
     try:
         async with _node_at(url) as redis:
-            return bool((await redis.info("cluster"))["cluster_enabled"])
+            return bool((await redis.info("cluster")).get("cluster_enabled"))
     except REDIS_LOST as error:
         raise redis_unreachable(error) from error
 
 
 async def slots(url: str) -> dict[tuple[int, int], Address]:
     """Return the address of each slot range's primary, as the node at `url` reports it. A range has its first and its
-    last slot.
+    last slot. Raises an error of `REDIS_LOST` if the node cannot be reached or answers in another form.
     """
     async with _node_at(url) as redis:
         found = await redis.execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]
-    here = urlsplit(url).hostname or "localhost"
-    # A node that does not know its own address omits it.
-    return {(first, last): (host.decode() or here, port) for first, last, (host, port, *_), *_ in found}
+    return owners(found, urlsplit(url).hostname or "localhost")
+
+
+def owners(found: Any, here: str) -> dict[tuple[int, int], Address]:  # noqa: ANN401 - any value of the protocol
+    """Return the slot ranges in the answer of the node at `here`, as `slots` does."""
+    try:
+        # A node that does not know its own address omits it.
+        return {(first, last): ((host or b"").decode() or here, port) for first, last, (host, port, *_), *_ in found}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InvalidResponse("CLUSTER SLOTS was answered in another form") from error
 
 
 def _node_at(url: str) -> Redis:

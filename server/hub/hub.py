@@ -1,23 +1,25 @@
 """The hub delivers events of handlers and of other workers to sockets."""
 
 import asyncio
+import logging
 import random
-import struct
 from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from typing import Protocol
 from uuid import UUID
 
-from protocol.codec import encode, text_frame
+from protocol.codec import encode, is_text_frame, text_frame
 from protocol.ids import ConversationId, UserId
 from protocol.server import DurableEvent, OwnEvent, PresenceChanged, StateEvent, TypingEvent, UserUpdated
+from server.core.errors import log_defect
 from server.core.periodic import end, every
 from server.hub import online_users, peers, topics, watchers
 from server.hub.bus import Bus, Connect
+from server.hub.entries import NOBODY, ids_of, log_ignored, pack, unpack
 from server.hub.online_users import OnlineUsers, Socket, UserStore
 from server.hub.peers import BEAT_SECONDS, Kind, Peers
 from server.hub.rounds import Rounds
-from server.hub.topics import NOBODY, ConversationStore, Topics
+from server.hub.topics import ConversationStore, Topics
 from server.hub.unsure import Unsure
 from server.hub.watchers import Describe, Watchers, WatchStore
 
@@ -43,10 +45,6 @@ MAX_JITTER_SECONDS = 0.5
 all workers notice these together.
 """
 
-_ENTRY = struct.Struct("!QI16s")
-"""An event on the bus: its version or kind, the length of its frame, and the user who left by it. On the channel of
-watchers, the revision of the presence or face takes the place of the user.
-"""
 FACE = 1
 """Kind of an event about a user's face, instead of the presence, on the channel of watchers. It takes the place of the
 version.
@@ -57,6 +55,11 @@ OWN = 2
 """Kind of a notification about a change of the user's own rows, whose event was published before. It takes the place of
 the version, and the user version takes that of the user.
 """
+
+_HAS_FRAME = {b"c:": True, b"o:": True, b"p:": False, b"u:": False}
+"""The prefixes of channels, and whether each entry has a frame. Others are also notifications without one."""
+
+log = logging.getLogger(__name__)
 
 
 class HubStore(ConversationStore, UserStore, WatchStore, Protocol):
@@ -207,47 +210,56 @@ class Hub:
         self._say(peers.CHANNEL, kind, content, self._worker)
 
     def _say(self, channel: bytes, version: int, frame: bytes, gone: bytes = NOBODY) -> None:
-        entries = self._outgoing.get(channel)
-        if entries is None:
-            entries = self._outgoing[channel] = []
-        entries.append(_ENTRY.pack(version, len(frame), gone))
-        entries.append(frame)
+        self._outgoing.setdefault(channel, []).append(pack(version, frame, gone))
         self._flush_soon()
 
     def _hear(self, channel: bytes, words: bytes) -> None:
-        kind, one = channel[:2], UUID(hex=channel[2:].decode())
-        end = 0
-        while end < len(words):
-            version, size, gone = _ENTRY.unpack_from(words, end)
-            start = end + _ENTRY.size
-            end = start + size
-            frame = words[start:end]
-            if channel == peers.CHANNEL:
-                self._hear_worker(version, frame, gone)
-            elif kind == b"c:":
-                self.topics.accept(ConversationId(one), version, frame, gone)
-            elif kind == b"p:" and frame:
-                self.watchers.tell(UserId(one), frame, int.from_bytes(gone), is_face=version == FACE)
-            elif kind == b"p:":
-                self.watchers.doubt_watchers(UserId(one), None if gone == NOBODY else UserId(UUID(bytes=gone)))
-            elif kind == b"o:":
-                self.online_users.accept(UserId(one), version, frame)
-            elif frame:
-                self.online_users.write(UserId(one), frame)
-            elif version == OWN:
-                self.online_users.expect(UserId(one), int.from_bytes(gone))
-            else:
-                self.online_users.recheck(UserId(one), may_watch_others=version == WATCHING)
+        try:
+            kind, one = _kind_and_id(channel)
+            for version, frame, gone in unpack(words):
+                if channel == peers.CHANNEL:
+                    self._hear_worker(version, frame, gone)
+                elif kind not in _HAS_FRAME:
+                    log_ignored("its channel is unknown")
+                elif (frame or _HAS_FRAME[kind]) and not is_text_frame(frame):
+                    log_ignored("its event has another form")
+                elif kind == b"c:":
+                    self.topics.accept(ConversationId(one), version, frame, gone)
+                elif kind == b"p:":
+                    self._hear_of_watched(UserId(one), version, frame, gone)
+                elif kind == b"o:":
+                    self.online_users.accept(UserId(one), version, frame)
+                else:
+                    self._hear_of_user(UserId(one), version, frame, gone)
+        except Exception as error:  # noqa: BLE001 - a defect must not end the connection to the bus
+            log_defect(log, "delivering events of another worker", error)
+            self._lost_events()
+
+    def _hear_of_watched(self, user_id: UserId, kind: int, frame: bytes, revision: bytes) -> None:
+        if not frame:
+            self.watchers.doubt_watchers(user_id, None if revision == NOBODY else UserId(UUID(bytes=revision)))
+        elif kind in {0, FACE}:
+            self.watchers.tell(user_id, frame, int.from_bytes(revision), is_face=kind == FACE)
+        else:
+            log_ignored("its kind is unknown")
+
+    def _hear_of_user(self, user_id: UserId, kind: int, frame: bytes, version: bytes) -> None:
+        if frame:
+            self.online_users.write(user_id, frame)
+        elif kind == OWN:
+            self.online_users.expect(user_id, int.from_bytes(version))
+        else:
+            self.online_users.recheck(user_id, may_watch_others=kind == WATCHING)
 
     def _hear_worker(self, kind: int, content: bytes, worker: bytes) -> None:
         if kind in {Kind.BEAT, Kind.GOODBYE}:
             self._peers.hear(kind, worker, content)
-            return
-        ids = [UUID(bytes=content[start : start + 16]) for start in range(0, len(content), 16)]
-        if kind == Kind.RECHECK_CONVERSATIONS:
-            self._topic_rounds.first(self.topics.followed(map(ConversationId, ids)))
+        elif kind == Kind.RECHECK_CONVERSATIONS:
+            self._topic_rounds.first(self.topics.followed(map(ConversationId, ids_of(content))))
         elif kind == Kind.RECHECK_USERS:
-            self._user_rounds.first(self.online_users.online(map(UserId, ids)))
+            self._user_rounds.first(self.online_users.online(map(UserId, ids_of(content))))
+        else:
+            log_ignored("its kind is unknown")
 
     def _flush_soon(self) -> None:
         if not self._is_flushing:
@@ -325,3 +337,11 @@ class Hub:
         self._is_beside_unheard = not workers - {self._worker} <= self._peers.workers
         if self._is_beside_unheard and not was_beside_unheard:
             self._topic_rounds.soon()
+
+
+def _kind_and_id(channel: bytes) -> tuple[bytes, UUID]:
+    """Return the prefix of a channel, and its conversation or user. The prefix is empty if there is none."""
+    try:
+        return channel[:2], UUID(hex=channel[2:].decode())
+    except ValueError:
+        return b"", UUID(int=0)

@@ -11,6 +11,7 @@ from collections.abc import Set as AbstractSet
 from enum import IntEnum
 
 from server.hub.bus import OF_WORKERS, Bus
+from server.hub.entries import log_ignored
 
 BEAT_SECONDS = 1.0
 """Interval of heartbeats, in seconds."""
@@ -79,13 +80,15 @@ class Peers:
         """Handle a heartbeat or a goodbye of a worker."""
         if kind == Kind.GOODBYE:
             self._peers.pop(worker, None)
-        elif kind == Kind.BEAT:
+        elif len(content) < _LOSSES.size:
+            log_ignored("its heartbeat is cut off")
+        else:
             peer = self._peers.get(worker)
             if peer is None:
                 peer = self._peers[worker] = Peer()
                 self.report()
             peer.silent = 0
-            (losses,) = _LOSSES.unpack(content)
+            (losses,) = _LOSSES.unpack_from(content)  # a later release may add to it
             if losses != peer.losses:
                 peer.losses = losses
                 self._lost_events()

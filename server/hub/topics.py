@@ -21,6 +21,7 @@ from server.core.errors import log_failure
 from server.hub.backlog import Backlog
 from server.hub.bus import Bus
 from server.hub.delivery_times import DeliveryTimes
+from server.hub.entries import NOBODY
 from server.hub.online_users import OnlineUsers, Socket
 from server.hub.rounds import follow_up
 
@@ -34,7 +35,6 @@ MAX_EARLY = 256
 """Max early events that are kept, per conversation. Others are fetched."""
 LINGER_SECONDS = 30.0
 """Time for which the worker follows a conversation without sockets, in seconds."""
-NOBODY = bytes(16)
 CROWD, WRITE_PAUSE_FACTOR = 50, 2.0
 """With at least `CROWD` sockets, a busy conversation pauses after a write for `WRITE_PAUSE_FACTOR` times its duration.
 """

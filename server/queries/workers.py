@@ -5,7 +5,7 @@ import re
 from server.db.database import APPLICATION, Db
 
 CONNECTED = "SELECT DISTINCT application_name FROM pg_stat_activity WHERE datname = current_database()"
-NAME = re.compile(rf"{APPLICATION}(?: ([0-9a-f]+))?")
+NAME = re.compile(rf"{APPLICATION}(?: ((?:[0-9a-f]{{2}})+))?")
 
 
 async def connected(db: Db) -> list[bytes]:
