@@ -103,7 +103,7 @@ async def test_accounts_are_created_shown_disabled_and_enabled(shell: Shell) -> 
         async with Client(shell.world.url, token) as one:
             await one.settled()
             assert (await shell.json("user", "disable", made["id"]))["state"] == "disabled"
-            shell.world.workers[0].app.hub.compare_soon()
+            shell.world.workers[0].app.hub.comparisons.soon()
             assert await one.closed() == CloseCode.SESSION_ENDED
         assert (await http.post("/v1/auth/login", json=login)).status_code == 401
         await shell.run("user", "enable", made["id"])
@@ -147,7 +147,7 @@ async def test_conversations_are_shown_exported_and_deleted(shell: Shell) -> Non
     deleted = {"id": str(about), "title": "Engines", "state": "deleted"}
     assert await shell.json("conversation", "delete", str(about), "--yes") == deleted
     assert await shell.json("conversation", "delete", str(about)) == deleted, "repeating it succeeds"
-    shell.world.workers[0].app.hub.compare_soon()
+    shell.world.workers[0].app.hub.comparisons.soon()
     await ada.event(server.ConversationLeft)
     assert "does not exist" in await shell.run("conversation", "show", str(UUID(int=1)), status=1)
     await shell.world.db.execute("UPDATE audit_entry SET action = 'nothing'")

@@ -27,7 +27,7 @@ from server.db import database
 from server.fairness.batcher import Batcher, Slow
 from server.fairness.lanes import HELD, Held, Lanes
 from server.http import endpoints
-from server.hub import hub
+from server.hub import comparisons
 from server.queries import batches, sending
 from server.queries.push import PushPost
 from server.queries.sending import NotStored, Outgoing, Source
@@ -324,9 +324,9 @@ async def test_message_with_an_unknown_outcome_is_delivered_once_by_the_comparis
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On each device, with and without a repeated frame, also for messages stored by one statement."""
-    monkeypatch.setattr(hub, "COMPARE_SECONDS", 3_600.0)
-    monkeypatch.setattr(hub, "COMPARE_USERS_SECONDS", 3_600.0)
-    monkeypatch.setattr(hub, "BEAT_SECONDS", 3_600.0)
+    monkeypatch.setattr(comparisons, "COMPARE_SECONDS", 3_600.0)
+    monkeypatch.setattr(comparisons, "COMPARE_USERS_SECONDS", 3_600.0)
+    monkeypatch.setattr(comparisons, "HEARTBEAT_SECONDS", 3_600.0)
     async with staged(settings) as (world, stage):
         devices = [stage.author, stage.sender, *[await world.connect(who) for who in (stage.ada, stage.charles)]]
         frames = [message(stage.group, "In doubt") for _ in devices]
@@ -350,7 +350,7 @@ async def test_message_with_an_unknown_outcome_is_delivered_once_by_the_comparis
             await one.call(frame, server.Sent)
         await asyncio.gather(*(device.synced() for device in devices))
         assert received() == [[]] * 4
-        world.workers[0].app.hub.compare_soon()
+        world.workers[0].app.hub.comparisons.soon()
         await until(lambda: all(len(ids) == len(frames) for ids in received()))
         last = await sent(stage.author, stage.group, "After them")
         for device in devices:
@@ -420,7 +420,7 @@ class Read(NamedTuple):
 
 async def _reads(world: World, ada: UserSession, about: ConversationId) -> dict[str, Read]:
     app = world.workers[0].app
-    hub_store: Any = app.hub._store
+    hub_store: Any = app.hub.topics._store
     sessions, tickets, notices = app.sessions, app._tickets, app.web_push
     session_id = await world.db.fetchval("SELECT id FROM session WHERE token = $1", token_hash(ada.token))
     (ticket,) = await tickets.issue([Ticket(session_id, 1)])

@@ -248,7 +248,7 @@ async def test_draft_is_deleted_with_its_conversation(room: Room, world: World, 
             await room.ada.call(client.DeleteConversation(conversation_id=room.group))
         case _:
             await administer(world, "conversation", "delete", str(room.group), "--yes")
-            world.workers[1].app.hub.compare_soon()
+            world.workers[1].app.hub.comparisons.soon()
     await other.event(server.DraftChanged, lambda event: event.draft.content == "")
     assert await world.db.fetchval("SELECT count(*) FROM draft WHERE content <> ''") == 0
     with refused(ErrorCode.NOT_FOUND, "conversation_id"):

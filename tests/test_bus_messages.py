@@ -17,7 +17,7 @@ from protocol.codec import is_text_frame, text_frame
 from protocol.ids import ConversationId, SessionId, UserId, uuid7
 from server.auth.tickets import Ticket
 from server.domain.presence_entries import USER, WORKER, WORKERS
-from server.hub import cluster_bus, hub, online_users, peers, topics, watchers
+from server.hub import cluster_bus, comparisons, online_users, peers, topics, watchers
 from server.hub.entries import pack, unpack
 from server.hub.redis_bus import RedisBus
 from server.queries import workers
@@ -54,15 +54,15 @@ class Receiver:
     def __init__(self, world: World, number: int) -> None:
         self.hub = world.workers[number].app.hub
         assert isinstance(self.hub.bus, RedisBus)
-        assert self.hub.bus._ear is not None
-        self._bus, self._ear, self._losses = self.hub.bus, self.hub.bus._ear, self.hub.bus.losses
+        assert self.hub.bus._receiver is not None
+        self._bus, self._receiver, self._losses = self.hub.bus, self.hub.bus._receiver, self.hub.bus.losses
 
     def receive(self, channel: bytes, message: bytes, *, origin: bytes = b"another_") -> None:
         """Receive a message, and check that the connection stays up without a loss."""
-        self._ear.data_received(push(b"message", self._bus._prefix + channel, origin + message))
+        self._receiver.data_received(push(b"message", self._bus._prefix + channel, origin + message))
         assert self._bus.is_up
-        assert self._bus._ear is self._ear
-        assert not self._ear.lost.done()
+        assert self._bus._receiver is self._receiver
+        assert not self._receiver.lost.done()
         assert self._bus.losses == self._losses
 
 
@@ -93,18 +93,18 @@ async def test_message_of_a_later_release_is_read_as_far_as_this_one_knows_it(wo
     receiver = Receiver(world, 1)
     worker = bytes(range(16))
     unknown = pack(99, b"abc", worker)
-    receiver.receive(peers.CHANNEL, unknown + pack(peers.Kind.BEAT, bytes(8) + b"more", worker))
-    assert worker in receiver.hub._peers.workers
+    receiver.receive(peers.CHANNEL, unknown + pack(peers.Kind.HEARTBEAT, bytes(8) + b"more", worker))
+    assert worker in receiver.hub.comparisons._peers.workers
     receiver.receive(watchers.channel(room.users[0].id), pack(99, text_frame(b"{}")))
     receiver.receive(peers.CHANNEL, unknown + pack(peers.Kind.GOODBYE, b"more", worker))
-    assert worker not in receiver.hub._peers.workers
+    assert worker not in receiver.hub.comparisons._peers.workers
 
 
 async def test_defect_in_a_delivery_is_repaired_by_a_comparison(
     world: World, room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     receiver = Receiver(world, 1)
-    monkeypatch.setattr(hub, "MAX_JITTER_SECONDS", 0.0)
+    monkeypatch.setattr(comparisons, "MAX_JITTER_SECONDS", 0.0)
 
     def accept(*_: object) -> None:
         monkeypatch.undo()

@@ -18,7 +18,7 @@ from server.cli import conversations, users
 from server.db import epoch
 from server.db.epoch import epoch_id
 from server.domain.presence_entries import WORKER
-from server.hub import hub
+from server.hub import comparisons
 from tests.test_administration import Shell, shell
 from tests.test_credentials import administer
 from tests.world import Worker, World, http_client
@@ -30,8 +30,8 @@ Effect: TypeAlias = Callable[[Client], Awaitable[None]]
 
 @pytest.fixture(autouse=True)
 def _never_compare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "COMPARE_SECONDS", 3600.0)
-    monkeypatch.setattr(hub, "COMPARE_USERS_SECONDS", 3600.0)
+    monkeypatch.setattr(comparisons, "COMPARE_SECONDS", 3600.0)
+    monkeypatch.setattr(comparisons, "COMPARE_USERS_SECONDS", 3600.0)
 
 
 async def _ended(socket: Client) -> None:

@@ -428,7 +428,7 @@ async def test_change_missed_while_the_bus_was_down_is_found(world: World, monke
         away.setattr(world.workers[1].app.hub.bus, "publish", lambda *_: None)
         await charles.call(client.UpdateProfile(is_private=True))
     seen = len(ada.events)
-    world.workers[0].app.hub.compare_soon()
+    world.workers[0].app.hub.comparisons.soon()
     news = await ada.event(server.PresenceChanged, start=seen)
     assert (news.presence.user_id, news.presence.status) == (people[1].id, "offline")
 

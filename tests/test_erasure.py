@@ -98,7 +98,7 @@ async def test_user_erased_while_creating_groups_leaves_no_data(world: World) ->
     assert await left(world, who.id) == 0
     # This call does not use the bus, so connections stay open until the workers compare versions.
     for worker in world.workers:
-        worker.app.hub.compare_soon()
+        worker.app.hub.comparisons.soon()
     assert sum(await asyncio.gather(*working)) > 10
     adding.cancel()
     assert await left(world, who.id) == 0

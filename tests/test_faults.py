@@ -253,7 +253,7 @@ async def test_hanging_postgres_fails_waiting_sends_together(
                 while isinstance(answer := await sender.ask(frame), Error):
                     assert answer.code is ErrorCode.UNAVAILABLE
                     await asyncio.sleep((answer.retry_after_ms or 0) / 1_000)
-        world.workers[0].app.hub.compare_soon()
+        world.workers[0].app.hub.comparisons.soon()
         last = await sent(senders[0], about, "Last")
         for sender in senders[:2]:
             await received_message(sender, last)  # in an event of its own, or in one of the comparison

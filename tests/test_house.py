@@ -310,7 +310,7 @@ def test_code_that_holds_a_database_connection_awaits_only_the_database() -> Non
 
 FUTURES = {"create_future", "create_task", "ensure_future", "run_in_executor"}
 """Functions that create a future."""
-OWN_FUTURES = {("redis_bus.py", "ear.lost"), ("push_posts.py", "*tasks")}
+OWN_FUTURES = {("redis_bus.py", "receiver.lost"), ("push_posts.py", "*tasks")}
 """Futures of an attribute that only one task waits for, and tasks that were cancelled before."""
 
 

@@ -270,7 +270,7 @@ async def test_drafts_in_a_deleted_conversation_are_hidden_and_emptied_in_batche
         await holder.close()
     emptied = await remains.empty(crowd.db)
     assert (len(emptied.user_ids), await crowd.db.fetchval(WRITTEN)) == (3, 0)
-    worker.hub.compare_soon()
+    worker.hub.comparisons.soon()
     await charles.event(server.DraftChanged, lambda event: event.draft.content == "")
     assert not await worker.background.clear_remains()
     assert await crowd.db.fetchval("SELECT count(*) FROM conversation WHERE has_remains") == 0

@@ -17,7 +17,7 @@ from protocol.ids import ConversationId, uuid7
 from prove.client import Client
 from prove.cluster import OwnCluster
 from server.core.config import Settings
-from server.hub import hub, redis_bus
+from server.hub import comparisons, redis_bus
 from server.hub.hub import Hub
 from server.hub.redis_bus import RedisBus
 from server.queries import sending
@@ -30,11 +30,11 @@ BEAT = 0.1
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make heartbeats ten times as fast. The periodic comparison finds nothing during a test."""
-    monkeypatch.setattr(hub, "BEAT_SECONDS", BEAT)
-    monkeypatch.setattr(hub, "MAX_JITTER_SECONDS", 0.0)
-    monkeypatch.setattr(hub, "LOOK_SECONDS", 3_600.0)
-    monkeypatch.setattr(hub, "COMPARE_SECONDS", 3_600.0)
-    monkeypatch.setattr(hub, "COMPARE_USERS_SECONDS", 3_600.0)
+    monkeypatch.setattr(comparisons, "HEARTBEAT_SECONDS", BEAT)
+    monkeypatch.setattr(comparisons, "MAX_JITTER_SECONDS", 0.0)
+    monkeypatch.setattr(comparisons, "CONNECTED_SECONDS", 3_600.0)
+    monkeypatch.setattr(comparisons, "COMPARE_SECONDS", 3_600.0)
+    monkeypatch.setattr(comparisons, "COMPARE_USERS_SECONDS", 3_600.0)
 
 
 class Pair:
@@ -63,8 +63,8 @@ async def paired(world: World) -> AsyncIterator[Pair]:
     await charles.event(server.ConversationJoined)
     await device.event(server.ConversationJoined)
     pair = Pair(world, ada, device, charles, group)
-    await until(lambda: all(len(one._peers) == 1 for one in pair.hubs))  # noqa: SLF001
-    await until(lambda: not any(one._topic_rounds._is_fast() for one in pair.hubs))  # noqa: SLF001
+    await until(lambda: all(len(one.comparisons._peers) == 1 for one in pair.hubs))  # noqa: SLF001
+    await until(lambda: not any(one.comparisons._topic_rounds._is_fast() for one in pair.hubs))  # noqa: SLF001
     yield pair
 
 
@@ -84,23 +84,23 @@ async def test_changes_of_a_worker_that_disappears_are_delivered(pair: Pair, mon
     await pair.ada.call(client.SetDraft(conversation_id=pair.group, content="Dear Charles"))
     assert await pair.arrives_by_comparison()
     await pair.device.event(server.DraftChanged)
-    assert len(pair.hubs[1]._peers) == 0  # noqa: SLF001
+    assert len(pair.hubs[1].comparisons._peers) == 0  # noqa: SLF001
 
 
 async def test_commit_after_the_end_of_a_worker_is_delivered(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """PostgreSQL finishes the statement of a killed worker."""
-    monkeypatch.setattr(hub, "AFTER_END_SECONDS", (0.0, 1.0))
+    monkeypatch.setattr(comparisons, "AFTER_END_SECONDS", (0.0, 1.0))
     mute(monkeypatch, pair.hubs[0])
-    await until(lambda: len(pair.hubs[1]._peers) == 0)  # noqa: SLF001
-    await until(lambda: not pair.hubs[1]._topic_rounds._is_due)  # noqa: SLF001
+    await until(lambda: len(pair.hubs[1].comparisons._peers) == 0)  # noqa: SLF001
+    await until(lambda: not pair.hubs[1].comparisons._topic_rounds._is_due)  # noqa: SLF001
     assert await pair.arrives_by_comparison()
 
 
 async def test_goodbye_causes_no_comparison(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[None] = []
-    monkeypatch.setattr(pair.hubs[1], "_compare_with_delay", lambda: compared.append(None))
+    monkeypatch.setattr(pair.hubs[1].comparisons, "_soon_with_jitter", lambda: compared.append(None))
     await pair.world.workers.pop(0).stop()
-    await until(lambda: len(pair.hubs[1]._peers) == 0)  # noqa: SLF001
+    await until(lambda: len(pair.hubs[1].comparisons._peers) == 0)  # noqa: SLF001
     assert compared == []
 
 
@@ -116,21 +116,21 @@ async def test_messages_that_could_not_be_published_are_delivered(pair: Pair, mo
 async def test_losses_that_another_worker_reports_often_cause_few_comparisons(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "LOSSES_SECONDS", 0.4)
+    monkeypatch.setattr(comparisons, "LOSSES_SECONDS", 0.4)
     times: list[float] = []
-    monkeypatch.setattr(pair.hubs[1], "_compare_with_delay", lambda: times.append(time.monotonic()))
+    monkeypatch.setattr(pair.hubs[1].comparisons, "_soon_with_jitter", lambda: times.append(time.monotonic()))
     bus = pair.hubs[0].bus
     assert isinstance(bus, RedisBus)
     while len(times) < 3:
         bus.losses += 1
-        pair.hubs[0]._peers.report()  # noqa: SLF001
+        pair.hubs[0].comparisons._peers.report()  # noqa: SLF001
         await asyncio.sleep(0.01)
     assert times[2] - times[0] > 0.7
 
 
 async def test_messages_of_a_worker_without_a_bus_are_delivered(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other worker's bus is up all the time. It compares again when the first one has reconnected."""
-    monkeypatch.setattr(hub, "AFTER_END_SECONDS", (0.0,))
+    monkeypatch.setattr(comparisons, "AFTER_END_SECONDS", (0.0,))
     bus = pair.hubs[0].bus
     assert isinstance(bus, RedisBus)
     assert bus._transport is not None  # noqa: SLF001
@@ -144,33 +144,33 @@ async def test_messages_of_a_worker_without_a_bus_are_delivered(pair: Pair, monk
     monkeypatch.setattr(bus, "_connect", later)
     bus._transport.abort()  # noqa: SLF001
     await until(lambda: not bus.is_up)
-    await until(lambda: len(pair.hubs[1]._peers) == 0)  # noqa: SLF001
-    await until(lambda: not pair.hubs[1]._topic_rounds._is_due)  # noqa: SLF001
+    await until(lambda: len(pair.hubs[1].comparisons._peers) == 0)  # noqa: SLF001
+    await until(lambda: not pair.hubs[1].comparisons._topic_rounds._is_due)  # noqa: SLF001
     message_id = await sent(pair.ada, pair.group)
     may_connect.set()
     await received_message(pair.charles, message_id)
     assert pair.hubs[1].topics.fetched == 1
 
 
-async def test_conversations_are_compared_often_beside_a_worker_that_is_not_heard(
+async def test_conversations_are_compared_often_beside_a_worker_that_is_silent(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with a Redis per server, or beside a worker of an earlier release."""
-    monkeypatch.setattr(hub, "AFTER_END_SECONDS", (0.0,))
-    monkeypatch.setattr(hub, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(hub, "COMPARE_SECONDS_BESIDE_UNHEARD", 0.05)
+    monkeypatch.setattr(comparisons, "AFTER_END_SECONDS", (0.0,))
+    monkeypatch.setattr(comparisons, "CONNECTED_SECONDS", 0.05)
+    monkeypatch.setattr(comparisons, "COMPARE_SECONDS_BESIDE_SILENT", 0.05)
     async with World(settings) as world, paired(world) as pair:
-        await until(lambda: not pair.hubs[1]._is_beside_unheard)  # noqa: SLF001
+        await until(lambda: not pair.hubs[1].comparisons._is_beside_silent)  # noqa: SLF001
         mute(monkeypatch, pair.hubs[0])
-        await until(lambda: pair.hubs[1]._is_beside_unheard)  # noqa: SLF001
+        await until(lambda: pair.hubs[1].comparisons._is_beside_silent)  # noqa: SLF001
         for _ in range(2):
             assert await pair.arrives_by_comparison()
         monkeypatch.undo()
-        await until(lambda: not pair.hubs[1]._is_beside_unheard)  # noqa: SLF001
+        await until(lambda: not pair.hubs[1].comparisons._is_beside_silent)  # noqa: SLF001
         old = await asyncpg.connect(settings.database_url, server_settings={"application_name": "openchat"})
-        await until(lambda: pair.hubs[1]._is_beside_unheard)  # noqa: SLF001
+        await until(lambda: pair.hubs[1].comparisons._is_beside_silent)  # noqa: SLF001
         await old.close()
-        await until(lambda: not pair.hubs[1]._is_beside_unheard)  # noqa: SLF001
+        await until(lambda: not pair.hubs[1].comparisons._is_beside_silent)  # noqa: SLF001
 
 
 async def test_message_with_an_unknown_outcome_is_delivered_everywhere(
@@ -212,10 +212,10 @@ async def test_change_whose_handler_failed_after_the_commit_is_delivered(
     # A refused write has no effect that could be missed.
     other = await pair.world.channel(pair.ada)
     await pair.ada.ask(client.Edit(conversation_id=other, message_id=message_id, content="Elsewhere"))
-    assert list(pair.hubs[0]._unsure_topics._ages) == [pair.group]  # noqa: SLF001
+    assert list(pair.hubs[0].comparisons._unsure_topics._ages) == [pair.group]  # noqa: SLF001
 
 
-async def test_two_single_workers_hear_each_other(settings: Settings) -> None:
+async def test_two_single_workers_receive_messages_of_each_other(settings: Settings) -> None:
     """As while a worker replaces the only one."""
     async with World(settings, workers=0) as world:
         world.workers += [Worker(settings, world.folder, number, is_alone=True) for number in (1, 2)]

@@ -278,7 +278,7 @@ async def test_changes_that_a_killed_worker_did_not_publish_arrive_with_the_next
     group = await one_worker.channel(socket)
     await settled(one_worker, ada)
     await _set_draft_unpublished(one_worker, ada, group, "Dear")
-    one_worker.workers[0].app.hub.compare_soon()
+    one_worker.workers[0].app.hub.comparisons.soon()
     event = await socket.event(server.DraftChanged)
     assert event.draft.content == "Dear"
 

@@ -22,7 +22,7 @@ from prove.faults import FAULTS, Fault
 from prove.run import Outcome, Proof, Run
 from server.core.config import Settings
 from server.hub import unsure
-from server.hub.hub import AFTER_END_SECONDS, COMPARE_USERS_SECONDS
+from server.hub.comparisons import AFTER_END_SECONDS, COMPARE_USERS_SECONDS
 from tests.relay import Relay, Spoil
 from tests.world import World
 

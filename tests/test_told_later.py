@@ -18,7 +18,7 @@ from server.db.database import Db
 from server.domain import pending_presence, presence
 from server.domain.presence_entries import USER, WORKER, WORKERS
 from server.gateway import connection
-from server.hub import hub, online_users
+from server.hub import comparisons, online_users
 from server.queries import changes, conversations, memberships, own_news, sessions, users
 from server.queries import presence as stored_presence
 from server.queries.presence import Visibility
@@ -176,8 +176,8 @@ async def test_event_is_published_after_a_failed_first_attempt(
     monkeypatch.setattr(presence, "RECORD_SECONDS", 0.1)
     monkeypatch.setattr(connection, "REFRESH_RETRY_SECONDS", 0.1)
     monkeypatch.setattr(online_users, "RECHECK_PAUSE_MOST_SECONDS", 0.1)
-    monkeypatch.setattr(hub, "COMPARE_SECONDS", 0.1)
-    monkeypatch.setattr(hub, "COMPARE_USERS_SECONDS", 0.1)
+    monkeypatch.setattr(comparisons, "COMPARE_SECONDS", 0.1)
+    monkeypatch.setattr(comparisons, "COMPARE_USERS_SECONDS", 0.1)
     async with World(settings, workers=1) as world:
         on = Stage(world, settings)
         await on.begin()

@@ -14,7 +14,8 @@ from server.app import background
 from server.context import Context
 from server.core.config import Settings
 from server.gateway.dispatch import Dispatch
-from server.hub import hub
+from server.hub import comparisons
+from server.hub.hub import Hub
 from server.limits.shared_rate_limit import SharedRateLimit
 from server.routes import ROUTES
 from tests.test_credentials import administer
@@ -45,7 +46,7 @@ VERSIONS = "SELECT id, version FROM conversation"
 class Published:
     """Counts the events that a worker publishes."""
 
-    def __init__(self, events: hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, events: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         self.versions: Counter[tuple[ConversationId, int]] = Counter()
         publish = events.publish
 
@@ -139,8 +140,8 @@ FOR EACH ROW WHEN (new.conversation_id = '{}' AND new.status = 'left') EXECUTE F
 async def test_erasure_aborted_twice_publishes_every_committed_departure(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
-    monkeypatch.setattr(hub, "COMPARE_SECONDS", 3600.0)
-    monkeypatch.setattr(hub, "COMPARE_USERS_SECONDS", 3600.0)
+    monkeypatch.setattr(comparisons, "COMPARE_SECONDS", 3600.0)
+    monkeypatch.setattr(comparisons, "COMPARE_USERS_SECONDS", 3600.0)
     for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
         monkeypatch.setattr(background, name, 36_000.0)
     async with World(settings) as world:

@@ -281,7 +281,7 @@ async def test_slack_export_is_imported(shell: Shell, world: World, tmp_path: Pa
         path = Path(shutil.make_archive(str(tmp_path / "slack"), "zip", path))
     online = await world.connect(ada)
     await shell.run("import", "slack", str(path))
-    world.workers[0].app.hub.compare_soon()
+    world.workers[0].app.hub.comparisons.soon()
     await online.event(server.ConversationJoined, lambda event: event.view.conversation.title == "secret")
     mentioned = await world.db.fetchval("""SELECT id FROM "user" WHERE email = 'charles@example.org'""")
     general = [

@@ -29,7 +29,7 @@ from server.core.config import Settings
 from server.db.database import speak
 from server.http import openapi
 from server.http.openapi import BEFORE_ANY_PATH
-from server.hub.hub import AFTER_END_SECONDS, COMPARE_USERS_SECONDS
+from server.hub.comparisons import AFTER_END_SECONDS, COMPARE_USERS_SECONDS
 from server.jobs.scheduled import Scheduler
 from server.processes.worker import DrainingServer
 from server.queries import accounts, sessions

@@ -17,7 +17,7 @@ class CommandBus:
 
     def __init__(self, installation: str) -> None:
         self._prefix = prefix(installation)
-        self._said: list[tuple[bytes, bytes]] = []
+        self._collected: list[tuple[bytes, bytes]] = []
         self._origin = os.urandom(ORIGIN_BYTES)
         self.published = 0
 
@@ -33,18 +33,18 @@ class CommandBus:
     def unsubscribe(self, channel: bytes) -> None:
         """Do nothing, because a command has no sockets."""
 
-    def publish(self, channel: bytes, words: bytes) -> None:
+    def publish(self, channel: bytes, content: bytes) -> None:
         """Collect a message for a channel."""
-        self._said.append((self._prefix + channel, self._origin + words))
+        self._collected.append((self._prefix + channel, self._origin + content))
 
     async def send(self, redis: Redis | RedisCluster) -> None:
         """Publish all collected messages. Raises an error of `REDIS_LOST` if Redis cannot be reached."""
-        said, self._said = self._said, []
-        for channel, words in said:
+        collected, self._collected = self._collected, []
+        for channel, content in collected:
             if isinstance(redis, RedisCluster):
-                await redis.spublish(channel, words)
+                await redis.spublish(channel, content)
             else:
-                await redis.publish(channel, words)
+                await redis.publish(channel, content)
             self.published += 1
 
 

@@ -11,7 +11,8 @@ from server.context import Events
 from server.core.errors import REDIS_LOST, Fatal
 from server.core.terminal import complain
 from server.domain.presence_entries import has_worker
-from server.hub.hub import COMPARE_SECONDS, COMPARE_USERS_SECONDS, Hub, HubStore
+from server.hub.comparisons import COMPARE_SECONDS, COMPARE_USERS_SECONDS
+from server.hub.hub import Hub, HubStore
 from server.hub.watchers import Describe
 
 BOUND_SECONDS = max(COMPARE_SECONDS, COMPARE_USERS_SECONDS)

@@ -44,7 +44,7 @@ class Bus(Protocol):
     def unsubscribe(self, channel: bytes) -> None:
         """Unsubscribe from a channel."""
 
-    def publish(self, channel: bytes, words: bytes) -> None:
+    def publish(self, channel: bytes, content: bytes) -> None:
         """Publish a message on a channel."""
 
 
@@ -53,5 +53,5 @@ class Connect(Protocol):
 
     def __call__(self, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]) -> Bus:
         """Return a bus. It calls `deliver` with the channel and the content of each message of another worker. It calls
-        `caught_up` when it is up again, because the hub has to look for the messages that it missed.
+        `caught_up` when it is up again, because the hub then reads missed events from PostgreSQL.
         """

@@ -4,7 +4,8 @@ A channel belongs to the node of its name's slot. So each conversation and each 
 with the number of nodes. Slots move when the cluster changes. The worker polls their nodes every few seconds, and
 subscribes again where channels moved.
 
-An unreachable node counts as a bus that is down. Until it or its replica answers, the hub reads news from PostgreSQL.
+An unreachable node counts as a bus that is down. Until it or its replica answers, the hub reads missed
+events from PostgreSQL.
 """
 
 import asyncio
@@ -103,10 +104,10 @@ class ClusterBus:
         if (node := self._followed.pop(channel, None)) is not None:
             node.unsubscribe(channel)
 
-    def publish(self, channel: bytes, words: bytes) -> None:
+    def publish(self, channel: bytes, content: bytes) -> None:
         """Publish a message on a channel."""
         if (node := self._node(channel)) is not None:
-            node.publish(channel, words)
+            node.publish(channel, content)
         else:
             self._other_losses += 1
 

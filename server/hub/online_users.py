@@ -228,7 +228,7 @@ class OnlineUsers:
         is_whole, user.is_recheck_due, user.is_whole_due = user.is_whole_due, False, False
         began = time.monotonic()
         try:
-            user_news = await self._tell(user_id, user, is_whole=is_whole)
+            user_news = await self._send_news(user_id, user, is_whole=is_whole)
         except Exception as error:  # noqa: BLE001 - the database is away, and the next comparison rechecks
             log_failure(log, f"rechecking user {user_id}", error)
             user.version, user.shared = 0, -1
@@ -242,7 +242,7 @@ class OnlineUsers:
         spent = time.monotonic() - began
         await asyncio.sleep(max(0.0, min(RECHECK_PAUSE_FACTOR * spent, RECHECK_PAUSE_MOST_SECONDS - spent)))
 
-    async def _tell(self, user_id: UserId, user: OnlineUser, *, is_whole: bool) -> UserNews | None:
+    async def _send_news(self, user_id: UserId, user: OnlineUser, *, is_whole: bool) -> UserNews | None:
         """Close sockets whose sessions have ended, and make the others send the news. Return the news, or None if
         nothing changed.
         """

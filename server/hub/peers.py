@@ -13,7 +13,7 @@ from enum import IntEnum
 from server.hub.bus import OF_WORKERS, Bus
 from server.hub.entries import log_ignored
 
-BEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
 """Interval of heartbeats, in seconds."""
 MAX_SILENT = 2
 """Max intervals without a heartbeat of a worker. They are counted, because a worker that was suspended itself has read
@@ -28,7 +28,7 @@ _LOSSES = struct.Struct("!Q")
 class Kind(IntEnum):
     """Kinds of messages between workers. They take the place of the version."""
 
-    BEAT = 0
+    HEARTBEAT = 0
     GOODBYE = 1
     RECHECK_CONVERSATIONS = 2
     RECHECK_USERS = 3
@@ -51,17 +51,17 @@ class Peers:
         self,
         bus: Bus,
         *,
-        say: Callable[[Kind, bytes], None],
-        lost_events: Callable[[], None],
-        lost_worker: Callable[[], None],
+        publish: Callable[[Kind, bytes], None],
+        has_losses: Callable[[], None],
+        has_ended: Callable[[], None],
     ) -> None:
-        """`say` publishes a message to the other workers. `lost_events` is called when another worker reports a loss,
-        and `lost_worker` when one disappears.
+        """`publish` publishes a message to the other workers. `has_losses` is called when another worker reports
+        losses, and `has_ended` when one disappears.
         """
         self._bus = bus
-        self._say = say
-        self._lost_events = lost_events
-        self._lost_worker = lost_worker
+        self._publish = publish
+        self._has_losses = has_losses
+        self._has_ended = has_ended
         self._peers: dict[bytes, Peer] = {}
 
     def __len__(self) -> int:
@@ -69,14 +69,14 @@ class Peers:
 
     @property
     def workers(self) -> AbstractSet[bytes]:
-        """The ids of the workers that are heard."""
+        """The ids of the workers whose heartbeats arrive."""
         return self._peers.keys()
 
     async def start(self) -> None:
         """Receive the messages of other workers."""
         await self._bus.subscribe([CHANNEL])
 
-    def hear(self, kind: int, worker: bytes, content: bytes) -> None:
+    def receive(self, kind: int, content: bytes, worker: bytes) -> None:
         """Handle a heartbeat or a goodbye of a worker."""
         if kind == Kind.GOODBYE:
             self._peers.pop(worker, None)
@@ -91,22 +91,22 @@ class Peers:
             (losses,) = _LOSSES.unpack_from(content)  # a later release may add to it
             if losses != peer.losses:
                 peer.losses = losses
-                self._lost_events()
+                self._has_losses()
 
     def beat(self) -> None:
-        """Report to the others, and forget those that are silent. It is called once per interval."""
+        """Send a heartbeat, and remove workers that are silent. It is called once per interval."""
         self.report()
         for worker, peer in list(self._peers.items()):
-            # While the bus is down nobody is heard, and all positions are compared anyway.
+            # While the bus is down no heartbeat arrives, and all positions are compared anyway.
             peer.silent = peer.silent + 1 if self._bus.is_up else 0
             if peer.silent > MAX_SILENT:
                 del self._peers[worker]
-                self._lost_worker()
+                self._has_ended()
 
     def leave(self) -> None:
-        """Say goodbye. Nothing is published afterwards."""
-        self._say(Kind.GOODBYE, b"")
+        """Publish a goodbye. Nothing is published afterwards."""
+        self._publish(Kind.GOODBYE, b"")
 
     def report(self) -> None:
         """Send a heartbeat. Workers that do not know this one answer with theirs."""
-        self._say(Kind.BEAT, _LOSSES.pack(self._bus.losses))
+        self._publish(Kind.HEARTBEAT, _LOSSES.pack(self._bus.losses))

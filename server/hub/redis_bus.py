@@ -4,8 +4,8 @@ One connection publishes and subscribes. redis-py opens it, with its URL, TLS an
 over its transport, as a WebSocket does (docs/decisions/0004). Messages are written immediately, and the parser passes
 received ones directly to the hub.
 
-While the server cannot be reached, publishing does nothing and `is_up` is false. Subscribers then have to look for news
-in PostgreSQL.
+While the server cannot be reached, publishing does nothing and `is_up` is false. Subscribers then have to read missed
+events from PostgreSQL.
 """
 
 import asyncio
@@ -62,19 +62,19 @@ OTHERS_SECONDS = 5.0
 """Time for which another worker is assumed to run after its last heartbeat, in seconds."""
 
 
-class _Ear(asyncio.Protocol):
+class _Receiver(asyncio.Protocol):
     """Parses the server's messages on one connection."""
 
-    def __init__(self, heard: Callable[[Any], None]) -> None:
+    def __init__(self, received: Callable[[Any], None]) -> None:
         self._parser = hiredis.Reader()
-        self._heard = heard
+        self._received = received
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def data_received(self, data: bytes) -> None:
         try:
             self._parser.feed(data)
-            while (said := self._parser.gets()) is not False:
-                self._heard(said)
+            while (answer := self._parser.gets()) is not False:
+                self._received(answer)
         except Exception as error:  # noqa: BLE001 - after any error this connection is unusable
             self.connection_lost(error)
 
@@ -130,7 +130,7 @@ class RedisBus:
         self._tasks: list[asyncio.Task[None]] = []
         self._loop = asyncio.get_running_loop()
         self._unanswered = 0
-        self._ear: _Ear | None = None
+        self._receiver: _Receiver | None = None
         self._was_lost = False
         self.is_up = False
         self.published = 0
@@ -177,13 +177,13 @@ class RedisBus:
         if self.is_up:
             self._command(self._verbs.unsubscribe, channel)
 
-    def publish(self, channel: bytes, words: bytes) -> None:
+    def publish(self, channel: bytes, content: bytes) -> None:
         """Publish a message. The caller collects the events of one turn of the loop in one message per channel."""
         if self._transport is None or self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self.dropped += 1
             self.losses += self.is_up  # or when the bus is up again
             return
-        self._transport.write(_pack(self._verbs.publish, self._prefix + channel, self._origin + words))
+        self._transport.write(_pack(self._verbs.publish, self._prefix + channel, self._origin + content))
         self.published += 1
 
     # --------------------------------------------------------------------------------------------- the connection
@@ -213,24 +213,24 @@ class RedisBus:
 
     async def _listen(self, connection: AbstractConnection) -> None:
         """Take over the connection. Raises the error that ends it."""
-        ear = self._ear = _Ear(self._hear)
+        receiver = self._receiver = _Receiver(self._receive)
         assert connection._writer is not None  # noqa: S101, SLF001 - it is connected
         self._transport = connection._writer.transport  # noqa: SLF001 - the public API goes through two more layers
-        self._transport.set_protocol(ear)
+        self._transport.set_protocol(receiver)
         self._unanswered = 0
         self._asked.clear()
         self._unconfirmed.clear()
         self._ask_for(self._channels)
         # The answer to this ping marks the bus as up if there are no channels to confirm.
         self._transport.write(_PING)
-        await ear.lost
+        await receiver.lost
 
     async def _watch(self) -> None:
-        if self._transport is None or self._ear is None:
+        if self._transport is None or self._receiver is None:
             return
         if self._unanswered >= MAX_UNANSWERED:
             # The server hangs, or the network drops packets without an error.
-            self._ear.connection_lost(TimeoutError(f"no answer to {MAX_UNANSWERED} pings"))
+            self._receiver.connection_lost(TimeoutError(f"no answer to {MAX_UNANSWERED} pings"))
             self._transport.abort()
         else:
             self._unanswered += 1
@@ -247,20 +247,20 @@ class RedisBus:
 
     # -------------------------------------------------------------------------------------- messages from Redis
 
-    def _hear(self, said: Any) -> None:  # noqa: ANN401 - any value of the protocol
+    def _receive(self, answer: Any) -> None:  # noqa: ANN401 - any value of the protocol
         self._unanswered = 0
-        if isinstance(said, hiredis.PushNotification):
-            if said[0] == self._verbs.message:
+        if isinstance(answer, hiredis.PushNotification):
+            if answer[0] == self._verbs.message:
                 self.received += 1
                 # A message by a pattern has the pattern before the channel.
-                channel, words = said[-2:]
-                if not words.startswith(self._origin):
-                    self._deliver(channel[len(self._prefix) :], words[ORIGIN_BYTES:])
-            elif said[0] == self._verbs.subscribed:
-                self._confirm(said[1][len(self._prefix) :])
-        elif isinstance(said, hiredis.ReplyError):
+                channel, content = answer[-2:]
+                if not content.startswith(self._origin):
+                    self._deliver(channel[len(self._prefix) :], content[ORIGIN_BYTES:])
+            elif answer[0] == self._verbs.subscribed:
+                self._confirm(answer[1][len(self._prefix) :])
+        elif isinstance(answer, hiredis.ReplyError):
             # A command failed, so a message or a subscription is missing. Reconnect.
-            raise said
+            raise answer
         if not self.is_up and not self._unconfirmed:
             # Subscribe to channels that were added meanwhile. The bus is up when none remain.
             self._ask_for(self._channels - self._asked)
@@ -330,19 +330,19 @@ class Alone(RedisBus):
     def unsubscribe(self, channel: bytes) -> None:
         """Do nothing, because all channels are received."""
 
-    def publish(self, channel: bytes, words: bytes) -> None:
+    def publish(self, channel: bytes, content: bytes) -> None:
         """Publish a message if there is another worker, or if it is a heartbeat."""
         if channel.startswith(OF_WORKERS) or self._loop.time() < self._others_until:
-            super().publish(channel, words)
+            super().publish(channel, content)
 
-    def _deliver_from_others(self, channel: bytes, words: bytes) -> None:
+    def _deliver_from_others(self, channel: bytes, content: bytes) -> None:
         if channel.startswith(OF_WORKERS):
             now = self._loop.time()
             was_alone = now >= self._others_until
             self._others_until = now + OTHERS_SECONDS
             if was_alone:
                 self._caught_up()  # the other worker published nothing either
-        self._deliver_all(channel, words)
+        self._deliver_all(channel, content)
 
 
 def prefix(installation: str) -> bytes:
@@ -350,8 +350,8 @@ def prefix(installation: str) -> bytes:
     return f"{installation}:".encode()
 
 
-def _pack(*words: bytes) -> bytes:
-    packed: bytes = hiredis.pack_command(words)  # type: ignore[arg-type]  # its types know commands of one word only
+def _pack(*parts: bytes) -> bytes:
+    packed: bytes = hiredis.pack_command(parts)  # type: ignore[arg-type]  # its types know commands of one word only
     return packed
 
 

@@ -64,8 +64,8 @@ class Topic:
     """A conversation that this worker follows."""
 
     __slots__ = (
-        "behind", "changed_at", "channel", "delivered", "early", "fetch", "id", "joining", "opening", "pending",
-        "quiet_at", "rests_until", "sockets", "told",
+        "behind", "changed_at", "channel", "delivered", "delivery_times", "early", "fetch", "id", "joining", "opening",
+        "pending", "quiet_at", "rests_until", "sockets",
     )  # fmt: skip
 
     def __init__(self, conversation_id: ConversationId) -> None:
@@ -79,7 +79,7 @@ class Topic:
         self.behind: dict[Socket, Backlog] = {}
         self.early: dict[int, tuple[bytes, bytes]] = {}
         self.pending: list[bytes] = []
-        self.told: DeliveryTimes | None = None
+        self.delivery_times: DeliveryTimes | None = None
         self.fetch: asyncio.Task[None] | None = None
         self.opening: asyncio.Task[None] | None = None
         self.quiet_at = 0.0
@@ -256,16 +256,16 @@ class Topics:
     def _advance(self, topic: Topic, version: int, frame: bytes) -> None:
         for backlog in topic.behind.values():
             backlog.add(topic.delivered, version, frame)
-        ready = [socket for socket, told in topic.joining.items() if told < version]
+        ready = [socket for socket, since in topic.joining.items() if since < version]
         if ready:
             # Pending frames are older than the versions of these sockets.
             self._flush(topic)
             for socket in ready:
                 del topic.joining[socket]
                 topic.sockets[socket] = socket.write
-        if topic.told is None:
-            topic.told = DeliveryTimes(topic.delivered)
-        topic.told.add(version, time.time())
+        if topic.delivery_times is None:
+            topic.delivery_times = DeliveryTimes(topic.delivered)
+        topic.delivery_times.add(version, time.time())
         topic.delivered = version
         topic.changed_at = self._loop.time()
         self._enqueue(topic, frame)
@@ -348,10 +348,10 @@ class Topics:
                 self._fetch_soon(topic, 0)
                 yield topic.fetch
 
-    def told_at(self, conversation_id: ConversationId, version: int) -> float | None:
+    def delivered_at(self, conversation_id: ConversationId, version: int) -> float | None:
         """Return when this worker delivered a version, as `DeliveryTimes.of` does."""
         topic = self._topics.get(conversation_id)
-        return None if topic is None or topic.told is None else topic.told.of(version)
+        return None if topic is None or topic.delivery_times is None else topic.delivery_times.of(version)
 
     def close(self) -> None:
         """Cancel fetches and openings."""

@@ -147,7 +147,7 @@ class Watchers:
             if not sockets:
                 del self._sockets[socket.user_id]
 
-    def tell(self, user_id: UserId, frame: bytes, revision: int, *, is_face: bool) -> None:
+    def deliver(self, user_id: UserId, frame: bytes, revision: int, *, is_face: bool) -> None:
         """Write a user's presence or face to the sockets that may see it."""
         needed = Sight.FACE if is_face else Sight.ALL
         in_doubt = self._doubts.of(user_id)
