@@ -9,6 +9,8 @@ from asyncpg import Connection
 from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId
+from protocol.limits import MAX_CHANGES_BYTES
+from protocol.payloads import Poll
 from server.db.database import Database
 from server.domain import sync
 from server.fairness.share import Share
@@ -197,6 +199,77 @@ async def test_changes_that_do_not_fit_into_a_shared_statement_are_read_alone(
     assert asked.reads == [(8, 8), (2, 120), (1, 120), (1, 600), (1, 600)]
 
 
+COUNT_BYTES = """
+CREATE SEQUENCE made MINVALUE 0 START 0;
+SELECT nextval('made');
+ALTER FUNCTION message_json(message) RENAME TO uncounted;
+CREATE FUNCTION message_json(m message) RETURNS json LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    made json := uncounted(m);
+BEGIN
+    PERFORM setval('made', (SELECT last_value FROM made) + octet_length(made::text));
+    RETURN made;
+END $$;
+"""
+
+
+@pytest.mark.parametrize(("each", "statements"), [(10, 2), (60, 12)], ids=["several fit", "one fits"])
+async def test_postgresql_makes_no_changes_that_it_does_not_send(
+    world: World, monkeypatch: pytest.MonkeyPatch, each: int, statements: int
+) -> None:
+    """Conversations that do not fit into a statement are left out before their messages are made to JSON. `since`
+    reads too many changes in parts, and each part makes about what it returns.
+    """
+    ada, charles = await world.users("Ada", "Charles")
+    await world.db.execute(COUNT_BYTES)
+    await world.db.execute(FILL, ada.id, 12)
+    every = {row[0]: 2 for row in await world.db.fetch("SELECT id FROM conversation")}
+    await world.db.execute(CHANGE.replace("'x'", "'\u4e00'"), list(every), each, charles.id, 10_000)
+    asked = Asked(monkeypatch)
+    found = await resumed(world, ada, every, asked)
+    assert all(len(found[one]) == each for one in every)
+    bytes_each = 31_000
+    assert await world.db.fetchval("SELECT last_value FROM made") <= 1.1 * 12 * each * bytes_each
+    assert len(asked.reads) == statements
+    first = next(iter(every))
+    await world.db.execute(CHANGE.replace("'x'", "'\u4e00'"), [first], 200, charles.id, 10_000)
+    await world.db.execute("SELECT setval('made', 0)")
+    late = await changes.since(world.db, first, 2, limit=1_000)
+    assert late is not None
+    part = await late.decoded()
+    assert len(part.changes.events) * bytes_each > MAX_CHANGES_BYTES / 2
+    assert await world.db.fetchval("SELECT last_value FROM made") <= MAX_CHANGES_BYTES + 2 * bytes_each
+    await world.db.execute("SELECT setval('made', 0)")
+    assert (await resumed(world, ada, every, asked)).keys() == every.keys() - {first}, "it starts over"
+    assert await world.db.fetchval("SELECT last_value FROM made") <= 1.1 * 12 * each * bytes_each
+
+
+async def test_lengths_never_exceed_the_json_of_a_message(room: Room, world: World) -> None:
+    """Otherwise a client would start over although its changes fit."""
+    numbers = {str(number): number for number in range(120)}
+    for content, fields in (
+        ("x", {}),
+        ("\u4e00" * 10_000, {"metadata": numbers}),
+        ("**x** " * 500, {"is_markdown": True, "metadata": {"x": "y" * 10_000}}),
+        ("Tea?", {"payload": Poll(options=[str(number) for number in range(20)])}),
+    ):
+        await sent(room.ada, room.group, content, **fields)
+    hidden, deleted = [await sent(room.ada, room.group, "x" * 5_000) for _ in range(2)]
+    await world.moderate_as_owner(client.Moderate(conversation_id=room.group, message_id=hidden, reason="Rude"))
+    await room.ada.call(client.Delete(conversation_id=room.group, message_id=deleted))
+    sizes = changes._SIZES.format(since="0", limit="100")  # noqa: SLF001
+    for settings in ("{}", '{"history": "from_joining"}'):
+        await world.db.execute("UPDATE conversation SET settings = $1, access_version = version - 3", settings)
+        rows = await world.db.fetch(
+            f"SELECT s.* FROM conversation c CROSS JOIN LATERAL ({sizes}) s WHERE id = $1", room.group
+        )
+        found = await world.db.fetchrow(changes.SINCE, room.group, 0, 100, MAX_CHANGES_BYTES)
+        assert found is not None
+        made = dict(zip(found["versions"], map(len, map(str.encode, found["events"])), strict=True))
+        assert len(rows) == 6
+        assert all(row["bytes"] <= made[row["version"]] for row in rows), (rows, made)
+
+
 async def test_changes_during_a_resume_exceed_the_share_of_a_conversation(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +294,7 @@ async def test_changes_during_a_resume_exceed_the_share_of_a_conversation(
     assert {one: len(versions) for one, versions in found.items()} == dict.fromkeys(every.keys() - {over}, 1) | {
         busy: 21
     }
-    assert [count for count, _ in asked.reads] == [50, 1, 1]
+    assert [count for count, _ in asked.reads] == [50, 2, 1]
 
 
 async def test_own_changes_are_read_in_pages_and_none_is_lost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

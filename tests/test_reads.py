@@ -159,8 +159,8 @@ BOUNDED = {name: reads for statements in WHY.values() for name, reads in stateme
 LIMITS = {
     "audit.RECORD": 2,
     "bounds.FORGET_STARS": 1,
-    "changes.SINCE": 6,
-    "changes.MISSED": 8,
+    "changes.SINCE": 7,
+    "changes.MISSED": 9,
     "conversation_views.GET": 3,
     "conversation_views.PAGE": 4,
     "erasure.CLEAR_REPORTS": 2,

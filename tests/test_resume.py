@@ -292,12 +292,12 @@ async def test_answers_of_a_resume_take_tokens_by_their_size(settings: Settings)
 
 
 async def test_unsent_reads_of_a_resume_take_tokens(settings: Settings) -> None:
-    """Reads as above. Of changes of 2.6 MiB, 2 MiB are read and take 60 tokens."""
+    """Reads as above. Quotation marks take two bytes each, so 2 of 2.8 MiB are read, and take 60 tokens."""
     async with World(msgspec.structs.replace(settings, read_rate=10.0), workers=1) as world:
         ada = await world.connect(await world.user("Ada"))
         group = await world.channel(ada)
         version = await world.db.fetchval("SELECT version FROM conversation WHERE id = $1", group)
-        await world.db.execute(MISS, group, MAX_CHANGES, ada.ready.user.id, "x" * 2_500)
+        await world.db.execute(MISS, group, MAX_CHANGES, ada.ready.user.id, '"' * 900)
         began = time.monotonic()
         await ada.call(client.Resume(epoch=ada.ready.epoch, versions={group: version}), server.Resumed)
         assert (await ada.event(server.StartOver)).reason == "too_many_changes"
@@ -531,18 +531,19 @@ async def test_large_missed_changes_start_over(away: Away) -> None:
     assert pieces > 3
 
 
-async def test_first_missed_version_is_read_whole_at_any_size(away: Away) -> None:
+@pytest.mark.parametrize(("count", "content"), [(59, "\x01"), (90, "\u4e00")], ids=["escaped", "long"])
+async def test_first_missed_version_is_read_whole_at_any_size(away: Away, count: int, content: str) -> None:
     await away.world.db.execute(
         """WITH bumped AS (UPDATE conversation SET version = 5 WHERE id = $1)
         INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
-        SELECT $1, $2, repeat(U&'\\0001', 10000), 3 + n, CASE WHEN n < 60 THEN 4 ELSE 5 END
-        FROM generate_series(1, 60) n""",
-        away.group, away.ada.ready.user.id,
+        SELECT $1, $2, repeat($3, 10000), 3 + n, CASE WHEN n <= $4 THEN 4 ELSE 5 END
+        FROM generate_series(1, $4::int + 1) n""",
+        away.group, away.ada.ready.user.id, content, count,
     )  # fmt: skip
     undecoded = await since(away.world.db, away.group, 3, limit=MAX_CHANGES)
     assert undecoded is not None
     found = await undecoded.decoded()
-    assert (found.changes.version, len(found.changes.events), found.is_whole) == (4, 59, False)
+    assert (found.changes.version, len(found.changes.events), found.is_whole) == (4, count, False)
     assert found.parts(MAX_PAGE_BYTES) is None, "the changes do not fit into a frame"
 
 

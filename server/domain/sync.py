@@ -213,10 +213,15 @@ def _batches(
 
 
 async def _catch_up(context: Context, versions: Mapping[ConversationId, int], *, done: int = 0) -> None:
-    """Send the changes after these versions, and attach the conversations. One statement reads those of all. Then those
-    that it cannot complete, or that changed meanwhile, are read one by one.
+    """Send the changes after these versions, and attach the conversations. Each statement reads those of all
+    conversations that fit into it. When none does, each one is read alone.
     """
-    behind = await _say_changes(context, versions, done) if versions else {}
+    behind = dict(versions)
+    while behind:
+        count = len(behind)
+        behind = await _say_changes(context, behind, done)
+        if 1 < count == len(behind):
+            break
     for one, version in behind.items():
         alone = {one: version}
         while alone:

@@ -35,7 +35,8 @@ _EVENTS = """
                 WHEN m.sent_version > {since} THEN 'message_sent' ELSE 'message_edited' END,
             'conversation_id', m.conversation_id, 'version', m.version, 'message', message_json(m)
         ) END AS event, NULL::uuid AS gone
-    FROM message m WHERE m.conversation_id = c.id AND m.version > {since} ORDER BY m.version LIMIT {limit})
+    FROM message m WHERE m.conversation_id = c.id AND m.version > {since} AND m.version < {until}
+    ORDER BY m.version LIMIT {limit})
     UNION ALL
     (SELECT r.version, CASE WHEN {from_before} THEN {reacted} ELSE json_build_object(
             'type', CASE WHEN r.is_removed OR m.is_deleted THEN 'message_unreacted' ELSE 'message_reacted' END,
@@ -43,7 +44,7 @@ _EVENTS = """
             'user_id', r.user_id, 'emoji', r.emoji, 'count', coalesce((m.reactions ->> r.emoji)::int, 0)
         ) END, NULL
     FROM message_reaction r JOIN message m ON m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE
-    WHERE r.conversation_id = c.id AND r.version > {since} ORDER BY r.version LIMIT {limit})
+    WHERE r.conversation_id = c.id AND r.version > {since} AND r.version < {until} ORDER BY r.version LIMIT {limit})
     UNION ALL
     (SELECT v.version, CASE WHEN {from_before} THEN {voted} ELSE json_build_object(
             'type', 'poll_voted', 'conversation_id', v.conversation_id, 'version', v.version,
@@ -52,38 +53,59 @@ _EVENTS = """
             'options', CASE WHEN m.payload @> '{{"is_anonymous": true}}' THEN NULL ELSE v.options END
         ) END, NULL
     FROM poll_vote v JOIN message m ON m.id = v.message_id AND (m.conversation_id = v.conversation_id) IS TRUE
-    WHERE v.conversation_id = c.id AND v.version > {since} AND m.payload IS NOT NULL ORDER BY v.version LIMIT {limit})
+    WHERE v.conversation_id = c.id AND v.version > {since} AND v.version < {until} AND m.payload IS NOT NULL
+    ORDER BY v.version LIMIT {limit})
     UNION ALL
     (SELECT p.version, participant_event(p, c.participant_count), CASE WHEN p.status <> 'active' THEN p.user_id END
     FROM conversation_participant p
-    WHERE p.conversation_id = c.id AND p.version > {since} ORDER BY p.version LIMIT {limit})
+    WHERE p.conversation_id = c.id AND p.version > {since} AND p.version < {until} ORDER BY p.version LIMIT {limit})
     UNION ALL
     (SELECT p.left_version, participant_left_json(p, c.participant_count), p.user_id
     FROM conversation_participant p
-    WHERE p.conversation_id = c.id AND p.left_version > {since} AND p.left_version > 0 AND p.left_version < p.version
-        AND p.left_version > p.joined_version AND p.status <> 'active'
+    WHERE p.conversation_id = c.id AND p.left_version > {since} AND p.left_version < {until} AND p.left_version > 0
+        AND p.left_version < p.version AND p.left_version > p.joined_version AND p.status <> 'active'
     ORDER BY p.left_version LIMIT {limit})
     UNION ALL
     SELECT c.settings_version, json_build_object(
             'type', 'conversation_updated', 'conversation_id', c.id, 'version', c.settings_version,
             'conversation', conversation_json(c)
         ), CASE WHEN c.is_deleted THEN '{everyone}'::uuid END
-    WHERE c.settings_version > {since}
+    WHERE c.settings_version > {since} AND c.settings_version < {until}
     ORDER BY 1 LIMIT {limit}
 """
-"""Up to `{limit}` events of the conversation `c` after the version `{since}`, in order, each with the user who left by
-it.
+"""Up to `{limit}` events of the conversation `c` between the versions `{since}` and `{until}`, in order, each with the
+user who left by it.
 """
 
+_FROM_BEFORE = "c.settings ->> 'history' = 'from_joining' AND m.sent_version <= c.access_version"
+MESSAGE_BYTES = 1_000
+"""Min bytes of a message in an event, besides its values of any length."""
+BINARY_BYTES = 3_000
+"""Max bytes that PostgreSQL needs for a JSON object beyond those of its text, for up to `MAX_JSON_VALUES` values."""
+# PostgreSQL knows the lengths of values without reading them, so this costs a small part of the messages as JSON.
+_SIZES = f"""
+    SELECT m.version, CASE WHEN {_FROM_BEFORE} THEN 0 WHEN m.is_moderated THEN {MESSAGE_BYTES}
+        ELSE {MESSAGE_BYTES} + octet_length(m.content) + coalesce(octet_length(m.formatted_content), 0)
+            + coalesce(greatest(pg_column_size(m.payload) - {BINARY_BYTES}, 0), 0)
+            + coalesce(greatest(pg_column_size(m.metadata) - {BINARY_BYTES}, 0), 0)
+        END AS bytes
+    FROM message m WHERE m.conversation_id = c.id AND m.version > {{since}} ORDER BY m.version LIMIT {{limit}}
+"""  # noqa: S608 - only column references and constants are put in
+"""The version and min bytes of up to `{limit}` changed messages of the conversation `c`, in order."""
+_LAST = 2**63 - 1
+"""A version after all others."""
 
-def _since(*, since: str, limit: str, most: str) -> str:
+
+def _since(*, since: str, until: str, limit: str, most: str) -> str:
     """Return a query for the conversation `c`. It returns one row, with all events of the first version, and then as
-    many as fit. `found` is their number before that.
+    many as fit, up to the version `until`. `found` is their number before that, and greater than it without those from
+    `until` on.
     """
     events = _EVENTS.format(
         since=since,
+        until=until,
         limit=limit,
-        from_before="c.settings ->> 'history' = 'from_joining' AND m.sent_version <= c.access_version",
+        from_before=_FROM_BEFORE,
         changed=_CHANGED.format(row="m"),
         reacted=_CHANGED.format(row="r"),
         voted=_CHANGED.format(row="v"),
@@ -91,7 +113,7 @@ def _since(*, since: str, limit: str, most: str) -> str:
     )
     return f"""
     SELECT coalesce(array_agg(e.version), '{{}}') AS versions, coalesce(array_agg(e.event), '{{}}') AS events,
-        coalesce(array_agg(e.gone), '{{}}') AS gone, coalesce(max(e.found), 0) AS found,
+        coalesce(array_agg(e.gone), '{{}}') AS gone, coalesce(max(e.found), 0) + ({until} < {_LAST})::int AS found,
         coalesce(max(e.bytes), 0) AS bytes
     FROM (
         SELECT s.* FROM (
@@ -105,9 +127,16 @@ def _since(*, since: str, limit: str, most: str) -> str:
 """  # noqa: S608 - only names of parameters, column references and constants are put in
 
 
+# Messages that begin after the max bytes are not made to JSON.
 SINCE = f"""
 SELECT c.version, e.versions, e.events, e.gone, e.found
-FROM conversation c CROSS JOIN LATERAL ({_since(since="$2", limit="$3", most="$4")}) e WHERE c.id = $1
+FROM conversation c CROSS JOIN LATERAL (
+    SELECT coalesce(min(s.version) FILTER (WHERE s.before > $4 AND s.version > s.first), {_LAST}) AS version FROM (
+        SELECT s.version, min(s.version) OVER () AS first,
+            sum(s.bytes) OVER (ORDER BY s.version ROWS UNBOUNDED PRECEDING) - s.bytes AS before
+        FROM ({_SIZES.format(since="$2", limit="$3")}) s
+    ) s
+) until CROSS JOIN LATERAL ({_since(since="$2", until="until.version", limit="$3", most="$4")}) e WHERE c.id = $1
 """  # noqa: S608 - as above
 
 
@@ -189,7 +218,8 @@ def _difference(
 
 
 # One statement, so that each concurrent change is in all parts of the result or in none. Without the events of a
-# conversation that do not fit besides those of the conversations before it.
+# conversation that do not fit, alone or besides those of the conversations before it. Most of those are not made to
+# JSON, because their bytes or number are known before.
 MISSED = f"""
 SELECT m.id, m.last_read_message_id, m.last_read_version, m.unread_count, m.receipts, m.version,
     CASE WHEN m.fits THEN m.versions ELSE '{{}}' END AS versions,
@@ -197,11 +227,23 @@ SELECT m.id, m.last_read_message_id, m.last_read_version, m.unread_count, m.rece
     CASE WHEN m.fits THEN m.gone ELSE '{{}}' END AS gone, m.found
 FROM (
     SELECT found.*, wanted.place = 1 OR sum(found.bytes) OVER (ORDER BY wanted.place) <= $5 AS fits
-    FROM unnest($1::uuid[], $3::bigint[]) WITH ORDINALITY AS wanted (id, since, place)
+    FROM (
+        SELECT s.id, s.since, s.place, CASE WHEN s.bytes IS NOT NULL AND sum(s.bytes) OVER (ORDER BY s.place) <= $5
+            THEN {_LAST} ELSE 0 END AS until
+        FROM (
+            SELECT w.id, w.since, w.place, sizes.bytes
+            FROM unnest($1::uuid[], $3::bigint[]) WITH ORDINALITY AS w (id, since, place) CROSS JOIN LATERAL (
+                SELECT CASE WHEN count(s) < $6 AND coalesce(sum(s.bytes), 0) <= $5 THEN coalesce(sum(s.bytes), 0) END
+                    AS bytes
+                FROM conversation c CROSS JOIN LATERAL ({_SIZES.format(since="w.since", limit="$6")}) s
+                WHERE c.id = w.id OFFSET 0
+            ) sizes
+        ) s OFFSET 0
+    ) wanted
     CROSS JOIN LATERAL (
-        SELECT c.id, c.version, me.last_read_message_id, me.last_read_version, (
+        SELECT c.id, c.version, me.last_read_message_id, me.last_read_version, CASE WHEN wanted.until > 0 THEN (
             {COUNT_UNREAD.format(me="me")}
-        ) AS unread_count, CASE WHEN c.participant_count <= $4 THEN coalesce((
+        ) ELSE 0 END AS unread_count, CASE WHEN wanted.until > 0 AND c.participant_count <= $4 THEN coalesce((
             SELECT json_agg(json_build_object('user_id', p.user_id, 'message_id', p.last_read_message_id,
                 'revision', CASE WHEN p.last_read_message_id IS NOT NULL THEN p.last_read_version ELSE 0 END,
                 'delivered_message_id', CASE WHEN seen.is_shown THEN p.delivered_message_id END,
@@ -212,7 +254,7 @@ FROM (
                 AND (p.last_read_message_id IS NOT NULL OR (seen.is_shown AND p.delivered_message_id IS NOT NULL))
         ), '[]') ELSE '[]' END AS receipts, e.*
         FROM conversation_participant me JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
-        CROSS JOIN LATERAL ({_since(since="wanted.since", limit="$6", most="$5")}) e
+        CROSS JOIN LATERAL ({_since(since="wanted.since", until="wanted.until", limit="$6", most="$5")}) e
         WHERE me.conversation_id = wanted.id AND me.user_id = $2 AND me.status = 'active' OFFSET 0
     ) found
 ) m
