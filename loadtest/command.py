@@ -2,13 +2,11 @@
 
 import asyncio
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import click
-import msgspec
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -23,7 +21,7 @@ from loadtest.scenarios import SCENARIOS
 from loadtest.target import OpenChat, Unusable
 from server.cli.arguments import Command, File, Number, OneOf
 from server.cli.tables import visible
-from server.core.atomic_file import aside, require_folder
+from server.core.atomic_file import require_folder
 from server.core.errors import Fatal
 from server.core.terminal import complain
 
@@ -283,13 +281,8 @@ def _conclude(result: Result, options: Options, console: Console) -> int:
 
 
 def _write(result: Result | Comparison, plotted: Result, options: Options, console: Console) -> None:
-    """Write the figures as JSON and the report as HTML."""
-    stem = options.report / f"{plotted.scenario}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with aside(stem.with_suffix(".json")) as write:
-        write(msgspec.json.format(msgspec.json.encode(result)))
-    with aside(stem.with_suffix(".html")) as write:
-        write(report.page(plotted).encode())
-    console.print(visible(f"Report: {stem.with_suffix('.html')}"), soft_wrap=True)
+    path = report.write(options.report, plotted.scenario, result, report.page(plotted))
+    console.print(visible(f"Report: {path}"), soft_wrap=True)
 
 
 def _tables(result: Result, bound: float | None) -> Table:

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Self, TypeAlias, cast
 
@@ -192,19 +192,20 @@ class Proxy:
         return client
 
     async def _connect(self, pipe: Pipe, server: Side) -> None:
-        is_unix = isinstance(self._upstream, Path)
-        address = str(self._upstream) if isinstance(self._upstream, Path) else self._upstream
-        upstream = socket.socket(socket.AF_UNIX if is_unix else socket.AF_INET)
+        loop = asyncio.get_running_loop()
+        address: str | tuple[str, int]
+        connect: Callable[..., Awaitable[object]]
+        if isinstance(self._upstream, Path):
+            family, address, connect = socket.AF_UNIX, str(self._upstream), loop.create_unix_connection
+        else:
+            family, address, connect = socket.AF_INET, self._upstream, loop.create_connection
+        upstream = socket.socket(family)
         upstream.settimeout(0)
         if self._receive_bytes:
             upstream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_bytes)
-        loop = asyncio.get_running_loop()
         try:
             await loop.sock_connect(upstream, address)
-            if is_unix:
-                await loop.create_unix_connection(lambda: server, sock=upstream)
-            else:
-                await loop.create_connection(lambda: server, sock=upstream)
+            await connect(lambda: server, sock=upstream)
         except OSError:
             upstream.close()
             self.pipes.discard(pipe)

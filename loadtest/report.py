@@ -3,12 +3,16 @@
 import time
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
+
+import msgspec
 
 from loadtest import figures
 from loadtest.counters import Tally
 from loadtest.histogram import Histogram
 from loadtest.plot import Series, axis, svg
 from loadtest.run import Moment, Phase, Result
+from server.core.atomic_file import aside
 
 MS = 1_000
 SHARES = (0.5, 0.9, 0.99, 0.999, 0.9999)
@@ -26,6 +30,16 @@ svg { width: 100% } .grid { stroke: var(--line) } .tick { font-size: 11px; fill:
 .span { fill: #ea580c44 } .line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round }
 .s0 { color: var(--s0) } .s1 { color: var(--s1) } .s2 { color: var(--s2) } .s3 { color: var(--s3) }
 """
+
+
+def write(folder: Path, name: str, results: msgspec.Struct, text: str) -> Path:
+    """Write results as JSON, and their page `text` as HTML. Return the path of the page. Raises Fatal if that fails."""
+    stem = folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with aside(stem.with_suffix(".json")) as write_json:
+        write_json(msgspec.json.format(msgspec.json.encode(results)))
+    with aside(stem.with_suffix(".html")) as write_html:
+        write_html(text.encode())
+    return stem.with_suffix(".html")
 
 
 def page(result: Result) -> str:

@@ -5,6 +5,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Protocol
 from uuid import UUID
@@ -88,13 +89,15 @@ class Actor:
         seed: int,
         *,
         log_in: Callable[[], Awaitable[str]] | None = None,
+        sets_presence: bool = True,
     ) -> None:
         """`log_in` returns a new token. It is called when a session has ended."""
         self.account = account
-        self.token = account.token
-        self.urls = urls
-        self.channels = channels
-        self.log_in = log_in
+        self._token = account.token
+        self._urls = urls
+        self._channels = channels
+        self._log_in = log_in
+        self._sets_presence = sets_presence
         self._random = random.Random(seed)
         self.others: list[UserId] = []
         """The users whom it may add, write to and watch."""
@@ -112,14 +115,25 @@ class Actor:
         self.noticed_losses = 0
         """How often a heartbeat revealed a lost event."""
 
+    def another_device(self, seed: int) -> "Actor":
+        """Return a further device of the user, which leaves the presence to this one. It begins with a copy of this
+        mirror, because reading every conversation again would use up the user's rate limits.
+        """
+        device = Actor(self.account, self._urls, self._channels, seed, log_in=self._log_in, sets_presence=False)
+        device._token = self._token
+        device.others = self.others
+        device.mirror = deepcopy(self.mirror)
+        device.mirror.wrong, device.mirror.shown = Counter(), set()
+        return device
+
     # -------------------------------------------------------------------------------------------------- connection
 
     async def connect(self) -> None:
         """Connect to any worker and resume."""
         while True:
             await asyncio.sleep(max(0.0, self._back_at - time.monotonic()))
-            token, self._ticket = self._ticket or self.token, None
-            fresh = Client(self._random.choice(self.urls()), token, query="?resume=1", open_timeout=CONNECT_SECONDS)
+            token, self._ticket = self._ticket or self._token, None
+            fresh = Client(self._random.choice(self._urls()), token, query="?resume=1", open_timeout=CONNECT_SECONDS)
             fresh.on_event = self._receive
             # Before the connection is open, because the server may send events on it before `resume`.
             self.mirror.begin_resume()
@@ -142,9 +156,9 @@ class Actor:
             except InvalidStatus as error:
                 self.client = None
                 self.tally.ends[f"HTTP {error.response.status_code}"] += 1
-                is_over = error.response.status_code == UNAUTHORIZED and token == self.token
-                if is_over and self.log_in is not None:
-                    self.token = await self.log_in()
+                is_over = error.response.status_code == UNAUTHORIZED and token == self._token
+                if is_over and self._log_in is not None:
+                    self._token = await self._log_in()
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             except (OSError, ConnectionClosed, InvalidHandshake, InvalidMessage, TimeoutError, Refused) as error:
@@ -358,7 +372,7 @@ class Actor:
     def frame(self) -> Frame:
         """Return a random frame. Frames that people send often have higher weights."""
         mine = list(self.mirror.copies)
-        channel = self._random.choice(self.channels)
+        channel = self._random.choice(self._channels)
         if channel not in mine and self._chance(JOINS):
             return client.Join(conversation_id=channel)
         if not mine or self._chance(GLOBAL):
@@ -444,7 +458,6 @@ class Actor:
         makes: list[Callable[[], Frame]] = [
             client.Ping,
             client.ListConversations,
-            lambda: client.SetPresence(status=self._random.choice(("online", "away", "busy", "invisible"))),
             lambda: client.Watch(user_ids=[other]),
             lambda: client.Unwatch(user_ids=[other]),
             lambda: client.GetUsers(user_ids=[other]),
@@ -473,6 +486,10 @@ class Actor:
             lambda: self._random.choice((client.Follow, client.Unfollow))(user_id=other),
             lambda: self._random.choice((client.Mute, client.Unmute))(user_id=other),
         ]
+        if self._sets_presence:
+            makes.append(
+                lambda: client.SetPresence(status=self._random.choice(("online", "away", "busy", "invisible")))
+            )
         if self.mirror.invitations:
             invited = next(iter(self.mirror.invitations))
             makes += [

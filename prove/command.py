@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import click
-import msgspec
 import uvloop
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from loadtest.proxy import Proxy
+from loadtest.report import write
 from loadtest.target import Unusable
 from prove import report
 from prove.cluster import Cluster, OwnCluster
@@ -25,7 +25,7 @@ from prove.pairs_command import conclude, prove_pairs
 from prove.run import Outcome, Proof, Run
 from server.cli.arguments import Command, File, Number
 from server.cli.tables import visible
-from server.core.atomic_file import aside, require_folder
+from server.core.atomic_file import require_folder
 from server.core.errors import Fatal
 from server.core.terminal import complain
 
@@ -232,12 +232,8 @@ def _conclude(proof: Proof, options: Options, console: Console) -> int:
         if outcome.remark:
             console.print(visible(f"{outcome.name}: {outcome.remark}"), soft_wrap=True)
     if options.report:
-        stem = options.report / f"prove-{time.strftime('%Y%m%d-%H%M%S')}"
-        with aside(stem.with_suffix(".json")) as write:
-            write(msgspec.json.format(msgspec.json.encode(proof)))
-        with aside(stem.with_suffix(".html")) as write:
-            write(report.page(proof).encode())
-        console.print(visible(f"The report is {stem.with_suffix('.html')}"), soft_wrap=True)
+        path = write(options.report, "prove", proof, report.page(proof))
+        console.print(visible(f"Report: {path}"), soft_wrap=True)
     verdict = report.verdict(proof)
     console.print(visible(verdict, f"bold {'green' if proof.is_good else 'red'}"))
     return 0 if proof.is_good else 1

@@ -14,7 +14,7 @@ import asyncpg
 from prove.actor import Actor
 from prove.cluster import OwnCluster
 from prove.faults import Fault, FaultContext
-from prove.standby import Pair
+from prove.standby import ServerPair
 
 NOTICE_SECONDS = 1.0
 """Time from the fault to the promotion of the standby, in seconds."""
@@ -31,7 +31,7 @@ class PairCluster(OwnCluster):
     def __init__(self, workers: int) -> None:
         self._pair_folder = Path(tempfile.mkdtemp(prefix="openchat-pair-"))
         self._pair_folder.chmod(0o755)
-        self.pair = Pair(self._pair_folder)
+        self.pair = ServerPair(self._pair_folder)
         super().__init__(workers, DATABASE_URL=self.pair.url)
 
     async def __aenter__(self) -> Self:
@@ -102,7 +102,7 @@ async def _everyone_has_an_answer(context: FaultContext, began: float) -> str:
     return f"everyone had an answer again {time.monotonic() - began:.1f} s after the fault"
 
 
-def _pair(context: FaultContext) -> Pair:
+def _pair(context: FaultContext) -> ServerPair:
     assert isinstance(context.cluster, PairCluster)  # noqa: S101 - used only with it
     return context.cluster.pair
 

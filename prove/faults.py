@@ -12,7 +12,6 @@ from loadtest.distance import DistantDatabase
 from loadtest.proxy import Pipe, Proxy
 from prove.actor import Actor
 from prove.cluster import Cluster, OwnCluster
-from prove.device import Device
 
 FREEZE_SECONDS = 8.0
 CUT_EVERY_SECONDS = 0.5
@@ -34,7 +33,7 @@ class FaultContext(NamedTuple):
     proxy: Proxy
     actors: Sequence[Actor]
     random: random.Random
-    devices: list[Device]
+    devices: list[Actor]
     """Devices that the fault has added. They are compared with the rows, too, and leave after that."""
 
     @property
@@ -142,7 +141,7 @@ async def _hold_row(context: FaultContext) -> None:
 async def _busy_account(context: FaultContext) -> None:
     """Act on further devices of one user without pauses, so that its rate limits apply."""
     actor = context.random.choice(context.actors)
-    context.devices.extend(Device.of(actor, context.random.getrandbits(32)) for _ in range(DEVICES))
+    context.devices.extend(actor.another_device(context.random.getrandbits(32)) for _ in range(DEVICES))
     for device in context.devices:  # one after the other, because they share the limits of their user
         await device.connect()
     end = time.monotonic() + FAULT_SECONDS

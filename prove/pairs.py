@@ -35,7 +35,7 @@ a day.
 """
 
 
-class Pair(NamedTuple):
+class FramePair(NamedTuple):
     """Two kinds of frames. With `is_same_user`, two devices of one user send them, and else the owner and an admin."""
 
     first: type[Frame]
@@ -73,10 +73,10 @@ class PairsProof(msgspec.Struct, kw_only=True):
         return bool(self.pairs) and not self.violations
 
 
-def pairs(kinds: Collection[type[Frame]] = ()) -> list[Pair]:
+def pairs(kinds: Collection[type[Frame]] = ()) -> list[FramePair]:
     """Return all pairs, or those that contain one of `kinds`."""
-    found = [Pair(first, second, is_same_user=True) for first, second in combinations_with_replacement(WRITES, 2)]
-    found += [Pair(first, second, is_same_user=False) for first, second in product(WRITES, repeat=2)]
+    found = [FramePair(first, second, is_same_user=True) for first, second in combinations_with_replacement(WRITES, 2)]
+    found += [FramePair(first, second, is_same_user=False) for first, second in product(WRITES, repeat=2)]
     return [one for one in found if not kinds or one.first in kinds or one.second in kinds]
 
 
@@ -109,7 +109,7 @@ class Crew:
         """Disconnect all devices."""
         await asyncio.gather(*(one.leave() for one in self.devices))
 
-    async def act(self, pair: Pair, proof: PairsProof, db: Db) -> None:
+    async def act(self, pair: FramePair, proof: PairsProof, db: Db) -> None:
         """Act out a pair, compare, and record the results."""
         scene = await set_up(self.owners[0], self.admins[0], self.members[0], self._outsider.id)
         if pair.is_same_user:
@@ -224,7 +224,7 @@ async def _unlike_states(db: Db, device: Actor, new: Actor) -> list[str]:
 class Run:
     """Crews that act out pairs concurrently."""
 
-    def __init__(self, chosen: Sequence[Pair], proof: PairsProof) -> None:
+    def __init__(self, chosen: Sequence[FramePair], proof: PairsProof) -> None:
         self._proof = proof
         self._left = list(chosen)
         random.Random(proof.seed).shuffle(self._left)

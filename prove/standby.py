@@ -139,7 +139,7 @@ class Server:
         self._folder.release()
 
 
-class Pair:
+class ServerPair:
     """A primary and its synchronous standby."""
 
     def __init__(self, folder: Path) -> None:

@@ -6,7 +6,7 @@ import random
 import asyncpg
 import pytest
 
-from prove.pairs import Crew, Pair, PairsProof, Run, pairs
+from prove.pairs import Crew, FramePair, PairsProof, Run, pairs
 from prove.scene import PEOPLE
 from prove.writes import WRITES
 from server.core.config import Settings
@@ -24,7 +24,7 @@ def test_the_table_has_every_frame_that_writes() -> None:
     assert set(WRITES) == writing
 
 
-async def acted_out(settings: Settings, chosen: list[Pair], seed: int) -> PairsProof:
+async def acted_out(settings: Settings, chosen: list[FramePair], seed: int) -> PairsProof:
     proof = PairsProof(seed=seed)
     async with World(settings) as world:
         one_at_a_time = asyncio.Lock()  # they share a connection

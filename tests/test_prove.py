@@ -17,7 +17,6 @@ from loadtest.target import Unusable
 from protocol.ids import MessageId, uuid7
 from prove import faults, pairs, report, run
 from prove.cluster import Cluster, OwnCluster
-from prove.device import Device
 from prove.faults import FAULTS, Fault
 from prove.run import Outcome, Proof, Run
 from server.core.config import Settings
@@ -143,7 +142,7 @@ async def test_correct_server_passes_under_a_fault(
 @pytest.mark.long
 async def test_devices_of_a_busy_account_are_compared_with_the_rows(settings: Settings) -> None:
     async def add_device(context: faults.FaultContext) -> None:
-        context.devices.append(Device.of(context.actors[0], 7))
+        context.devices.append(context.actors[0].another_device(7))
         await context.devices[0].connect()
         context.devices[0].mirror.shown.add(MessageId(uuid7()))
 
