@@ -1134,11 +1134,29 @@ CREATE FUNCTION sender_part(conversation uuid, sender uuid) RETURNS TABLE (
         OFFSET 0;
     END;
 
+-- Locks conversations in the order of their ids, because two statements in different orders would deadlock. Returns
+-- those that are locked. With `passes_held`, it skips those that another transaction holds. Otherwise it waits for
+-- them, and returns none if a wait exceeds `lock_timeout`.
+CREATE FUNCTION lock_conversations(ids uuid[], passes_held boolean) RETURNS uuid[]
+LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+BEGIN
+    IF passes_held THEN
+        RETURN ARRAY(SELECT c.id FROM conversation c WHERE c.id = ANY(ids) ORDER BY c.id FOR NO KEY UPDATE SKIP LOCKED);
+    END IF;
+    BEGIN
+        RETURN ARRAY(SELECT c.id FROM conversation c WHERE c.id = ANY(ids) ORDER BY c.id FOR NO KEY UPDATE);
+    EXCEPTION WHEN lock_not_available THEN
+        RETURN '{}';
+    END;
+END
+$$;
+
 -- Stores messages of many users in many conversations, and returns the outcome of each message.
 -- server/queries/sending.py lists the outcomes. Each statement sees everything that was committed before it began, so
 -- the order of the steps matters. The comment of a step states what it needs, and what would fail elsewhere.
 --
--- `passes_held`: messages to a conversation that another transaction holds get the outcome `held`, instead of waiting.
+-- `passes_held`: messages to a conversation that another transaction holds get the outcome `held`. Otherwise they get
+-- it if the statement waits for the conversation longer than `lock_timeout`.
 -- `patience`: max time to wait for any row after the conversations, as a `lock_timeout`.
 CREATE FUNCTION send_messages(input json, passes_held boolean, patience text) RETURNS TABLE (
     place integer, outcome text, wait_ms integer, version bigint, created_at timestamptz, expires_at timestamptz,
@@ -1169,15 +1187,9 @@ BEGIN
     LEFT JOIN LATERAL sender_part(i.conversation_id, i.sender_id) p ON true;
     asked := ARRAY(SELECT i.conversation_id FROM unnest(words, items) i (words) WHERE i.words IS NOT NULL);
 
-    -- 2. Locks, in the order of the ids, because two batches in different orders would deadlock. Changes of roles,
-    --    settings and blocks take the same lock. So the results of the next step stay true until the commit.
-    IF passes_held THEN
-        locked := ARRAY(
-            SELECT c.id FROM conversation c WHERE c.id = ANY(asked) ORDER BY c.id FOR NO KEY UPDATE SKIP LOCKED
-        );
-    ELSE
-        locked := ARRAY(SELECT c.id FROM conversation c WHERE c.id = ANY(asked) ORDER BY c.id FOR NO KEY UPDATE);
-    END IF;
+    -- 2. Locks. Changes of roles, settings and blocks take the same ones. So the results of the next step stay true
+    --    until the commit.
+    locked := lock_conversations(asked, passes_held);
     -- From here on, others wait for this transaction. The rows that follow may be locked by transactions that do not
     -- hold the conversation: followers, authors, an id that is not committed (0062).
     patience := set_config('lock_timeout', patience, true);
@@ -1329,21 +1341,14 @@ DECLARE
     locked uuid[];
     judged reaction_outcome[];
 BEGIN
-    -- 1. Locks of the conversations, in the order of the ids. Those in which the user does not take part are not locked
-    --    (0065).
+    -- 1. Locks of the conversations, except of those in which the user does not take part (0065).
     items := ARRAY(SELECT i FROM json_populate_recordset(NULL::reaction_request, input) i);
     asked := ARRAY(
         SELECT i.conversation_id FROM unnest(items) i
         JOIN conversation_participant p ON p.conversation_id = i.conversation_id AND p.user_id = i.user_id
         WHERE p.status = 'active'
     );
-    IF passes_held THEN
-        locked := ARRAY(
-            SELECT c.id FROM conversation c WHERE c.id = ANY(asked) ORDER BY c.id FOR NO KEY UPDATE SKIP LOCKED
-        );
-    ELSE
-        locked := ARRAY(SELECT c.id FROM conversation c WHERE c.id = ANY(asked) ORDER BY c.id FOR NO KEY UPDATE);
-    END IF;
+    locked := lock_conversations(asked, passes_held);
     -- The rows that follow may be locked by transactions that do not hold the conversation (0062).
     patience := set_config('lock_timeout', patience, true);
 
@@ -1852,7 +1857,8 @@ REVOKE EXECUTE ON FUNCTION may(text, uuid, uuid), are_together(uuid, uuid), may_
     may_now(text, uuid, uuid), is_there_now(uuid, uuid), may_forward_now(uuid, uuid, uuid, timestamptz),
     is_unerased_now(uuid), obstacle(conversation, conversation_participant),
     obstacle_of(conversation, conversation_participant, boolean),
-    message_in(uuid, uuid), sender_part(uuid, uuid), send_messages(json, boolean, text), part_in(uuid, uuid),
+    message_in(uuid, uuid), sender_part(uuid, uuid), lock_conversations(uuid[], boolean),
+    send_messages(json, boolean, text), part_in(uuid, uuid),
     change_reactions(json, boolean, text, integer, integer), expire_messages(uuid[], uuid[], boolean, text) FROM PUBLIC;
 
 -- Revokes from PUBLIC the rights to create temporary tables and objects in the schema. Neither CREATE DATABASE with a

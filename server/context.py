@@ -23,6 +23,7 @@ from protocol.values import Message, Presence, User
 from server.core.errors import NotActive
 from server.core.unconfirmed import Unconfirmed
 from server.db.database import Database, Db
+from server.db.lock_timeouts import BRIEF_LOCK_MS
 from server.fairness.batcher import Batcher
 from server.fairness.lanes import Lanes
 from server.queries import users
@@ -197,10 +198,10 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     subscriber: Subscriber | None = None
     is_of_job: bool = False
     """Whether a job acts for the caller. It does not wait for the caller's turn, and waits only briefly for locks."""
-    passes_held: bool = False
-    """Whether transactions raise RowHeld instead of waiting for a held row."""
+    lock_ms: int = BRIEF_LOCK_MS
+    """Max time that a transaction waits for a lock, in milliseconds."""
     place: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
-    """Waits for the place of each transaction among frames that wait for the same rows."""
+    """Waits for the place of each transaction among frames that need locked rows."""
 
     @property
     def user_id(self) -> UserId:
@@ -211,17 +212,26 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     def database(self) -> Database:
         """The database, with the caller's share of connections."""
         database = self.services.database
-        return database.of_jobs() if self.is_of_job else database.of(self.user_id, passes_held=self.passes_held)
+        return database.of_jobs() if self.is_of_job else database.of(self.user_id, lock_ms=self.lock_ms)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Db]:
         """Borrow a connection inside a transaction, which commits when the block ends. If the caller's account is no
-        longer active then, it rolls back and raises NotActive. The frame may have waited for long.
+        longer active then, it rolls back and raises NotActive. The frame may have waited for long. Raises RowHeld if
+        the transaction waits for a lock longer than `lock_ms`. Then dispatch repeats the frame.
         """
         async with self.place(), self.database.transaction() as db:
             yield db
             if not await users.is_active(db, self.user_id):
                 raise NotActive
+
+    @asynccontextmanager
+    async def statement(self) -> AsyncIterator[Db]:
+        """Borrow a connection for one statement that locks rows, and that contains `BRIEFLY`. Raises RowHeld as
+        `transaction` does.
+        """
+        async with self.place(), self.database.statement() as db:
+            yield db
 
     @property
     def events(self) -> Events:

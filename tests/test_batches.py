@@ -26,6 +26,7 @@ from server.core.faults import OF_SOME
 from server.db import database
 from server.fairness.batcher import Batcher, Slow
 from server.fairness.lanes import HELD, Held, Lanes
+from server.fairness.lock_queue import Places
 from server.http import endpoints
 from server.hub import comparisons
 from server.queries import batches, sending
@@ -545,16 +546,16 @@ async def test_items_of_one_key_wait_in_one_lane() -> None:
     batches: list[list[str]] = []
     is_free = asyncio.Event()
 
-    async def wait(items: list[str]) -> list[str]:
+    async def wait(items: list[str]) -> list[str | Held]:
         batches.append(items)
         await is_free.wait()
-        return items
+        return list(items)
 
     async def run(items: list[str]) -> list[str | Held]:
         return [HELD] * len(items)
 
     lanes = Lanes[str, str, str](
-        key=lambda item: item[0], owner=lambda item: item, run=run, wait=wait, turns=asyncio.Semaphore(2), most=4
+        key=lambda item: item[0], owner=lambda item: item, run=run, wait=wait, places=Places(2, patience=9), most=4
     )
     first, second, third = [asyncio.create_task(lanes.submit(f"a{number}")) for number in range(3)]
     while not batches:

@@ -227,7 +227,7 @@ async def explained(db: "asyncpg.Connection[asyncpg.Record]", name: str, argumen
     db.remove_log_listener(note)
     top = json.loads(text)[0]["Plan"]
     rows, scanned, without_key = 0, [], []
-    is_call = top.get("Function Name") in FUNCTIONS
+    is_call = any(one.get("Function Name") in FUNCTIONS for one in (top, *top.get("Plans", [])))
     nodes = [json.loads(one)["Plan"] for one in inner if one] if is_call else [top]
     assert len(nodes) > (5 if is_call else 0), "auto_explain reports each statement"
     while nodes:

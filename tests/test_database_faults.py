@@ -17,6 +17,7 @@ from protocol.errors import ErrorCode
 from protocol.ids import ConversationId
 from protocol.server import Error
 from prove.client import Client
+from server.app import app
 from server.core.config import Settings
 from server.core.faults import REFUSALS, Away, Exhausted, Fault, fault_of
 from server.db import database, readiness
@@ -187,6 +188,30 @@ async def waiting(world: World, count: int) -> None:
             await asyncio.sleep(0.01)
 
 
+SLOW = """
+CREATE FUNCTION be_slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(60); RETURN NULL; END $$;
+CREATE TRIGGER slow AFTER UPDATE ON conversation FOR EACH ROW EXECUTE FUNCTION be_slow()
+"""
+
+
+async def test_frame_that_needs_a_locked_row_for_too_long_is_refused_as_busy(
+    settings: Settings, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "LOCK_SECONDS", 0.3)
+    async with World(settings) as world:
+        ada = await world.connect(await world.user("Ada"))
+        group = await world.channel(ada)
+        async with holding(world, group):
+            await refusal(ada, renamed(group), Fault.BUSY)
+            await refusal(ada, message(group), Fault.BUSY)
+        assert told(lines, "database busy") == [
+            "WARNING update_conversation failed, database busy (55P03): canceling statement due to lock timeout",
+            "WARNING send failed, database busy (55P03): the conversation is locked",
+        ]
+        assert counted(world, Fault.BUSY) == 2, "each frame, and not each attempt"
+        await ada.call(renamed(group))
+
+
 async def test_statement_timeout_is_refused_as_busy(
     settings: Settings, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,8 +219,9 @@ async def test_statement_timeout_is_refused_as_busy(
     async with World(settings) as world:
         ada = await world.connect(await world.user("Ada"))
         group = await world.channel(ada)
-        async with holding(world, group):
-            await refusal(ada, renamed(group), Fault.BUSY)
+        await world.db.execute(SLOW)
+        await refusal(ada, renamed(group), Fault.BUSY)
+        await world.db.execute("DROP FUNCTION be_slow() CASCADE")
         assert told(lines, "database busy") == [
             "WARNING update_conversation failed, database busy (57014): canceling statement due to statement timeout"
         ]

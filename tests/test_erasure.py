@@ -349,7 +349,7 @@ async def test_erasure_that_times_out_is_logged_and_delays_no_others(
     for name in ("CLEAR_SECONDS", "DUE_SECONDS"):
         monkeypatch.setattr(background, name, 36_000.0)
     if by == "the server":
-        monkeypatch.setattr(database, "IMPATIENT", "SET LOCAL statement_timeout = '50ms'")
+        monkeypatch.setattr(database, "begin", lambda _: "BEGIN; SET LOCAL statement_timeout = '50ms'")
         monkeypatch.setitem(database.SESSION, "statement_timeout", "500ms")  # of the expiry
     else:
         monkeypatch.setattr(database, "STATEMENT_SECONDS", 0.2)

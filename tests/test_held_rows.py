@@ -52,7 +52,7 @@ async def test_due_message_does_not_wait_for_rows_of_another_sender(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, held: str
 ) -> None:
     monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
-    monkeypatch.setattr(database, "IMPATIENT", "SET LOCAL lock_timeout = '50ms'", raising=False)
+    monkeypatch.setattr(database, "JOB_LOCK_MS", 50)
     async with World(settings, workers=1) as world:
         (send_due,) = (job.run for job in world.workers[0].app.background.jobs if job.run.__name__ == "send_due")
         people = await world.users("Ada", "Charles", "Mary")
@@ -305,7 +305,7 @@ WHERE wait_event_type = 'Lock' AND datname = current_database() AND query LIKE '
 
 async def test_message_does_not_wait_for_other_locked_conversations(settings: Settings) -> None:
     """More conversations are locked than may wait concurrently, each with messages from several connections."""
-    held, waiting = settings.database_connections, max(1, settings.database_connections // app.LANES_SHARE)
+    held, waiting = settings.database_connections, max(1, settings.database_connections // app.WAITING_SHARE)
     async with World(settings, workers=1) as world:
         ada, charles, mary = await world.users("Ada", "Charles", "Mary")
         one, other, free = [await world.connect(who) for who in (ada, charles, mary)]
@@ -342,6 +342,12 @@ async def test_message_does_not_wait_for_other_locked_conversations(settings: Se
         assert sends._lanes == {}  # noqa: SLF001 - lanes are removed
 
 
+def assert_is_empty(worker: app.App) -> None:
+    """Assert that nothing is left of frames that waited."""
+    lock_queue = worker._lock_queue  # noqa: SLF001
+    assert lock_queue._of_key._taken == lock_queue._of_client._taken == lock_queue._pausing == {}  # noqa: SLF001
+
+
 async def test_frames_that_wait_for_a_row_leave_connections_to_others(settings: Settings) -> None:
     async with World(settings, workers=1) as world, asyncio.TaskGroup() as group:
         mary, *people = await world.users("Mary", *(f"User {number}" for number in range(8)))
@@ -371,8 +377,7 @@ async def test_frames_that_wait_for_a_row_leave_connections_to_others(settings: 
                     await asyncio.sleep(0.01)
             assert not any(task.done() for task in tasks)
         await asyncio.gather(*tasks)
-        aside = world.workers[0].app._aside  # noqa: SLF001
-        assert aside._of_key._taken == {}  # noqa: SLF001
+        assert_is_empty(world.workers[0].app)
         assert await recount(world.db) == []
 
 
@@ -403,8 +408,8 @@ async def test_user_whose_row_is_locked_delays_nobody_else(settings: Settings) -
             await world.db.execute(HOLD["sender"])
             tasks: list[asyncio.Task[Any]] = [group.create_task(cancel())]
             tasks += [group.create_task(device.call(frame)) for device, frame in zip(devices, frames, strict=False)]
-            aside = world.workers[0].app._aside  # noqa: SLF001
-            await until(lambda: aside.is_held(charles.id))
+            lock_queue = world.workers[0].app._lock_queue  # noqa: SLF001
+            await until(lambda: lock_queue.has(charles.id))
             async with asyncio.timeout(3):
                 while await world.db.fetchval(HELD_UP) > 1:  # first attempts, which do not wait for long
                     await asyncio.sleep(0.01)
@@ -426,14 +431,14 @@ async def test_user_whose_row_is_locked_delays_nobody_else(settings: Settings) -
                 await asyncio.gather(*pair)
             assert not any(task.done() for task in tasks)
         await asyncio.gather(*tasks)
-        assert aside._of_key._taken == aside._of_client._taken == {}  # noqa: SLF001
+        assert_is_empty(world.workers[0].app)
 
 
 async def test_frames_that_change_only_rows_of_their_user_wait_for_their_user(room: Room, world: World) -> None:
     """Otherwise frames of others in the conversation would wait behind them."""
     here = room.at(await sent(room.charles, room.group))
     charles = room.charles.ready.user.id
-    aside = world.workers[1].app._aside  # noqa: SLF001
+    lock_queue = world.workers[1].app._lock_queue  # noqa: SLF001
     for frame in (
         client.Star(**here),
         client.Unstar(**here),
@@ -446,8 +451,8 @@ async def test_frames_that_change_only_rows_of_their_user_wait_for_their_user(ro
         async with world.db.transaction():
             await world.db.execute(HOLD_USER, charles)
             task: asyncio.Task[Any] = asyncio.create_task(room.charles.call(frame))
-            await until(lambda: aside.is_held(charles) or aside.is_held(room.group))
-            assert not aside.is_held(room.group), frame
+            await until(lambda: lock_queue.has(charles) or lock_queue.has(room.group))
+            assert not lock_queue.has(room.group), frame
         await task
 
 

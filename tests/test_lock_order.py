@@ -10,6 +10,7 @@ import itertools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -32,6 +33,7 @@ from server.auth.tokens import new_token, token_hash
 from server.context import Context
 from server.core.config import Settings
 from server.db.database import Db
+from server.fairness.lock_queue import until_free
 from server.gateway.dispatch import Rate
 from server.queries import accounts, presence, sessions
 from server.queries.presence import Transition
@@ -95,9 +97,9 @@ class ConflictingWrites:
         """Run a frame of a user on either worker. A refusal is ignored, but a failure is not."""
         user = User(id=who, name="UserSession")
         services = self.app._services  # noqa: SLF001
-        context = Context(services=services, user=user, session_id=self.sessions[who])
+        context = Context(services=services, user=user, session_id=self.sessions[who], lock_ms=60_000)
         try:
-            return await ROUTES[type(frame)].handler(context, frame)
+            return await until_free(partial(ROUTES[type(frame)].handler, context, frame), patience=60)
         except Refused as refused:
             assert refused.code not in NOT_NOW, refused
         except asyncpg.TransactionRollbackError:

@@ -23,6 +23,7 @@ from protocol.values import ConversationSettings
 from prove.client import Client
 from server.core.config import Settings
 from server.db.database import Db
+from server.fairness.lock_queue import Places
 from server.gateway.dispatch import Rate
 from server.queries import accounts, conversations, erasure, participants, relationships, sessions
 from server.queries.relationships import RelationshipChange
@@ -65,12 +66,13 @@ async def waiting(world: World, count: int) -> None:
 
 
 def let_all_wait(world: World) -> None:
-    """Make frames wait for locks concurrently, and without a first attempt that does not wait."""
+    """Make frames wait for locks concurrently, and for long, without a brief first attempt."""
     for worker in world.workers:
-        aside = worker.app._aside  # noqa: SLF001 - no client can do that
-        aside._of_key._most = aside._of_client._most = 1_000  # noqa: SLF001
-        aside._places = asyncio.Semaphore(1_000)  # noqa: SLF001
-        aside.is_held = lambda key: True  # type: ignore[method-assign]  # noqa: ARG005 - the name of the parameter
+        lock_queue = worker.app._lock_queue  # noqa: SLF001 - no client can do that
+        lock_queue.lock_ms = 60_000
+        lock_queue._of_key._most = lock_queue._of_client._most = 1_000  # noqa: SLF001
+        lock_queue._places = Places(1_000, patience=60)  # noqa: SLF001
+        lock_queue.has = lambda key: True  # type: ignore[method-assign]  # noqa: ARG005 - the name of the parameter
 
 
 async def stage(world: World, *, is_direct: bool) -> Stage:

@@ -453,7 +453,7 @@ async def test_locked_row_does_not_keep_a_job_from_the_other_due_rows(
 ) -> None:
     for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
         monkeypatch.setattr(background, name, 36_000.0)
-    monkeypatch.setattr(database, "IMPATIENT", "SET LOCAL lock_timeout = '50ms'")
+    monkeypatch.setattr(database, "JOB_LOCK_MS", 50)
     async with World(settings, workers=1) as world:
         backlog = Backlog(world)
         await backlog.begin()

@@ -18,6 +18,7 @@ from protocol.server import MessageReacted, MessageUnreacted
 from prove.client import Client
 from prove.truth import recount
 from server.core.config import Settings
+from server.fairness.lanes import Held
 from server.handlers.reactions import REFUSALS
 from server.queries import batches, reactions
 from server.queries.reactions import NotChanged, ReactionChange, ReactionRequest, Reason
@@ -116,7 +117,8 @@ WAYS: list[tuple[str, Callable[[Stage], ReactionRequest]]] = [
 """Expected outcomes of changes, which do not depend on the others in a batch."""
 
 
-def reason(outcome: ReactionChange | NotChanged) -> str:
+def reason(outcome: ReactionChange | NotChanged | Held) -> str:
+    assert not isinstance(outcome, Held)
     if isinstance(outcome, NotChanged):
         return outcome.reason
     return "unchanged" if outcome.total is None else "stored"

@@ -16,6 +16,7 @@ from protocol.server import Error
 from protocol.values import ConversationSettings
 from server.core.config import Settings
 from server.db.database import Db
+from server.fairness.lanes import Held
 from server.handlers.sending import REFUSALS
 from server.queries import batches, sending
 from server.queries.sending import Derived, NotStored, Outgoing, Reason, Source, Stored
@@ -111,7 +112,8 @@ WAYS: list[tuple[str, Callable[[Stage], Outgoing]]] = [
 """Expected outcomes of messages, in one batch or alone."""
 
 
-def reason(outcome: Stored | NotStored) -> str:
+def reason(outcome: Stored | NotStored | Held) -> str:
+    assert not isinstance(outcome, Held)
     return "stored" if isinstance(outcome, Stored) else outcome.reason
 
 
@@ -132,11 +134,11 @@ def test_each_reason_has_a_message_and_an_error() -> None:
     assert reasons - REFUSALS.keys() == {"changed", "loud", "duplicate"}
 
 
-async def alone(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored]:
+async def alone(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored | Held]:
     return [outcome for one in batch for outcome in await sending.send(db, [one])]
 
 
-def told(outcomes: Sequence[Stored | NotStored], batch: Sequence[Outgoing]) -> list[tuple[object, ...]]:
+def told(outcomes: Sequence[Stored | NotStored | Held], batch: Sequence[Outgoing]) -> list[tuple[object, ...]]:
     """Return the parts that are equal in one batch and alone: all except times and reply counts."""
     found: list[tuple[object, ...]] = []
     for outcome, out in zip(outcomes, batch, strict=True):
@@ -144,7 +146,7 @@ def told(outcomes: Sequence[Stored | NotStored], batch: Sequence[Outgoing]) -> l
             found.append((out.frame.message_id, outcome.version, outcome.root_id, outcome.thread_order))
         else:
             # A second message with the same id is left out of the statement, and finds the first one on retry.
-            found.append((out.frame.message_id, outcome.reason.replace("changed", "duplicate")))
+            found.append((out.frame.message_id, reason(outcome).replace("changed", "duplicate")))
     return found
 
 

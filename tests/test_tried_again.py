@@ -69,7 +69,7 @@ async def test_frame_whose_first_attempt_is_aborted_is_published_once(
         told = Published(here.hub, monkeypatch)
         dispatch = Dispatch(
             ROUTES, here._rate_limits, metrics=here.metrics, load_shedding=here.load_shedding,  # noqa: SLF001
-            aside=here._aside,  # noqa: SLF001
+            lock_queue=here._lock_queue,  # noqa: SLF001
         )  # fmt: skip
         context = Context(
             services=here._services,  # noqa: SLF001

@@ -136,7 +136,7 @@ class WritesInTransactions(Database):
 
     __slots__ = ()
 
-    def of(self, user_id: UserId, *, passes_held: bool = False) -> Database:  # noqa: ARG002 - they wait
+    def of(self, user_id: UserId, *, lock_ms: int = 0) -> Database:  # noqa: ARG002 - they wait
         return WritesInTransactions(self._state.pool.of(user_id), self._state)
 
     @asynccontextmanager

@@ -30,12 +30,13 @@ from server.core.throttle import Throttle
 from server.core.unconfirmed import Unconfirmed
 from server.db.database import OWN_CONNECTIONS, Database
 from server.db.epoch import OVER_SECONDS
+from server.db.lock_timeouts import LOCK_MS, LOCK_SECONDS
 from server.db.migrate import require_steps
 from server.domain import sync
 from server.domain.presence import Presence
 from server.domain.presence_entries import PresenceEntries
-from server.fairness.aside import Aside
 from server.fairness.lanes import Held, Lanes
+from server.fairness.lock_queue import LockQueue, Places
 from server.gateway.connection import Connection, ConnectionDeps, Hooks
 from server.gateway.connections import Connections
 from server.gateway.dispatch import Dispatch, Rate
@@ -81,14 +82,14 @@ REDIS_SECONDS = 1.0
 """Max time of a command to Redis, in seconds."""
 METRICS_SECONDS = 1.0
 """Interval at which a worker writes its metrics, in seconds."""
-LANES_SHARE = 4
-"""Max share of a worker's connections that wait for locked conversations, as 1 / `LANES_SHARE`, but at least one."""
+WAITING_SHARE = 4
+"""Max share of a worker's connections that wait for locked rows, as 1 / `WAITING_SHARE`, but at least one. The brief
+first attempts of frames do not count.
+"""
 SENDERS_SHARE = 4
 """Max share of a worker's connections that scheduled messages use, as 1 / `SENDERS_SHARE`, but at least one."""
 ENDPOINT_RATE, ENDPOINT_BURST = 1 / 30, 40.0
 """Max new push endpoints, per user and worker, per second and as a burst. A browser keeps its endpoint for months."""
-ASIDE_SECONDS = 10.0
-"""Max wait of a frame until it may wait for a held row, in seconds."""
 FINISH_SECONDS = 5.0
 """Max wait for frames in progress when the worker ends, in seconds."""
 
@@ -142,13 +143,13 @@ class App:
         )
         self.load_shedding = LoadShedding()
         self.admission = Admission()
-        self._lanes = asyncio.Semaphore(max(1, settings.database_connections // LANES_SHARE))
+        places = Places(max(1, settings.database_connections // WAITING_SHARE), patience=LOCK_SECONDS)
         self._sends: Lanes[ConversationId, Outgoing, Stored | NotStored] = Lanes(
             key=lambda out: out.frame.conversation_id,
             owner=lambda out: out.sender_id,
             run=self._send_free,
             wait=self._send,
-            turns=self._lanes,
+            places=places,
             most=SENDS_AT_ONCE,
             weigh=sending.weight,
             most_weight=SENT_AT_ONCE,
@@ -158,7 +159,7 @@ class App:
             owner=lambda reaction: reaction.user_id,
             run=self._react_free,
             wait=self._react,
-            turns=self._lanes,
+            places=places,
             most=REACTIONS_AT_ONCE,
         )
 
@@ -209,13 +210,13 @@ class App:
             web_push=self.web_push,
             metrics=metrics,
         )
-        self._aside: Aside[ConversationId | UserId] = Aside(self._lanes, patience=ASIDE_SECONDS)
+        self._lock_queue: LockQueue[ConversationId | UserId] = LockQueue(places, lock_ms=LOCK_MS)
         dispatch = Dispatch(
             ROUTES,
             self._rate_limits,
             metrics=metrics,
             load_shedding=self.load_shedding,
-            aside=self._aside,
+            lock_queue=self._lock_queue,
         )
         self.searching = dispatch.searching
         connection_deps = ConnectionDeps(
@@ -367,7 +368,7 @@ class App:
         async with self._database.sending() as db:
             return await sending.send_free(db, batch)
 
-    async def _send(self, batch: list[Outgoing]) -> list[Stored | NotStored]:
+    async def _send(self, batch: list[Outgoing]) -> list[Stored | NotStored | Held]:
         async with self._database.connection() as db:
             return await sending.send(db, batch)
 
@@ -375,7 +376,7 @@ class App:
         async with self._database.sending() as db:
             return await reactions.change_free(db, batch)
 
-    async def _react(self, batch: list[ReactionRequest]) -> list[ReactionChange | NotChanged]:
+    async def _react(self, batch: list[ReactionRequest]) -> list[ReactionChange | NotChanged | Held]:
         async with self._database.connection() as db:
             return await reactions.change(db, batch)
 

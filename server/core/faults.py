@@ -39,8 +39,14 @@ class Exhausted(TimeoutError):  # noqa: N818 - a state of the server
     """A connection, or another thing that callers take in turns, did not become free in time."""
 
 
-class RowHeld(Exception):  # noqa: N818 - the caller repeats the frame
-    """Another transaction holds a row that a frame needs. The frame had no effect."""
+class RowHeld(Exception):  # noqa: N818 - the caller tries again
+    """Another transaction holds a row that this attempt needs. The attempt had no effect."""
+
+
+class HeldTooLong(Exception):  # noqa: N818 - a state of the database
+    """Another transaction held a row during all attempts. They had no effect."""
+
+    sqlstate = asyncpg.LockNotAvailableError.sqlstate
 
 
 ROLLED_BACK = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
@@ -59,6 +65,8 @@ _LOST: tuple[type[BaseException], ...] = (
 )
 _BUSY: tuple[type[BaseException], ...] = (
     Exhausted,
+    RowHeld,
+    HeldTooLong,
     asyncpg.TransactionRollbackError,
     asyncpg.LockNotAvailableError,
     asyncpg.QueryCanceledError,
@@ -120,7 +128,7 @@ def may_have_committed(error: BaseException) -> bool:
     """Whether a write that raised `error` may have taken effect, without publishing its events. It did not if it was
     refused, by this program or by PostgreSQL.
     """
-    if isinstance(error, Refused | RowHeld | asyncpg.PostgresError) or fault_of(error) is not None:
+    if isinstance(error, Refused | asyncpg.PostgresError) or fault_of(error) is not None:
         return is_lost(error)
     return True
 

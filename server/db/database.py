@@ -17,10 +17,12 @@ from server.core.errors import Fatal
 from server.core.faults import ROLLED_BACK, Fault, RowHeld, fault_of
 from server.db.epoch import Epoch
 from server.db.hosts import CONNECT_SECONDS, REFUSED, Hosts
+from server.db.lock_timeouts import BRIEF_LOCK_MS, JOB_LOCK_MS, LOCK_MS, LOCK_SECONDS, begin, row_held
 from server.db.migrate import is_current
 from server.db.pool import Connection, Lease, Pool, UserPool
 from server.db.readiness import is_writable, write_nothing
 from server.db.reconnecting import Reconnecting
+from server.fairness.lock_queue import until_free
 from server.fairness.share import Share
 from server.limits.token_bucket import BURST_SECONDS
 
@@ -55,10 +57,6 @@ SEARCH_PATIENCE = 1.0
 """Max time that a search waits for a connection, in seconds."""
 COUNTS_WAITING = 256
 """Max `get_badge` frames that wait for a connection, per worker. Every client sends one when it starts."""
-JOB_LOCK_MS = 500
-"""Max time that a transaction of a job waits for a lock, in milliseconds. Due work of others waits behind the job."""
-BRIEF_LOCK_MS = 50
-"""Max time that the first attempt of a frame waits for a lock, in milliseconds. It has a connection meanwhile."""
 COUNT_PATIENCE = 5.0
 """Max time that a `get_badge` waits for a connection, in seconds."""
 CATCHING_UP_SHARE = 4
@@ -101,10 +99,6 @@ SEARCH_MS = 2_000
 IN_ORDER = "SET LOCAL enable_bitmapscan = off"
 """Setting for statements of such a transaction that read in the order of an index and stop. A bitmap has no order."""
 
-IMPATIENT = f"SET LOCAL lock_timeout = '{JOB_LOCK_MS}ms'"
-BEGIN_BRIEFLY = f"BEGIN; SET LOCAL lock_timeout = '{BRIEF_LOCK_MS}ms'"
-"""Begins a transaction that passes held rows, in one round trip."""
-
 
 class PoolState:
     """The state that all users of a pool share."""
@@ -132,7 +126,7 @@ class PoolState:
         """Count an error that is a fault. Return whether its connection may still be busy, or leads to a host that is
         not the primary any more.
         """
-        if (fault := fault_of(error)) is not None:
+        if (fault := fault_of(error)) is not None and not isinstance(error, RowHeld):
             self.faults[fault] += 1
             self.is_full |= fault is Fault.FULL
         return fault is Fault.LOST or isinstance(error, asyncpg.ReadOnlySQLTransactionError)
@@ -141,40 +135,40 @@ class PoolState:
 class Database:
     """A pool of connections. Lost connections are replaced when the next statement needs one."""
 
-    __slots__ = ("_is_impatient", "_passes_held", "_pool", "_state")
+    __slots__ = ("_lock_ms", "_patience", "_pool", "_state")
 
     def __init__(
-        self, pool: Pool | UserPool, state: PoolState, *, is_impatient: bool = False, passes_held: bool = False
+        self, pool: Pool | UserPool, state: PoolState, *, lock_ms: int | None = None, patience: float = 0.0
     ) -> None:
+        """Transactions raise RowHeld if they wait for a lock longer than `lock_ms`. `atomically` repeats them for
+        `patience` seconds.
+        """
         self._pool = pool
         self._state = state
-        self._is_impatient = is_impatient
-        self._passes_held = passes_held
+        self._lock_ms = lock_ms
+        self._patience = patience
 
-    def of(self, user_id: UserId, *, passes_held: bool = False) -> "Database":
-        """Return the database for one user, who holds at most a share of the connections. With `passes_held`, its
-        transactions raise RowHeld if they wait for a lock longer than `BRIEF_LOCK_MS`.
-        """
-        return Database(self._state.pool.of(user_id), self._state, passes_held=passes_held)
+    def of(self, user_id: UserId, *, lock_ms: int = BRIEF_LOCK_MS) -> "Database":
+        """Return the database for one user, who holds at most a share of the connections."""
+        return Database(self._state.pool.of(user_id), self._state, lock_ms=lock_ms)
 
     def of_sessions(self, user_id: UserId, asker: SessionId | None) -> "Database":
         """Return the database for requests about one user's sessions. They have a connection that the user's frames
         cannot hold. `asker` is the session that asks, or None for a login.
         """
-        return Database(self._state.pool.of_sessions(user_id, asker), self._state)
+        pool = self._state.pool.of_sessions(user_id, asker)
+        return Database(pool, self._state, lock_ms=LOCK_MS, patience=LOCK_SECONDS)
 
     def of_strangers(self, address: str) -> "Database":
         """Return the database for requests without an account. Together they hold at most a share of the connections.
         None waits longer than `JOB_LOCK_MS` for a lock, because an import locks the e-mail addresses of its users until
         it commits. A registration of such an address would wait for the import.
         """
-        return Database(self._state.pool.of_strangers(address), self._state, is_impatient=True)
+        return Database(self._state.pool.of_strangers(address), self._state, lock_ms=JOB_LOCK_MS)
 
     def of_jobs(self) -> "Database":
-        """Return the database for periodic jobs. Its transactions raise LockNotAvailableError if they wait for a lock
-        longer than `JOB_LOCK_MS`.
-        """
-        return Database(self._state.pool, self._state, is_impatient=True)
+        """Return the database for periodic jobs, whose transactions wait for a lock for up to `JOB_LOCK_MS`."""
+        return Database(self._state.pool, self._state, lock_ms=JOB_LOCK_MS)
 
     @property
     def deadlocks(self) -> int:
@@ -240,27 +234,35 @@ class Database:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Db]:
-        """Borrow a connection inside a transaction, which commits when the block ends."""
+        """Borrow a connection inside a transaction, which commits when the block ends. Raises RowHeld if it waits for a
+        lock too long.
+        """
         async with self.connection() as connection:
-            if self._passes_held:
-                async with _brief_transaction(connection):
+            if self._lock_ms is None:
+                async with connection.transaction():
                     yield connection
-                return
-            async with connection.transaction():
-                if self._is_impatient:
-                    await connection.execute(IMPATIENT)
+            else:
+                async with _brief_transaction(connection, self._lock_ms):
+                    yield connection
+
+    @asynccontextmanager
+    async def statement(self) -> AsyncIterator[Db]:
+        """Borrow a connection for one statement that contains `BRIEFLY`. Raises RowHeld as `transaction` does."""
+        async with self.connection() as connection:
+            with row_held():
                 yield connection
 
     async def atomically(self, what: str, work: Callable[[Db], Awaitable[Result]]) -> Result:
-        """Return the result of `work` in a transaction, which is retried once if PostgreSQL ends it to break a
-        deadlock. So `work` must not publish anything. `what` names it in the log.
+        """Return the result of `work` in a transaction. It is retried once if PostgreSQL ends it to break a deadlock.
+        Requests about sessions repeat it while a row is locked that it needs. So `work` must not publish anything.
+        `what` names it in the log.
         """
 
         async def once() -> Result:
             async with self.transaction() as db:
                 return await work(db)
 
-        return await self.again(what, once)
+        return await until_free(partial(self.again, what, once), patience=self._patience)
 
     async def again(self, what: str, work: Callable[[], Awaitable[Result]]) -> Result:
         """Return the result of `work`, which is retried once if PostgreSQL ends its transaction to break a deadlock."""
@@ -343,18 +345,16 @@ class Database:
 
 
 @asynccontextmanager
-async def _brief_transaction(connection: Db) -> AsyncIterator[None]:
-    """Run the block in a transaction. Raises RowHeld if it waits for a lock longer than `BRIEF_LOCK_MS`."""
-    try:
-        await connection.execute(BEGIN_BRIEFLY)
+async def _brief_transaction(connection: Db, lock_ms: int) -> AsyncIterator[None]:
+    """Run the block in a transaction. Raises RowHeld if it waits for a lock longer than `lock_ms`."""
+    with row_held():
+        await connection.execute(begin(lock_ms))
         try:
             yield
         except BaseException:
             await connection.execute("ROLLBACK")
             raise
         await connection.execute("COMMIT")
-    except asyncpg.LockNotAvailableError:
-        raise RowHeld from None
 
 
 class Single:

@@ -154,7 +154,7 @@ class Presence:
         own devices, if the choice changed.
         """
         devices = self._devices.get(user_id, {})
-        async with self._database.of(user_id).connection() as db:
+        async with self._database.of(user_id).statement() as db:
             event, is_visible_again = await presence.choose(db, user_id, frame, is_here=bool(devices))
         if is_visible_again and not devices and self._departing.pop(user_id, None) is not None:
             # They were invisible, so their departure needs no delay in which they may reconnect.

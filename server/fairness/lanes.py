@@ -1,13 +1,15 @@
-"""Group commit around locked rows: items whose row is locked by another transaction wait aside, and all others
+"""Group commit around locked rows: items whose row another transaction has locked wait in a lane, and all others
 proceed.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 from contextlib import suppress
+from functools import partial
 from typing import Final, Generic, TypeVar
 
+from server.core.faults import RowHeld
 from server.fairness.batcher import Batcher, Slow
+from server.fairness.lock_queue import Places, until_free
 
 HEAVY_SHARE = 16
 """Min share of a run's weight, as 1 / `HEAVY_SHARE`, above which an item is heavy. Light items do not wait for heavy
@@ -31,8 +33,8 @@ class Lanes(Generic[Key, Item, Outcome]):
     wait.
 
     An item enters the lane of its key if the common run reports `HELD` or is `Slow` for it alone. So do later items of
-    that key. The lane waits for the row. Items of one key without an outcome have no order. A caller that needs one
-    awaits each outcome before the next item, as a connection does.
+    that key. The lane repeats brief waits for the row. Items of one key without an outcome have no order. A caller that
+    needs one awaits each outcome before the next item, as a connection does.
     """
 
     def __init__(
@@ -41,15 +43,16 @@ class Lanes(Generic[Key, Item, Outcome]):
         key: Callable[[Item], Key],
         owner: Callable[[Item], Hashable],
         run: Callable[[list[Item]], Awaitable[list[Outcome | Held]]],
-        wait: Callable[[list[Item]], Awaitable[list[Outcome]]],
-        turns: asyncio.Semaphore,
+        wait: Callable[[list[Item]], Awaitable[list[Outcome | Held]]],
+        places: Places,
         most: int,
         weigh: Callable[[Item], int] = lambda _: 0,
         most_weight: int = 0,
     ) -> None:
-        """`run` processes items without waiting for a row; `wait` waits for the row of the key. Both take items of one
-        `Batcher`, where owners take turns. Items that weigh more than one in `HEAVY_SHARE` of `most_weight` have a
-        `Batcher` of their own. A lane that waits for its row holds one of `turns`, which several `Lanes` may share.
+        """`run` processes items without waiting for a row; `wait` waits briefly for that of the key. Both take items of
+        one `Batcher`, where owners take turns. Items that weigh more than one in `HEAVY_SHARE` of `most_weight` have a
+        `Batcher` of their own. A lane holds one of `places` in `wait`, and not between two attempts. Other queues may
+        share them.
         """
         self._key = key
         self._owner = owner
@@ -61,7 +64,7 @@ class Lanes(Generic[Key, Item, Outcome]):
         self._most = most
         self._weigh = weigh
         self._most_weight = most_weight
-        self._turns = turns
+        self._places = places
         self._lanes: dict[Key, Batcher[Item, Outcome]] = {}
 
     async def submit(self, item: Item) -> Outcome:
@@ -79,7 +82,7 @@ class Lanes(Generic[Key, Item, Outcome]):
 
     def _lane(self, key: Key) -> Batcher[Item, Outcome]:
         return Batcher(
-            self._in_turn,
+            self._until_free,
             most=self._most,
             owner=self._owner,
             weigh=self._weigh,
@@ -88,6 +91,13 @@ class Lanes(Generic[Key, Item, Outcome]):
             on_idle=lambda: self._lanes.pop(key),
         )
 
-    async def _in_turn(self, items: list[Item]) -> list[Outcome]:
-        async with self._turns:
-            return await self._wait(items)
+    async def _until_free(self, items: list[Item]) -> list[Outcome]:
+        return await until_free(partial(self._attempt, items), patience=self._places.patience)
+
+    async def _attempt(self, items: list[Item]) -> list[Outcome]:
+        async with self._places.hold():
+            outcomes = await self._wait(items)
+        done = [outcome for outcome in outcomes if not isinstance(outcome, Held)]
+        if len(done) < len(outcomes):
+            raise RowHeld("the conversation is locked")
+        return done

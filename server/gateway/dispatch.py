@@ -46,9 +46,9 @@ from protocol.limits import (
 from protocol.server import Error, Reply, Result
 from server.context import Context
 from server.core.errors import INTERNAL, log_defect, refusal
-from server.core.faults import ROLLED_BACK, RowHeld, may_have_committed
+from server.core.faults import ROLLED_BACK, Fault, HeldTooLong, RowHeld, may_have_committed
 from server.core.metrics import Metrics
-from server.fairness.aside import Aside
+from server.fairness.lock_queue import LockQueue
 from server.fairness.share import HELD
 from server.fairness.turns import Turns
 from server.limits.load_shedding import LoadShedding, Shed
@@ -114,11 +114,11 @@ class Dispatch:
         *,
         metrics: Metrics,
         load_shedding: LoadShedding,
-        aside: Aside[ConversationId | UserId],
+        lock_queue: LockQueue[ConversationId | UserId],
     ) -> None:
-        """Frames whose rows others hold wait in `aside`, by conversation, or else by their user."""
+        """Frames that need locked rows are repeated in `lock_queue`, by conversation, or else by their user."""
         self._routes = routes
-        self._aside = aside
+        self._lock_queue = lock_queue
         self._metrics = metrics
         self._load_shedding = load_shedding
         self._rate_limits = rate_limits
@@ -150,17 +150,23 @@ class Dispatch:
             else:
                 result = await self._handle(route, context, frame)
         except Exception as error:  # noqa: BLE001 - any error becomes a reply
-            what = "a frame" if frame is None else tag(type(frame))
-            refused = refusal(error, what)
-            if refused is None:
-                log_defect(log, what, error)
-                refused = INTERNAL
-            self._metrics.refusals[refused.code] += 1
+            refused = self._refusal(context, error, "a frame" if frame is None else tag(type(frame)))
             if refused.retry_after_ms is not None:
                 refused = self._in_turn(context.user_id, data, frame, refused, refused.retry_after_ms)
             return error_frame(refused, re=label(data) if frame is None else frame.id)
         self._metrics.answered(tag(type(frame)), time.perf_counter() - began)
         return Reply(re=frame.id, result=result)
+
+    def _refusal(self, context: Context, error: Exception, what: str) -> Refused:
+        """Return the refusal for an error, which is counted and, unless the frame is to blame, logged."""
+        refused = refusal(error, what)
+        if refused is None:
+            log_defect(log, what, error)
+            refused = INTERNAL
+        if isinstance(error, HeldTooLong):
+            context.database.faults[Fault.BUSY] += 1  # the database counts no attempts
+        self._metrics.refusals[refused.code] += 1
+        return refused
 
     def _charge(self, user_id: UserId, data: bytes) -> int:
         """Take tokens for an encoded frame by its size, before it costs the work of decoding. Return their number.
@@ -193,16 +199,17 @@ class Dispatch:
             self._rate_limits[self._rates.get(kind(data) or "", Rate.READ)].charge(user_id, more)
 
     async def _handle(self, route: Route, context: Context, frame: Frame) -> Result:
-        """Run the handler of a frame. If its transaction would wait for a row, run it again, and wait in `aside`.
+        """Run the handler of a frame, again and again while another transaction holds a row that it needs.
 
-        Handlers publish after their commit, so nothing was published yet.
+        Handlers publish after their commit, so a failed attempt published nothing.
         """
         key = context.user_id if route.waits_for_user else getattr(frame, "conversation_id", None) or context.user_id
-        if not self._aside.is_held(key):
+        if not self._lock_queue.has(key):
             with suppress(RowHeld):
-                return await self._handle_twice(route, msgspec.structs.replace(context, passes_held=True), frame)
-        place = partial(self._aside.place, key, context.user_id)
-        return await self._handle_twice(route, msgspec.structs.replace(context, place=place), frame)
+                return await self._handle_twice(route, context, frame)
+        place = partial(self._lock_queue.place, key, context.user_id)
+        queued = msgspec.structs.replace(context, place=place, lock_ms=self._lock_queue.lock_ms)
+        return await self._lock_queue.repeat(key, partial(self._handle_twice, route, queued, frame))
 
     async def _handle_twice(self, route: Route, context: Context, frame: Frame) -> Result:
         """Run the handler of a frame. Retry it once if PostgreSQL ended its transaction to break a deadlock."""

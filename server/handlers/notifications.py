@@ -18,7 +18,7 @@ async def list_feed(context: Context, frame: client.ListFeed) -> FeedPage:
 
 async def see_feed(context: Context, frame: client.SeeFeed) -> Done:
     """Mark the caller's feed as seen up to a time, on all devices."""
-    async with context.database.connection() as db:
+    async with context.statement() as db:
         event = await feed.see(db, context.user_id, frame.up_to or now())
     if event is not None:
         context.events.tell_own(context.user_id, event)

@@ -12,7 +12,7 @@ async def read(context: Context, frame: client.Read) -> ReadUpTo:
     """Move the caller's read position forward. Send that to all participants, or in a large conversation to the
     caller's devices only.
     """
-    async with context.database.connection() as db:
+    async with context.statement() as db:
         position = await receipts.read(db, frame, context.user_id)
     if position is not None and position.is_stale:
         async with context.transaction() as db:
@@ -43,7 +43,7 @@ async def read(context: Context, frame: client.Read) -> ReadUpTo:
 
 async def delivered(context: Context, frame: client.Delivered) -> Done:
     """Store up to which message one of the caller's clients has received messages."""
-    async with context.database.connection() as db:
+    async with context.statement() as db:
         arrival = await receipts.delivered(db, frame, context.user_id, most=MAX_SHARED_PARTICIPANTS)
     if arrival is None:
         raise NotFound("message_id")
@@ -63,7 +63,7 @@ async def delivered(context: Context, frame: client.Delivered) -> Done:
 
 async def mark_unread(context: Context, frame: client.MarkUnread) -> ReadUpTo:
     """Mark a conversation as unread from a message on."""
-    async with context.database.connection() as db:
+    async with context.statement() as db:
         mark = await receipts.mark_unread(db, frame, context.user_id)
     if mark is None:
         raise NotFound("message_id")

@@ -165,7 +165,7 @@ async def _outcome(context: Context, out: Outgoing, note: Note | None) -> Stored
         if note is None:
             return await context.services.sends.submit(out)
         async with context.transaction() as db:
-            (outcome,) = await sending.send(db, [out])
+            outcome = await sending.send_alone(db, out)
             if isinstance(outcome, Stored):
                 await note(db)
     except UniqueViolationError:

@@ -14,13 +14,12 @@ from itertools import islice
 from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
-from asyncpg import LockNotAvailableError
-
 from protocol.ids import UserId
 from protocol.limits import MAX_CONTENT, visible
 from protocol.values import LinkPreview, Message
 from server.context import Events
 from server.core.errors import log_failure
+from server.core.faults import RowHeld
 from server.db.database import Database
 from server.domain.publish import publish_changed
 from server.fairness.fair_queue import FairQueue
@@ -110,7 +109,7 @@ class Previews:
             except Unreachable as error:
                 log.info("no preview of message %s: %s", at.message_id, error)
                 self._pause(error.url, sender_id)
-            except LockNotAvailableError:
+            except RowHeld:
                 log.info("no preview of message %s: the conversation is busy", at.message_id)
             except Exception as error:  # noqa: BLE001 - other messages have links, too
                 log_failure(log, "creating a preview", error)

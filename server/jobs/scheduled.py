@@ -11,13 +11,12 @@ from datetime import timedelta
 from functools import partial
 from uuid import UUID
 
-from asyncpg import LockNotAvailableError
-
 from protocol.errors import ErrorCode
 from protocol.ids import SessionId, UserId
 from protocol.payloads import Poll
 from server.context import Context, Services
 from server.core.errors import INTERNAL, log_defect, log_failure, refusal
+from server.core.faults import RowHeld
 from server.core.periodic import end
 from server.domain.compose import is_over
 from server.handlers.sending import send_noted
@@ -118,7 +117,7 @@ async def _send(services: Services, due: DueScheduled) -> None:
     """
     try:
         await _send_one(services, due)
-    except (LockNotAvailableError, ClaimLost):
+    except (RowHeld, ClaimLost):
         return
     except Exception as error:  # noqa: BLE001 - the message is claimed again later
         log_failure(log, "sending scheduled messages", error)
@@ -137,7 +136,7 @@ async def _send_one(services: Services, due: DueScheduled) -> None:
             context = Context(services=services, user=due.sender, session_id=NO_SESSION, is_of_job=True)
             note = partial(scheduled.finish, due=due, status="sent")
             await services.database.again("a scheduled message", partial(send_noted, context, due.frame, note))
-        except (LockNotAvailableError, ClaimLost):
+        except (RowHeld, ClaimLost):
             raise
         except Exception as error:  # noqa: BLE001 - other messages are due, too
             refused = refusal(error, "a scheduled message")

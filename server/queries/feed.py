@@ -11,6 +11,7 @@ from protocol.limits import MAX_COUNTED
 from protocol.server import FeedPage, MeChanged
 from protocol.values import FeedEntry, FeedKind
 from server.db.database import IN_ORDER, Db
+from server.db.lock_timeouts import BRIEFLY
 from server.db.rows import Reader, Undecoded
 from server.queries import latest
 from server.queries.cursor import moment_of, not_a_cursor
@@ -236,12 +237,12 @@ async def _unseen(db: Db, user_id: UserId) -> FeedQuery:
     return FeedQuery(user_id, list(KINDS), None, None, since or _EVER, MAX_COUNTED)
 
 
-SEE = """
+SEE = f"""
 UPDATE "user" SET feed_seen_at = greatest(feed_seen_at, least($2::timestamptz, now())), version = version + 1,
     own_version = version + 1, own_moves = own_moves + 1
-WHERE id = $1 AND is_active AND coalesce(feed_seen_at < least($2, now()), true)
+WHERE id = $1 AND is_active AND coalesce(feed_seen_at < least($2, now()), true) AND {BRIEFLY}
 RETURNING version, me_json("user")
-"""
+"""  # noqa: S608 - a constant is put in
 
 
 async def see(db: Db, user_id: UserId, up_to: datetime) -> MeChanged | None:

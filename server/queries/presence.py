@@ -10,6 +10,7 @@ from protocol.ids import UserId
 from protocol.server import MeChanged
 from protocol.values import PresenceStatus
 from server.db.database import Db
+from server.db.lock_timeouts import BRIEFLY
 from server.queries.users import decoded_me
 
 MAX_DELETED = 1_000
@@ -77,7 +78,7 @@ async def watchable(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> Sightings
 # 'away' belongs to a device, not to the user. 'offline' is the column's value for users who never chose. A user who
 # becomes invisible is last seen then, as if they had disconnected. A user who is visible again is visible from the time
 # at which the row was locked.
-CHOOSE = """
+CHOOSE = f"""
 UPDATE "user" u SET updated_at = now(), status = chosen.status,
     last_seen_at = CASE WHEN ($6 OR u.is_online) AND chosen.status = 'invisible' AND u.status <> 'invisible' THEN now()
         ELSE u.last_seen_at END,
@@ -91,9 +92,9 @@ FROM (
     FROM "user" WHERE id = $1
 ) chosen
 WHERE u.id = $1 AND u.is_active AND (u.status <> chosen.status OR ($3 AND (u.custom_status IS DISTINCT FROM $4
-    OR u.custom_status_until IS NOT NULL OR $5::float8 IS NOT NULL)))
+    OR u.custom_status_until IS NOT NULL OR $5::float8 IS NOT NULL))) AND {BRIEFLY}
 RETURNING (u.visible_since >= now()) IS TRUE, u.version, me_json(u)
-"""
+"""  # noqa: S608 - a constant is put in
 
 
 class Choice(NamedTuple):

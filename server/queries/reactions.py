@@ -10,6 +10,7 @@ from asyncpg import Record
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.limits import MAX_EMOJI_OF_USER, MAX_EMOJI_PER_MESSAGE
 from server.db.database import Db
+from server.db.lock_timeouts import WITHIN_LOCK_MS
 from server.fairness.lanes import HELD, Held
 from server.queries import batches
 
@@ -57,17 +58,17 @@ class NotChanged(NamedTuple):
     wait_ms: int = 0
 
 
-CHANGE = "SELECT * FROM change_reactions($1, $2, $3, $4, $5)"
+CHANGE = f"SELECT * FROM change_reactions($1, $2, $3, $4, $5) WHERE {WITHIN_LOCK_MS}"  # noqa: S608 - as in `SEND`
 """Changes a batch. schema.sql has the function."""
 LIMITS = (MAX_EMOJI_PER_MESSAGE, MAX_EMOJI_OF_USER)
 
 
-async def change(db: Db, batch: Sequence[ReactionRequest]) -> list[ReactionChange | NotChanged]:
-    """Add and remove reactions, and return the outcomes in the order of the batch. Raises what `batches.waiting`
-    raises.
+async def change(db: Db, batch: Sequence[ReactionRequest]) -> list[ReactionChange | NotChanged | Held]:
+    """Add and remove reactions, and return the outcomes in the order of the batch. The outcome is `HELD` if the
+    conversations stay locked for `LOCK_MS`. Raises what `batches.waiting` raises.
     """
     rows = await batches.waiting(partial(db.fetch, CHANGE, _encoded(batch)), *LIMITS, count=len(batch))
-    return [outcome for outcome in _outcomes(batch, rows) if not isinstance(outcome, Held)]
+    return _outcomes(batch, rows)
 
 
 async def change_free(db: Db, batch: Sequence[ReactionRequest]) -> list[ReactionChange | NotChanged | Held]:

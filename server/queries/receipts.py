@@ -8,6 +8,7 @@ from protocol.client import Delivered, MarkUnread, Read
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.server import Readers
 from server.db.database import Db
+from server.db.lock_timeouts import BRIEFLY
 from server.db.rows import Reader
 from server.queries.messages import REACHED, VISIBLE, MessageRef
 from server.queries.presence import UNSEEN
@@ -51,7 +52,7 @@ WITH target AS (
         p.last_read_version, p.user_version,
         p.last_read_version < m.sent_version OR p.unread_from_id IS NOT NULL AS must_move,
         p.unread_from_id IS NOT NULL AS is_marked
-    {VISIBLE} AND {IS_ACTIVE}
+    {VISIBLE} AND {IS_ACTIVE} AND {BRIEFLY}
 ), touched AS (
     {MOVE_OWN} AND EXISTS (SELECT FROM target t WHERE t.is_marked) RETURNING version
 ), moved AS (
@@ -107,7 +108,7 @@ class Mark(NamedTuple):
 
 MARK_UNREAD = f"""
 WITH target AS (
-    SELECT m.id, m.conversation_id, m.sent_version, c.version {VISIBLE}
+    SELECT m.id, m.conversation_id, m.sent_version, c.version {VISIBLE} AND {BRIEFLY}
 ), touched AS (
     {MOVE_OWN} AND is_active AND NOT is_deleted AND EXISTS (SELECT FROM target) RETURNING version
 ), marked AS (
@@ -133,7 +134,7 @@ async def mark_unread(db: Db, frame: MarkUnread, user_id: UserId) -> Mark | None
 # may not see the user's presence, `told` lists the others.
 DELIVERED = f"""
 WITH target AS (
-    SELECT m.id, m.conversation_id, m.sent_version, c.participant_count {VISIBLE} AND {IS_ACTIVE}
+    SELECT m.id, m.conversation_id, m.sent_version, c.participant_count {VISIBLE} AND {IS_ACTIVE} AND {BRIEFLY}
 ), moved AS (
     UPDATE conversation_participant p
     SET delivered_message_id = t.id, delivered_version = t.sent_version, delivered_at = now()

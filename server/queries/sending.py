@@ -12,7 +12,9 @@ from protocol.client import Send
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.payloads import Poll
 from protocol.values import ContentType
+from server.core.faults import RowHeld
 from server.db.database import Db
+from server.db.lock_timeouts import WITHIN_LOCK_MS
 from server.fairness.lanes import HELD, Held
 from server.queries import batches
 
@@ -76,7 +78,7 @@ class Stored(NamedTuple):
     thread_order: int
 
 
-SEND = "SELECT * FROM send_messages($1, $2, $3)"
+SEND = f"SELECT * FROM send_messages($1, $2, $3) WHERE {WITHIN_LOCK_MS}"  # noqa: S608 - a constant is put in
 """Stores a batch. schema.sql has the function, and beside it the contract of its steps."""
 
 Reason = Literal[
@@ -102,14 +104,23 @@ class NotStored(NamedTuple):
     wait_ms: int = 0
 
 
-async def send(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored]:
+async def send(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored | Held]:
     """Store a batch, and return the outcomes in its order. Of several messages with the same id, the first is stored.
+    The outcome is `HELD` if the conversations stay locked for `LOCK_MS`.
 
     Stores none of them and raises UniqueViolationError if another transaction took an id meanwhile. Also raises what
     `batches.waiting` raises.
     """
     rows = await batches.waiting(partial(db.fetch, SEND, _encoded(batch)), count=len(batch))
-    return [outcome for outcome in _outcomes(batch, rows) if not isinstance(outcome, Held)]
+    return _outcomes(batch, rows)
+
+
+async def send_alone(db: Db, out: Outgoing) -> Stored | NotStored:
+    """Store one message in the caller's transaction. Raises RowHeld if its conversation stays locked for `LOCK_MS`."""
+    (outcome,) = await send(db, [out])
+    if isinstance(outcome, Held):
+        raise RowHeld("the conversation is locked")
+    return outcome
 
 
 async def send_free(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored | Held]:
