@@ -27,6 +27,7 @@ from server.auth import passwords
 from server.auth.sessions import Sessions
 from server.core.config import Settings
 from server.http.credentials import SAFE_METHODS
+from server.hub.hub import Hub
 from tests.world import World, http_client
 
 ADA = {"name": "Ada", "email": "Ada@Example.org", "password": "correct horse"}
@@ -195,6 +196,21 @@ async def test_revoke_all_closes_every_socket(http: httpx.AsyncClient, world: Wo
     assert (await http.delete("/v1/auth/sessions", headers=bearer(logged_in))).status_code == 204
     assert [await socket.closed() for socket in sockets] == [CloseCode.SESSION_ENDED] * 2
     assert refusal(await http.get("/v1/auth/sessions", headers=bearer(logged_in)))[0] == 401
+
+
+async def test_revoked_sockets_are_closed_even_if_the_request_fails_after_its_commit(
+    http: httpx.AsyncClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the connection to PostgreSQL is lost during the commit."""
+    logged_in = await register(http)
+    sockets = [await Client(worker.url, logged_in.token).__aenter__() for worker in world.workers]
+
+    def defect(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(Hub, "notify", defect)
+    assert (await http.delete("/v1/auth/sessions", headers=bearer(logged_in))).status_code == 500
+    assert [await socket.closed() for socket in sockets] == [CloseCode.SESSION_ENDED] * 2
 
 
 async def test_session_of_another_user_is_not_found(http: httpx.AsyncClient) -> None:

@@ -1,6 +1,7 @@
 """The HTTP endpoints for accounts and sessions."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import msgspec
@@ -20,6 +21,7 @@ from server.auth.sessions import Sessions
 from server.auth.tokens import new_token, token_hash
 from server.context import Events
 from server.core.errors import NotFound
+from server.core.faults import may_have_committed
 from server.db.database import Database, Db
 from server.domain.export import written
 from server.gateway.responses import JSON, json_response
@@ -139,11 +141,21 @@ class Accounts:
         async def respond(request: Request) -> Response:
             active, body = await self.session_and_body(request)
             self._requests.require(active.session_id, 1 + len(body) // TOKEN_BYTES)
-            return await act(
-                AccountRequest(request, active, body, self._database.of_sessions(active.user.id, active.session_id))
-            )
+            database = self._database.of_sessions(active.user.id, active.session_id)
+            with self._rechecking(active.user.id):
+                return await act(AccountRequest(request, active, body, database))
 
         return Route(path, endpoint(respond), methods=[method])
+
+    @contextmanager
+    def _rechecking(self, user_id: UserId) -> Iterator[None]:
+        """Make the workers recheck a user if the block fails and may have ended sessions."""
+        try:
+            yield
+        except BaseException as error:
+            if may_have_committed(error):
+                self._events.recheck(user_id, None)
+            raise
 
     async def register(self, request: Request) -> Response:
         """Create an account and begin its first session."""
@@ -199,11 +211,12 @@ class Accounts:
                 await accounts.set_password(db, found.user.id, new_hash, instead_of=checked)
             return begun, is_back
 
-        begun, is_back = await self._database.of_sessions(found.user.id, None).atomically("login", made)
-        if is_back:
-            self._events.reconsider(found.user.id)
-        if begun is not None and begun.session.has_ended_others:
-            self._events.notify([found.user.id])
+        with self._rechecking(found.user.id):
+            begun, is_back = await self._database.of_sessions(found.user.id, None).atomically("login", made)
+            if is_back:
+                self._events.reconsider(found.user.id)
+            if begun is not None and begun.session.has_ended_others:
+                self._events.notify([found.user.id])
         return begun
 
     async def logout(self, account_request: AccountRequest) -> Response:
