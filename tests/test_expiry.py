@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from protocol import client, server
-from protocol.ids import MessageId
+from protocol.ids import ConversationId, MessageId
 from protocol.payloads import Poll
 from prove.mirror import Mirror
 from prove.truth import assert_same, read_conversation, recount
@@ -194,6 +194,44 @@ async def test_portions_have_a_bound_in_rows_and_bytes(world: World, monkeypatch
     assert sum(portions.sizes) == 6
     assert max(portions.sizes) <= 3
     assert await recount(world.db) == []
+
+
+async def test_conversations_expire_concurrently_but_each_one_in_turn(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first statement of a connection plans all others, before it locks a conversation."""
+    (who,) = await world.users("Ada")
+    ada = await world.connect(who)
+    places = [await world.channel(ada) for _ in range(3)]
+    for number in range(3 * (expiry.PORTION + 1)):
+        await sent(ada, places[number % 3])
+    await world.db.execute(DUE, [])
+    asked: list[tuple[Any, int]] = []
+    locked: set[ConversationId] = set()
+    together = asyncio.Barrier(3)
+    fetch = asyncpg.Connection.fetch
+
+    async def noted(db: Any, query: str, *args: Any, **options: Any) -> Any:
+        if query != expiry.EXPIRE:
+            return await fetch(db, query, *args, **options)
+        asked.append((db, len(args[1])))
+        assert not locked & set(args[0])
+        locked.update(args[0])
+        if len(args[1]) == expiry.PORTION:
+            await together.wait()
+        try:
+            return await fetch(db, query, *args, **options)
+        finally:
+            locked.difference_update(args[0])
+
+    monkeypatch.setattr(asyncpg.Connection, "fetch", noted)
+    worker = world.workers[0].app
+    await expire_due(worker._database, worker.hub, most=4)  # noqa: SLF001 - a job
+    assert await world.db.fetchval(LEFT) == 0
+    assert await recount(world.db) == []
+    first = dict(reversed(asked))
+    assert len(first) >= 3
+    assert set(first.values()) == {0}
 
 
 async def test_two_workers_delete_each_message_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

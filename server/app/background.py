@@ -27,6 +27,8 @@ EXPIRE_SECONDS = 15.0
 """Interval at which custom statuses expire, in seconds. Reads hide an expired status immediately."""
 CLEAR_SECONDS = 600.0
 """Interval at which old rows are deleted, in seconds."""
+EXPIRY_SHARE = 4
+"""Max share of a worker's connections that delete expired messages, as 1 / `EXPIRY_SHARE`, but at least one."""
 
 
 class Job(NamedTuple):
@@ -59,6 +61,7 @@ class Background:
         self._overruns = metrics.job_overruns
         self._audit_kept = timedelta(days=settings.audit_days)
         self._grace = timedelta(days=settings.erase_after_days)
+        self._expiring = max(1, settings.database_connections // EXPIRY_SHARE)
         self._marked = remains.FIRST
         self._tasks: list[asyncio.Task[None]] = []
         self.jobs = (
@@ -90,7 +93,7 @@ class Background:
 
     async def expire_due(self) -> None:
         """Delete messages that have expired."""
-        await expire_due(self._database, self._hub)
+        await expire_due(self._database, self._hub, most=self._expiring)
 
     async def clear_remains(self) -> bool:
         """Delete some remains of deleted messages and conversations. Return whether there may be more."""
