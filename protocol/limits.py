@@ -158,6 +158,12 @@ MAX_SESSIONS = 100
 """Max sessions, per user."""
 MAX_COUNTED = 100
 """Max unread count; counting stops there."""
+MAX_COUNTED_READERS = 1_000
+"""Max `read_by` and `delivered_to` in `get_message` and `list_readers`; counting stops there."""
+MAX_COUNTED_PARTICIPANTS = 2_000
+"""Max participants among whom `get_message` and `list_readers` count readers, highest roles and then oldest first."""
+MAX_TRACED_PARTICIPANTS = 10_000
+"""Max participants whom `why` considers, past ones included."""
 MAX_NAMED_PARTICIPANTS = 1_000
 """Max participants of a conversation in which `@name` mentions a user. `<@id>` works in larger ones, too."""
 MAX_SHARED_PARTICIPANTS = 100

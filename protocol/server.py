@@ -551,7 +551,7 @@ class MessagePage(_Tagged, tag="message_page", frozen=True, kw_only=True):
 
 class OneMessage(_Tagged, tag="message", frozen=True, kw_only=True):
     """A message. `mine` holds the caller's reactions, `vote` the caller's vote, and `read_by` how many others have read
-    it. `withheld` holds the content that a moderator has hidden, if the caller may read it.
+    it, as in `readers`. `withheld` holds the content that a moderator has hidden, if the caller may read it.
     """
 
     message: Message
@@ -591,7 +591,7 @@ class SearchPage(_Tagged, tag="search_page", frozen=True, kw_only=True):
 class DeliveryReport(_Tagged, tag="whereabouts", frozen=True, kw_only=True):
     """The delivery report of a message. `published_at` is when this worker delivered it, if it did and still remembers.
     It may be up to a second too late. `recipients` has at most 100 other participants, those who have not received it
-    first.
+    first. Of a conversation with more than 10,000 past and current participants, the report covers only 10,000.
     """
 
     message_id: MessageId
@@ -628,6 +628,8 @@ class OneThreadFollow(_Tagged, tag="thread_follow", frozen=True, kw_only=True):
 class Readers(_Tagged, tag="readers", frozen=True, kw_only=True):
     """The readers of a message. `read_by` counts the other users who have read it, and `delivered_to` the clients that
     have received it, up to 1,000. `readers` lists the readers unless `is_crowd`.
+
+    Of more than 2,000 participants, only 2,000 are counted: those with the highest roles, and among equals the oldest.
     """
 
     read_by: int

@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 from protocol.ids import ConversationId, UserId
-from protocol.limits import MAX_CHANGES_BYTES
+from protocol.limits import MAX_CHANGES_BYTES, MAX_COUNTED_READERS, MAX_TRACED_PARTICIPANTS
 from protocol.roles import ROLES
 from server.db.database import SESSION
 from server.queries import (
@@ -674,6 +674,40 @@ async def test_plans_of_an_empty_database_find_one_participant_of_many(
     after = {name: await explained(db, name, arguments) for name, (_, arguments) in statements.items()}
     grown = {name: (before[name].rows, plan.rows) for name, plan in after.items() if plan.rows > before[name].rows + 50}
     assert grown.keys() <= LISTS_PARTICIPANTS, grown
+
+
+PAST_AND_CURRENT = """
+INSERT INTO conversation_participant (conversation_id, user_id, status, version, joined_version, joined_at,
+    last_read_version, left_version)
+SELECT $1, gen_random_uuid(), status, 2, 2, now() + n * interval '1 us', $3, CASE status WHEN 'left' THEN 2 ELSE 0 END
+FROM generate_series(1, $2::int) n, unnest('{left,active}'::text[]) status
+"""
+
+
+async def test_counting_readers_of_a_crowd_reads_a_bounded_number_of_participants(
+    db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
+) -> None:
+    """Participants who have left do not count, and cost nothing where only current ones are read."""
+    nobody = Place(ConversationId(uuid4()), UserId(uuid4()), SMALL)
+    names = {"get": "read_by", "readers": "delivered_to", "why": "read_by"}
+    planned = hot(nobody, {"new": uuid4(), "middle": uuid4()})
+    await prepare(db, {name: planned[name] for name in names})
+    place = await filled(filler, "popular", 20)
+    await filler.execute("UPDATE conversation SET participant_count = 10000")
+    middle = await db.fetchval("SELECT id FROM message WHERE sent_version = 10")
+    statements = hot(place, {"new": uuid4(), "middle": middle})
+    plans: list[dict[str, Plan]] = []
+    for size, position in ((MAX_COUNTED_READERS - 1, 10), (4_000, 9), (10_000, 10)):
+        await filler.execute(PAST_AND_CURRENT, place.conversation_id, size, position)
+        plans.append({name: await explained(db, name, statements[name][1]) for name in names})
+        for name, field in names.items():
+            query, arguments = statements[name]
+            counted = json.loads(await db.fetchval(query, *arguments))[field]
+            assert counted == MAX_COUNTED_READERS - 1 or name == "why", "of the oldest participants"
+    await db.close()
+    for name, plan in plans[2].items():
+        assert plan.rows <= plans[1][name].rows + (3 * MAX_TRACED_PARTICIPANTS if name == "why" else 100), name
+        assert plan.scanned == [], name
 
 
 MUCH = (

@@ -50,6 +50,10 @@ WHY = {
         "bounds.RELATIONSHIPS": "user_relationship(from_user_id)",
         "bounds.REQUESTS": "user_relationship(from_user_id); user_relationship(to_user_id)",
         "bounds.REPORTS": "report(reporter_id)",
+        "delivery_report.OF": (
+            "3 x user_relationship(from_user_id); user_relationship(from_user_id) cut 1; "
+            "user_relationship(to_user_id); user_relationship(to_user_id) cut 1"
+        ),
         "bounds.THREADS": "thread_follow(user_id)",
         "pins.PINNED": "message(conversation_id)",
         "push.REGISTER": "push_endpoint(user_id) cut 1",
@@ -94,19 +98,13 @@ WHY = {
             "2 x user_relationship(from_user_id, to_user_id); 2 x user_relationship(to_user_id)"
         ),
         "receipts.READERS": (
-            "conversation_participant(conversation_id); user_relationship(from_user_id) cut 1; "
-            "user_relationship(to_user_id) cut 1"
+            "conversation_participant(conversation_id); user_relationship(from_user_id); user_relationship(to_user_id)"
         ),
     },
     "participants of a conversation, read once to count or notify them": {
         "push.DUE": "conversation_participant() cut 1; conversation_participant(conversation_id) cut 1; "
         "push_endpoint(user_id)",
         "push.NOTICES": "conversation_participant()",
-        "delivery_report.OF": (
-            "2 x conversation_participant(conversation_id); conversation_participant(conversation_id) cut 1; "
-            "3 x user_relationship(from_user_id); user_relationship(from_user_id) cut 1; "
-            "user_relationship(to_user_id); user_relationship(to_user_id) cut 1"
-        ),
     },
     "parts of one message: 1,000 edits, emoji, votes and reports of its participants": {
         "edits.COUNT": "message_edit(message_id)",
@@ -171,12 +169,14 @@ LIMITS = {
     "feed.PAGE": 23,
     "feed.COUNT": 23,
     "latest.SINCE": 1,
+    "messages.GET": 2,
     "moderation.ALL_REPORTS": 2,
     "moderation.REPORTS": 2,
     "participants.HEIR": 3,
     "push.DUE": 3,
     "push.NOTICES": 1,
     "receipts.READ": 2,
+    "receipts.READERS": 4,
     "receipts.MARK_UNREAD": 2,
     "scheduled.SENDER": 1,
     "sending.EARLIER": 1,

@@ -10,6 +10,7 @@ import msgspec
 
 from protocol.errors import CloseCode
 from protocol.ids import ConversationId, MessageId, UserId
+from protocol.limits import MAX_TRACED_PARTICIPANTS
 from protocol.server import DeliveryReport
 from protocol.values import Recipient
 from server.db.database import Db
@@ -36,19 +37,24 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 _told_decoder = Reader(Told)
 
 _TAKEN_IN = TAKEN_IN.format(who="p")
+_THEIRS = f"""(
+            SELECT p.*, gone_version(p) AS gone FROM conversation_participant p
+            WHERE p.conversation_id = m.conversation_id
+            LIMIT CASE WHEN $2::uuid IS NOT NULL THEN {MAX_TRACED_PARTICIPANTS} END
+        )"""  # noqa: S608 - a number is put in
+"""The rows of participants in the conversation of the message `m`. An operator, who has no viewer, receives all."""
 
 # Those without the message come first. `slow` stands for a user whose connection was closed as too slow after the
 # message was sent, and who has not returned. The client of an online user may not support confirmations.
 OF = f"""
 SELECT json_build_object('message_id', m.id, 'conversation_id', m.conversation_id, 'sender_id', m.sender_id,
     'version', m.sent_version, 'stored_at', m.created_at,
-    'delivered_to', (SELECT count(*) FROM conversation_participant p
-        WHERE p.conversation_id = m.conversation_id AND p.status = 'active' AND p.user_id <> m.sender_id
-            AND {_TAKEN_IN} >= m.sent_version
+    'delivered_to', (SELECT count(*) FROM {_THEIRS} p
+        WHERE p.status = 'active' AND p.user_id <> m.sender_id AND {_TAKEN_IN} >= m.sent_version
             AND p.joined_version < m.sent_version),
-    'read_by', (SELECT count(*) FROM conversation_participant p
-        WHERE p.conversation_id = m.conversation_id AND p.status = 'active' AND p.user_id <> m.sender_id
-            AND p.last_read_version >= m.sent_version AND p.joined_version < m.sent_version),
+    'read_by', (SELECT count(*) FROM {_THEIRS} p
+        WHERE p.status = 'active' AND p.user_id <> m.sender_id AND p.last_read_version >= m.sent_version
+            AND p.joined_version < m.sent_version),
     'recipients', coalesce((
         SELECT json_agg(json_build_object('user_id', r.user_id, 'state', r.state, 'at', CASE r.state
             WHEN 'read' THEN r.last_read_at WHEN 'delivered' THEN r.delivered_at WHEN 'left' THEN r.left_at
@@ -70,9 +76,8 @@ SELECT json_build_object('message_id', m.id, 'conversation_id', m.conversation_i
                 WHEN NOT u.is_online THEN 'offline'
                 ELSE 'unconfirmed' END AS state
             FROM (
-                SELECT p.*, {_TAKEN_IN} AS taken_in, gone_version(p) AS gone FROM conversation_participant p
-                WHERE p.conversation_id = m.conversation_id AND p.user_id <> m.sender_id
-                    AND (p.status = 'active' OR gone_version(p) > 0)
+                SELECT p.*, {_TAKEN_IN} AS taken_in FROM {_THEIRS} p
+                WHERE p.user_id <> m.sender_id AND (p.status = 'active' OR p.gone > 0)
                 ORDER BY {_TAKEN_IN}, p.user_id LIMIT {MOST}
             ) p
             JOIN "user" u ON u.id = p.user_id

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 from protocol.ids import ConversationId, MessageId, UserId
-from protocol.limits import MAX_PAGE_BYTES
+from protocol.limits import MAX_COUNTED_PARTICIPANTS, MAX_COUNTED_READERS, MAX_PAGE_BYTES
+from protocol.roles import ROLES
 from protocol.server import MessagePage, OneMessage
 from protocol.values import Conversation, Message, Participant
 from server.db.database import Db
@@ -96,16 +97,26 @@ async def find(db: Db, ref: MessageRef, user_id: UserId) -> FoundMessage | None:
     )  # fmt: skip
 
 
-REACHED = """(
-        SELECT count(*) FROM (
-            SELECT FROM conversation_participant o
-            WHERE o.conversation_id = m.conversation_id AND o.status = 'active'
-                AND o.user_id <> m.sender_id AND {position} >= m.sent_version AND o.joined_version < m.sent_version
-            LIMIT 1000
-        ) o
-    )"""
-"""The number of others whose position has reached the message `m`, up to 1,000. Those who joined after the message have
-a later position, and do not count.
+COUNTED = f"""(
+            SELECT o.* FROM unnest('{{{{{",".join(ROLES[::-1])}}}}}'::text[]) AS rank (role)
+            CROSS JOIN LATERAL (
+                SELECT o.* FROM conversation_participant o
+                WHERE CASE WHEN o.status = 'active' THEN o.role END = rank.role
+                    AND o.conversation_id = m.conversation_id
+                ORDER BY o.joined_at, o.user_id LIMIT {MAX_COUNTED_PARTICIPANTS}
+            ) o
+            LIMIT {MAX_COUNTED_PARTICIPANTS}
+        )"""  # noqa: S608 - numbers and names of roles are put in
+"""The participants in the conversation of the message `m` who are counted. They are in the order of an index,
+participant_heir_idx, so PostgreSQL reads no others.
+"""
+
+REACHED = f"""(
+        SELECT least(count(*), {MAX_COUNTED_READERS}) FROM {COUNTED} o
+        WHERE o.user_id <> m.sender_id AND {{position}} >= m.sent_version AND o.joined_version < m.sent_version
+    )"""  # noqa: S608 - numbers and names of roles are put in
+"""The number of others whose position has reached the message `m`. Those who joined after the message have a later
+position, and do not count.
 """
 
 GET = f"""
