@@ -110,6 +110,8 @@ FAULTS = (
     Fault("row held", "a session holds the row of a busy conversation, 4 of every 5 s", "writing", 80.0, _hold_row),
     Fault("reactions", "40 people react 6 times a second in one channel", "reacting", 240.0),
     Fault("many reactions", "40 people react 30 times a second in one channel", "reacting", 1_200.0),
+    Fault("votes", "40 people vote 6 times a second in one channel", "voting", 240.0),
+    Fault("many votes", "40 people vote 30 times a second in one channel", "voting", 1_200.0),
     Fault("busy account", "one account on 5 devices, as busy as its limits", "busy", ALL["busy"].rate),
     Fault("joins and leaves", "20 people join and leave a channel in which 20 write", "joining", 80.0),
     Fault("expiry", f"{BACKLOG:,} messages expire at the same time", "filling", 0.0, _expire, fill=BACKLOG),

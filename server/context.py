@@ -27,9 +27,11 @@ from server.db.lock_timeouts import BRIEF_LOCK_MS
 from server.fairness.batcher import Batcher
 from server.fairness.lanes import Lanes
 from server.queries import users
+from server.queries.batched_changes import NotChanged
 from server.queries.memberships import Membership
 from server.queries.own_news import OwnNews
-from server.queries.reactions import NotChanged, ReactionChange, ReactionRequest
+from server.queries.polls import Voted, VoteRequest
+from server.queries.reactions import ReactionChange, ReactionRequest
 from server.queries.sending import NotStored, Outgoing, Stored
 
 
@@ -172,6 +174,7 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     presence: Presences
     sends: Lanes[ConversationId, Outgoing, Stored | NotStored]
     reactions: Lanes[ConversationId, ReactionRequest, ReactionChange | NotChanged]
+    votes: Lanes[ConversationId, VoteRequest, Voted | NotChanged]
     memberships: Batcher[UserId, dict[ConversationId, Membership]]
     """Reads users' conversations. When many users reconnect concurrently, one query reads those of several."""
     unconfirmed: Unconfirmed

@@ -96,6 +96,7 @@ WITHOUT_KEY = {
     "send": "by message: whether its id is taken, since the key of `message` is the id",
     "send past what is held": "the same",
     "react": "by message: PostgreSQL checks the foreign key of the reaction",
+    "vote": "by message: PostgreSQL checks the foreign key of the vote",
     "earlier": "by message: read when an id is taken, to compare",
     "made in a day": "by creator",
     "reported in a day": "by reporter",
@@ -123,6 +124,12 @@ SELECT id FROM made
 ADD_MESSAGES = """
 INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
 SELECT $1, $2, 'Message ' || n, 2 + n, 2 + n FROM generate_series(1, $3::int) n
+"""
+
+MAKE_POLL = """
+UPDATE message SET expires_at = now(), content_type = 'poll', payload = '{"options": ["Yes", "No"]}',
+    poll_counts = '{0, 0}'
+WHERE id = $1
 """
 
 
@@ -194,7 +201,7 @@ def literal(value: Any) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
-FUNCTIONS = {"send_messages", "change_reactions", "expire_messages"}
+FUNCTIONS = {"send_messages", "change_reactions", "change_votes", "expire_messages"}
 """Functions that contain the statements of a batch."""
 EXPLAIN_INNER = """
 LOAD 'auto_explain';
@@ -264,6 +271,10 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
     reaction = json.dumps([{
         "place": 0, "conversation_id": str(about), "message_id": str(ids["middle"]), "user_id": str(user),
         "normal": "x", "typed": "x", "is_added": True,
+    }])  # fmt: skip
+    vote = json.dumps([{
+        "place": 0, "conversation_id": str(about), "message_id": str(ids["middle"]), "user_id": str(user),
+        "options": [0],
     }])  # fmt: skip
     return {
         "send": (sending.SEND, (send, "false", "10ms")),
@@ -354,8 +365,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "star": (pins.STAR, (ids["middle"], user, about)),
         "unstar": (pins.UNSTAR, (ids["middle"], user)),
         "stars": (pins.STARS, (None, user, 21, None)),
-        "vote": (polls.VOTE, (about, ids["middle"], user, [0])),
-        "voted": (polls.VOTED, (ids["middle"], user, about)),
+        "vote": (polls.CHANGE, (vote, "true", "10ms")),
         "votes": (polls.VOTES, (ids["middle"], about, None, 21)),
         "mark unread": (receipts.MARK_UNREAD, (ids["middle"], user, about)),
         "delivered": (receipts.DELIVERED, (ids["middle"], user, about, 100)),
@@ -424,10 +434,10 @@ async def test_cost_does_not_grow_with_history(
                 place.size // 2,
             ),
         }
-        await filler.execute("UPDATE message SET expires_at = now() WHERE id = $1", ids["middle"])
+        await filler.execute(MAKE_POLL, ids["middle"])
         statements = hot(place, ids)
         # After ANALYZE, the first call plans the statements of a function, and reads pages for that.
-        for name in ("send", "react", "expire"):
+        for name in ("send", "react", "vote", "expire"):
             await explained(db, name, statements[name][1])
         plans[place.size] = {name: await explained(db, name, arguments) for name, (_, arguments) in statements.items()}
     await db.close()

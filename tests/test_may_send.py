@@ -21,6 +21,7 @@ from protocol.payloads import Poll
 from protocol.server import Error
 from protocol.values import ConversationSettings
 from prove.client import Client
+from server.app.app import App
 from server.core.config import Settings
 from server.db.database import Db
 from server.fairness.lock_queue import Places
@@ -28,9 +29,15 @@ from server.gateway.dispatch import Rate
 from server.queries import accounts, conversations, erasure, participants, relationships, sessions
 from server.queries.relationships import RelationshipChange
 from server.routes import ROUTES
-from tests.world import UserSession, World, message, received_message, refused, sent
+from tests.world import UserSession, World, events_of, message, received_message, refused, sent, until
 
 WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+
+
+IN_LANES = {"send", "forward", "react", "vote"}
+"""Frames that wait in lanes, whose statements pause between two attempts."""
+WAITING_ALONE = f"{WAITING} AND query NOT LIKE 'SELECT * FROM %($1%'"
+"""The number of transactions of other frames that wait for a lock."""
 
 
 class Stage(NamedTuple):
@@ -55,14 +62,18 @@ async def world(settings: Settings) -> AsyncIterator[World]:
         yield world
 
 
-async def waiting(world: World, count: int) -> None:
+async def waiting(world: World, count: int, query: str = WAITING) -> None:
     """Return when `count` statements wait for a lock."""
     # Within a transaction, the statistics would not change.
     watch = await asyncpg.connect(world.settings.database_url)
     async with asyncio.timeout(10):
-        while await watch.fetchval(WAITING) < count:
+        while await watch.fetchval(query) < count:
             await asyncio.sleep(0.01)
     await watch.close()
+
+
+def lanes_in_use(app: App) -> int:
+    return sum(len(lanes._lanes) for lanes in (app._sends, app._reactions, app._votes))  # noqa: SLF001
 
 
 def let_all_wait(world: World) -> None:
@@ -97,7 +108,8 @@ async def stage(world: World, *, is_direct: bool) -> Stage:
     await mine.call(client.React(**here.at("reacted"), emoji="👍"))
     await mine.call(client.Pin(**here.at("pinned")))
     await mine.call(client.Vote(**here.at("voted"), options=[0]))
-    await theirs.event(server.PollVoted)  # connected to the other worker, so that no earlier event arrives later
+    # They are connected to the other worker. No earlier event arrives later.
+    await until(lambda: bool(events_of(theirs, server.PollVoted)))
     return here
 
 
@@ -357,7 +369,8 @@ async def assert_frames_are_refused_after(
             # A connection handles one frame at a time, and a worker has four connections to the database.
             device = await world.connect(on.who, number % 2)
             answers.append(asyncio.create_task(device.ask(frame)))
-        await waiting(world, len(frames))
+        await waiting(world, len(frames.keys() - IN_LANES), WAITING_ALONE)
+        await until(lambda: sum(lanes_in_use(worker.app) for worker in world.workers) == len(IN_LANES))
         await change(on.world.db, on)
         version = await world.db.fetchval("SELECT version FROM conversation WHERE id = $1", on.about)
     got: list[ErrorCode | None] = []

@@ -213,10 +213,15 @@ def are_stored(outcomes: Iterable[object]) -> bool:
     return all(isinstance(one, Stored) for one in outcomes)
 
 
+def events_of(client: Client, *kinds: type) -> list[Any]:
+    """Return the events of these kinds that a client has received, those in `changes` included."""
+    events = [one for event in client.events for one in getattr(event, "events", [event])]
+    return [event for event in events if isinstance(event, kinds)]
+
+
 def new_messages(client: Client) -> list[Message]:
     """Return the messages of all events that a client has received, those in `changes` included."""
-    events = [one for event in client.events for one in getattr(event, "events", [event])]
-    return [one.message for one in events if isinstance(one, MessageSent)]
+    return [one.message for one in events_of(client, MessageSent)]
 
 
 async def received_message(client: Client, message_id: MessageId) -> Message:

@@ -10,6 +10,7 @@ from loadtest.scenarios.mixed import at
 from protocol import client
 from protocol.client import Frame
 from protocol.ids import ConversationId, EditId, MessageId, uuid7
+from protocol.payloads import Poll
 
 EMOJI = "👍"
 CONVERSATIONS = 100
@@ -57,6 +58,32 @@ class Reacting(Hot):
 
     def act(self, due: int) -> None:
         self._react(next(self._turns), due)
+
+
+class Voting(Hot):
+    """Everyone votes in one poll, for the other option each time."""
+
+    name = "voting"
+    about = "40 people vote in one channel"
+    unit = "votes"
+    rate = 240.0
+
+    def begin(self) -> None:
+        super().begin()
+        self._poll = MessageId(uuid7())
+        poll = client.Send(
+            conversation_id=ConversationId(UUID(self._about)),
+            message_id=self._poll,
+            content="Tea?",
+            payload=Poll(options=["Yes", "No"]),
+        )
+        self.crowd.connections[0].ask(poll, 0)
+        self._voted: dict[Connection, int] = {}
+
+    def act(self, due: int) -> None:
+        connection = next(self._turns)
+        option = self._voted[connection] = 1 - self._voted.get(connection, 1)
+        connection.ask(client.Vote(**at(self._about, str(self._poll)), options=[option]), due)
 
 
 class Writing(Hot):

@@ -60,8 +60,8 @@ from server.limits.load_shedding import LoadShedding
 from server.limits.per_address import Addresses
 from server.limits.shared_rate_limit import SharedRateLimit
 from server.limits.token_bucket import Pace, TokenBuckets
-from server.queries import push, reactions, sending
-from server.queries.reactions import NotChanged, ReactionChange, ReactionRequest
+from server.queries import polls, push, reactions, sending
+from server.queries.batched_changes import ChangeFunction, NotChanged, Outcome, Request
 from server.queries.sending import NotStored, Outgoing, Stored
 from server.routes import ROUTES
 
@@ -74,8 +74,8 @@ The statement holds the locks of all their conversations. 64 messages of the max
 Messages with more than 2,000 characters are stored in statements of their own. Parsing the words of one with 10,000
 takes ten times as long as everything else (docs/performance.md).
 """
-REACTIONS_AT_ONCE = 64
-"""Max reactions that one statement changes."""
+CHANGES_AT_ONCE = 64
+"""Max reactions that one statement changes, or votes."""
 WORKER_BYTES = 16
 """Length of the random id of a worker, in bytes."""
 REDIS_SECONDS = 1.0
@@ -154,14 +154,8 @@ class App:
             weigh=sending.weight,
             most_weight=SENT_AT_ONCE,
         )
-        self._reactions: Lanes[ConversationId, ReactionRequest, ReactionChange | NotChanged] = Lanes(
-            key=lambda reaction: reaction.conversation_id,
-            owner=lambda reaction: reaction.user_id,
-            run=self._react_free,
-            wait=self._react,
-            places=places,
-            most=REACTIONS_AT_ONCE,
-        )
+        self._reactions = self._lanes_of(reactions.FUNCTION, places)
+        self._votes = self._lanes_of(polls.FUNCTION, places)
 
         self._safe_http = SafeHttp(to_private=settings.private_addresses)
         self.web_push = WebPush(
@@ -189,6 +183,7 @@ class App:
             presence=self.presence,
             sends=self._sends,
             reactions=self._reactions,
+            votes=self._votes,
             memberships=hub_store.memberships,
             unconfirmed=Unconfirmed(),
             web_push=self.web_push,
@@ -372,13 +367,27 @@ class App:
         async with self._database.connection() as db:
             return await sending.send(db, batch)
 
-    async def _react_free(self, batch: list[ReactionRequest]) -> list[ReactionChange | NotChanged | Held]:
-        async with self._database.sending() as db:
-            return await reactions.change_free(db, batch)
+    def _lanes_of(
+        self, function: ChangeFunction[Request, Outcome], places: Places
+    ) -> Lanes[ConversationId, Request, Outcome | NotChanged]:
+        """Return the lanes of the changes that a function makes. `places` are those of all lanes."""
 
-    async def _react(self, batch: list[ReactionRequest]) -> list[ReactionChange | NotChanged | Held]:
-        async with self._database.connection() as db:
-            return await reactions.change(db, batch)
+        async def run(batch: list[Request]) -> list[Outcome | NotChanged | Held]:
+            async with self._database.sending() as db:
+                return await function.passing(db, batch)
+
+        async def wait(batch: list[Request]) -> list[Outcome | NotChanged | Held]:
+            async with self._database.connection() as db:
+                return await function.waiting(db, batch)
+
+        return Lanes(
+            key=lambda request: request.conversation_id,
+            owner=lambda request: request.user_id,
+            run=run,
+            wait=wait,
+            places=places,
+            most=CHANGES_AT_ONCE,
+        )
 
     def _arrived(self, connection: Connection) -> None:
         self.connections.add(connection)

@@ -34,12 +34,12 @@ CANCEL_SECONDS = 9.0
 not count as a lost database.
 """
 SENDING_SECONDS = 2.0
-"""Max time of a statement that stores messages or reactions of many users, in seconds. PostgreSQL cancels it before
-the commit or not at all, so a cancelled statement stored nothing (docs/decisions/0066).
+"""Max time of a statement that stores messages, reactions or votes of many users, in seconds. PostgreSQL cancels it
+before the commit or not at all, so a cancelled statement stored nothing (docs/decisions/0066).
 """
-SENDING_CONNECTIONS = 3
+SENDING_CONNECTIONS = 4
 """Connections for statements of many users, per worker, in addition to `OPENCHAT_DATABASE_CONNECTIONS`. They store
-short messages, long messages and reactions.
+short messages, long messages, reactions and votes.
 """
 OWN_CONNECTIONS = SENDING_CONNECTIONS + 1
 """Connections per worker in addition to `OPENCHAT_DATABASE_CONNECTIONS`: those for statements of many users, and one

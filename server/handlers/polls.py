@@ -7,56 +7,58 @@ from protocol.roles import Act
 from protocol.server import Changed, MessageChanged, PollVoted, VotePage
 from server.context import Context
 from server.core.errors import NotFound
-from server.domain.compose import is_closed
+from server.domain import batched_changes
 from server.domain.permissions import require, require_may_send, require_sender_not_above
 from server.domain.publish import publish_changed
 from server.queries import audit, messages, polls
 from server.queries.audit import Deed
 from server.queries.messages import FoundMessage
+from server.queries.polls import VoteRequest
+
+
+def _no_poll() -> Refused:
+    return Refused(
+        ErrorCode.CONFLICT, "This message is not a poll. Choose one whose `content_type` is `poll`.", path="message_id"
+    )
+
+
+REFUSALS: batched_changes.Refusals = {
+    **batched_changes.REFUSALS,
+    "no_poll": lambda _: _no_poll(),
+    "closed": lambda _: Refused(
+        ErrorCode.FORBIDDEN, "This poll is closed. Read its counts in the message.", path="message_id"
+    ),
+    "unknown_option": lambda outcome: Refused(
+        ErrorCode.INVALID, f"`options` must be between 0 and {outcome.option_count - 1}.", path="options"
+    ),
+    "too_many_options": lambda _: Refused(
+        ErrorCode.INVALID, "This poll allows one option per vote. Choose one.", path="options"
+    ),
+}
 
 
 async def vote(context: Context, frame: client.Vote) -> Changed:
-    """Replace the caller's vote, and publish the counts."""
-    options = sorted(frame.options)
-    async with context.transaction() as db:
-        found = await messages.lock(db, frame, context.user_id)
-        poll = _poll(found)
-        assert found is not None  # noqa: S101 - `_poll` raises for None
-        message = found.message
-        about = message.conversation_id
-        before, version = await polls.voted(db, message, context.user_id)
-        if before == options:
-            return Changed(conversation_id=about, version=version)
-        if options:  # a withdrawal reaches nobody as a message does
-            require_may_send(found)
-        if is_closed(message, poll):
-            raise Refused(
-                ErrorCode.FORBIDDEN, "This poll is closed. Read its counts in the message.", path="message_id"
-            )
-        if options and options[-1] >= len(poll.options):
-            raise Refused(
-                ErrorCode.INVALID, f"`options` must be between 0 and {len(poll.options) - 1}.", path="options"
-            )
-        if len(options) > 1 and not poll.is_multiple:
-            raise Refused(ErrorCode.INVALID, "This poll allows one option per vote. Choose one.", path="options")
-        standing = await polls.vote(db, message, context.user_id, options)
-    if found.is_from_before:
-        context.events.publish(
-            MessageChanged(conversation_id=about, version=standing.version, message_id=frame.message_id)
-        )
-    else:
+    """Replace the caller's vote, and publish the counts. A repetition changes nothing. Withdrawing needs no permission
+    to send.
+    """
+    about, message_id, options = frame.conversation_id, frame.message_id, sorted(frame.options)
+    request = VoteRequest(about, message_id, context.user_id, options)
+    voted = await batched_changes.change(context.services.votes, request, REFUSALS)
+    if voted.poll_counts is not None and voted.is_from_before:
+        context.events.publish(MessageChanged(conversation_id=about, version=voted.version, message_id=message_id))
+    elif voted.poll_counts is not None:
         context.events.publish(
             PollVoted(
                 conversation_id=about,
-                version=standing.version,
-                message_id=frame.message_id,
-                poll_counts=standing.poll_counts,
-                poll_voters=standing.poll_voters,
-                user_id=None if poll.is_anonymous else context.user_id,
-                options=None if poll.is_anonymous else options,
+                version=voted.version,
+                message_id=message_id,
+                poll_counts=voted.poll_counts,
+                poll_voters=voted.poll_voters,
+                user_id=None if voted.is_anonymous else context.user_id,
+                options=None if voted.is_anonymous else options,
             )
         )
-    return Changed(conversation_id=about, version=standing.version)
+    return Changed(conversation_id=about, version=voted.version)
 
 
 async def close(context: Context, frame: client.ClosePoll) -> Changed:
@@ -99,11 +101,7 @@ def _poll(found: FoundMessage | None) -> Poll:
     if found is None or found.message.is_deleted:
         raise NotFound("message_id")
     if found.message.content_type != "poll":
-        raise Refused(
-            ErrorCode.CONFLICT,
-            "This message is not a poll. Choose one whose `content_type` is `poll`.",
-            path="message_id",
-        )
+        raise _no_poll()
     if not isinstance(found.message.payload, Poll):
         raise NotFound("message_id")
     return found.message.payload

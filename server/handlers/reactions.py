@@ -8,26 +8,17 @@ from protocol.limits import MAX_EMOJI_OF_USER, MAX_EMOJI_PER_MESSAGE
 from protocol.reaction import normalized
 from protocol.server import Changed, MessageChanged, MessageReacted, MessageUnreacted
 from server.context import Context
-from server.core.errors import NotActive, NotFound
-from server.domain.permissions import OBSTACLES, slow_mode
-from server.queries.reactions import NotChanged, ReactionChange, ReactionRequest, Reason
-
-
-def _forbidden(outcome: NotChanged) -> Refused:
-    return Refused(ErrorCode.FORBIDDEN, OBSTACLES[outcome.reason], path="conversation_id")  # type: ignore[index]
+from server.domain import batched_changes
+from server.queries.batched_changes import NotChanged
+from server.queries.reactions import ReactionChange, ReactionRequest
 
 
 def _too_many(message: str) -> Callable[[NotChanged], Refused]:
     return lambda _: Refused(ErrorCode.CONFLICT, message, path="emoji")
 
 
-REFUSALS: dict[Reason, Callable[[NotChanged], Refused]] = {
-    "missing": lambda _: NotFound("message_id"),
-    "inactive": lambda _: NotActive(),
-    "archived": _forbidden,
-    "role": _forbidden,
-    "unwanted": _forbidden,
-    "slow": lambda outcome: slow_mode(outcome.wait_ms),
+REFUSALS: batched_changes.Refusals = {
+    **batched_changes.REFUSALS,
     "too_many_of_message": _too_many(
         f"A message can have at most {MAX_EMOJI_PER_MESSAGE} different emoji. Use one of them."
     ),
@@ -35,7 +26,6 @@ REFUSALS: dict[Reason, Callable[[NotChanged], Refused]] = {
         f"You can use at most {MAX_EMOJI_OF_USER} different emoji per message, removed ones included. Reuse one."
     ),
 }
-"""Errors for reactions that no further attempt would change, by the reason."""
 
 
 async def react(context: Context, frame: client.React) -> Changed:
@@ -67,10 +57,7 @@ async def _change(context: Context, frame: client.React | client.Unreact, emoji:
         typed=frame.emoji,
         is_added=isinstance(frame, client.React),
     )
-    while isinstance(outcome := await context.services.reactions.submit(reaction), NotChanged):
-        if outcome.reason != "changed":
-            raise REFUSALS[outcome.reason](outcome)
-    return outcome
+    return await batched_changes.change(context.services.reactions, reaction, REFUSALS)
 
 
 def _publish(

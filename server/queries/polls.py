@@ -1,66 +1,73 @@
 """Polls, with a row per voter. The same statement changes the counts in the message."""
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 from protocol.ids import UserId
 from protocol.values import Message, PollVote
 from server.db.database import Db
+from server.db.lock_timeouts import WITHIN_LOCK_MS
 from server.db.rows import Page, Reader, Undecoded
+from server.queries.batched_changes import ChangeFunction, ChangeRequest, NotChanged
+from server.queries.batches import Query
 from server.queries.messages import MessageRef
 
 _message_decoder = Reader(Message)
 _vote_decoder = Reader(PollVote)
 
 
-class Standing(NamedTuple):
-    """A poll after a vote: the vote's version, the number of votes per option, and the number of voters."""
+class VoteRequest(ChangeRequest, frozen=True):
+    """A vote to store. `options` are in ascending order; none withdraw the vote."""
+
+    options: list[int]
+
+
+class Voted(NamedTuple):
+    """The version of a vote, and the poll after it: the number of votes per option, and the number of voters.
+
+    `poll_counts` is None if nothing changed. `is_from_before` tells that some participants joined later and may not see
+    the poll.
+    """
 
     version: int
-    poll_counts: list[int]
+    poll_counts: list[int] | None
     poll_voters: int
+    is_anonymous: bool
+    is_from_before: bool
 
 
-# The earlier vote is read under the conversation's lock, so it is the one that is replaced. Arrays begin at 1.
-VOTE = """
-WITH before AS MATERIALIZED (
-    SELECT coalesce((
-        SELECT v.options FROM poll_vote v
-        WHERE v.message_id = $2 AND v.user_id = $3 AND (v.conversation_id = $1) IS TRUE
-    ), '{}') AS options
-), bumped AS (
-    UPDATE conversation SET version = version + 1 WHERE id = $1 RETURNING version
-), voted AS (
-    INSERT INTO poll_vote AS v (message_id, user_id, conversation_id, options, version)
-    SELECT $2, $3, $1, $4::integer[], b.version FROM bumped b
-    ON CONFLICT (message_id, user_id) DO UPDATE SET options = excluded.options, version = excluded.version,
-        voted_at = now()
-)
-UPDATE message m SET
-    poll_counts = ARRAY(
-        SELECT m.poll_counts[n] + (n - 1 = ANY($4))::integer - (n - 1 = ANY(before.options))::integer
-        FROM generate_subscripts(m.poll_counts, 1) AS n ORDER BY n
-    ),
-    poll_voters = m.poll_voters + (cardinality($4) > 0)::integer - (cardinality(before.options) > 0)::integer
-FROM bumped b, before WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
-RETURNING b.version, m.poll_counts, m.poll_voters
-"""
-VOTED = """
-SELECT v.options, v.version FROM poll_vote v
-WHERE v.message_id = $1 AND v.user_id = $2 AND (v.conversation_id = $3) IS TRUE
-"""
+Reason = Literal[
+    "changed", "missing", "no_poll", "inactive", "archived", "role", "unwanted", "slow", "closed", "unknown_option",
+    "too_many_options",
+]  # fmt: skip
+"""Why a vote was not stored. Of several reasons, it is the first one in change_votes()."""
 
 
-async def vote(db: Db, found: Message, user_id: UserId, options: list[int]) -> Standing:
-    """Replace a vote. Without options, withdraw it. Requires the conversation's lock."""
-    row = await db.fetchrow(VOTE, found.conversation_id, found.id, user_id, options)
-    assert row is not None  # noqa: S101 - the caller has found it under the lock
-    return Standing(*row)
+CHANGE = f"SELECT * FROM change_votes($1, $2, $3) WHERE {WITHIN_LOCK_MS}"  # noqa: S608 - as in `sending.SEND`
+"""Stores a batch. schema.sql has the function."""
 
 
-async def voted(db: Db, found: Message, user_id: UserId) -> tuple[list[int], int]:
-    """Return a user's vote and its version. Without a vote, return no options and the version of the message."""
-    row = await db.fetchrow(VOTED, found.id, user_id, found.conversation_id)
-    return ([], found.version) if row is None else (row[0], row[1])
+def _call(db: Db, requests: str) -> Query:
+    return partial(db.fetch, CHANGE, requests)
+
+
+def _outcome(
+    outcome: str,
+    wait_ms: int | None,
+    option_count: int | None,
+    *voted: Any,  # noqa: ANN401 - columns
+) -> Voted | NotChanged:
+    match outcome:
+        case "stored":
+            return Voted(*voted)
+        case "unchanged":
+            return Voted(*voted)._replace(poll_counts=None)
+        case _:
+            return NotChanged(outcome, wait_ms or 0, option_count or 0)
+
+
+FUNCTION: ChangeFunction[VoteRequest, Voted] = ChangeFunction(_call, outcome=_outcome)
+"""Stores, changes and withdraws votes."""
 
 
 CLOSE = """

@@ -1,30 +1,22 @@
 """Reactions, with a row per user and emoji. The statement that changes a row changes the counts in the message, too."""
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import msgspec
-from asyncpg import Record
-
-from protocol.ids import ConversationId, MessageId, UserId
 from protocol.limits import MAX_EMOJI_OF_USER, MAX_EMOJI_PER_MESSAGE
 from server.db.database import Db
 from server.db.lock_timeouts import WITHIN_LOCK_MS
-from server.fairness.lanes import HELD, Held
-from server.queries import batches
+from server.queries.batched_changes import ChangeFunction, ChangeRequest, NotChanged
+from server.queries.batches import Query
 
 
-class ReactionRequest(NamedTuple):
+class ReactionRequest(ChangeRequest, frozen=True):
     """A reaction to add or remove.
 
     A new one is stored as `normal`. A removal finds the spelling `typed`, then `normal`, then one that differs in
     variation selectors. Older versions stored any text, and imports store any name.
     """
 
-    conversation_id: ConversationId
-    message_id: MessageId
-    user_id: UserId
     normal: str
     typed: str
     is_added: bool
@@ -44,18 +36,7 @@ class ReactionChange(NamedTuple):
 Reason = Literal[
     "changed", "missing", "inactive", "archived", "role", "unwanted", "slow", "too_many_of_user", "too_many_of_message"
 ]
-"""Why a reaction was not changed. Of several reasons, it is the first one in change_reactions().
-
-Another attempt may succeed for `changed`. The user joined while the statement ran, or the batch has another request of
-the user about the message.
-"""
-
-
-class NotChanged(NamedTuple):
-    """A reaction that was not changed. `wait_ms` is the time until the user may send in slow mode, in milliseconds."""
-
-    reason: Reason
-    wait_ms: int = 0
+"""Why a reaction was not changed. Of several reasons, it is the first one in change_reactions()."""
 
 
 CHANGE = f"SELECT * FROM change_reactions($1, $2, $3, $4, $5) WHERE {WITHIN_LOCK_MS}"  # noqa: S608 - as in `SEND`
@@ -63,37 +44,19 @@ CHANGE = f"SELECT * FROM change_reactions($1, $2, $3, $4, $5) WHERE {WITHIN_LOCK
 LIMITS = (MAX_EMOJI_PER_MESSAGE, MAX_EMOJI_OF_USER)
 
 
-async def change(db: Db, batch: Sequence[ReactionRequest]) -> list[ReactionChange | NotChanged | Held]:
-    """Add and remove reactions, and return the outcomes in the order of the batch. The outcome is `HELD` if the
-    conversations stay locked for `LOCK_MS`. Raises what `batches.waiting` raises.
-    """
-    rows = await batches.waiting(partial(db.fetch, CHANGE, _encoded(batch)), *LIMITS, count=len(batch))
-    return _outcomes(batch, rows)
+def _call(db: Db, requests: str) -> Query:
+    return partial(db.fetch, CHANGE, requests)
 
 
-async def change_free(db: Db, batch: Sequence[ReactionRequest]) -> list[ReactionChange | NotChanged | Held]:
-    """Do the same as `change`, but skip locked conversations, whose outcome is `HELD`. So is that of a single reaction
-    that would wait for another row. Raises what `batches.passing` raises.
-    """
-    rows = await batches.passing(partial(db.fetch, CHANGE, _encoded(batch)), *LIMITS, count=len(batch))
-    return [HELD] if rows is None else _outcomes(batch, rows)
+def _outcome(outcome: str, wait_ms: int | None, *change: Any) -> ReactionChange | NotChanged:  # noqa: ANN401 - columns
+    match outcome:
+        case "stored":
+            return ReactionChange(*change)
+        case "unchanged":
+            return ReactionChange(*change)._replace(total=None)
+        case _:
+            return NotChanged(outcome, wait_ms or 0)
 
 
-def _outcomes(batch: Sequence[ReactionRequest], rows: Sequence[Record]) -> list[ReactionChange | NotChanged | Held]:
-    outcomes: list[ReactionChange | NotChanged | Held] = [NotChanged("changed")] * len(batch)
-    for place, outcome, wait_ms, emoji, version, total, is_from_before in rows:
-        if outcome in {"stored", "unchanged"}:
-            outcomes[place] = ReactionChange(emoji, version, total if outcome == "stored" else None, is_from_before)
-        else:
-            outcomes[place] = HELD if outcome == "held" else NotChanged(outcome, wait_ms or 0)
-    return outcomes
-
-
-def _encoded(batch: Sequence[ReactionRequest]) -> str:
-    """Return the reactions as JSON with the fields of the type `reaction_request`. Leaves out further ones of a user
-    about a message, because each depends on the one before.
-    """
-    first: dict[tuple[UserId, MessageId], tuple[int, ReactionRequest]] = {}
-    for place, item in enumerate(batch):
-        first.setdefault((item.user_id, item.message_id), (place, item))
-    return msgspec.json.encode([{"place": place} | item._asdict() for place, item in first.values()]).decode()
+FUNCTION: ChangeFunction[ReactionRequest, ReactionChange] = ChangeFunction(_call, *LIMITS, outcome=_outcome)
+"""Adds and removes reactions."""
