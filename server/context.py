@@ -23,7 +23,7 @@ from protocol.values import Message, Presence, User
 from server.core.errors import NotActive
 from server.core.unconfirmed import Unconfirmed
 from server.db.database import Database, Db
-from server.db.lock_timeouts import BRIEF_LOCK_MS
+from server.db.lock_timeouts import FIRST_LOCK_MS
 from server.fairness.batcher import Batcher
 from server.fairness.lanes import Lanes
 from server.queries import users
@@ -141,9 +141,9 @@ class UserNews(Protocol):
 class Presences(Protocol):
     """The presence of users. `Presence` of `domain` implements it, which imports this file."""
 
-    async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> MeChanged | None:
-        """Store the chosen presence of a user, or of one of the user's devices. Return the event for the user's own
-        devices, if the choice changed.
+    async def choose(self, context: "Context", frame: SetPresence) -> MeChanged | None:
+        """Store the chosen presence of the caller, or of one of the caller's devices. Return the event for the caller's
+        own devices, if the choice changed.
         """
 
     async def republish(self, user_id: UserId) -> None:
@@ -201,7 +201,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     subscriber: Subscriber | None = None
     is_of_job: bool = False
     """Whether a job acts for the caller. It does not wait for the caller's turn, and waits only briefly for locks."""
-    lock_ms: int = BRIEF_LOCK_MS
+    lock_ms: int = FIRST_LOCK_MS
     """Max time that a transaction waits for a lock, in milliseconds."""
     place: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
     """Waits for the place of each transaction among frames that need locked rows."""
@@ -215,7 +215,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     def database(self) -> Database:
         """The database, with the caller's share of connections."""
         database = self.services.database
-        return database.of_jobs() if self.is_of_job else database.of(self.user_id, lock_ms=self.lock_ms)
+        return database if self.is_of_job else database.of(self.user_id, lock_ms=self.lock_ms)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Db]:

@@ -81,8 +81,8 @@ ROUTES: dict[type[client.Frame], Route] = {
     client.ListThreads: Route(threads.list_threads, Rate.READ),
     # receipts
     client.Read: Route(receipts.read, Rate.WRITE, Shed.RECEIPTS, waits_for_user=True),
-    client.Delivered: Route(receipts.delivered, Rate.EPHEMERAL, Shed.RECEIPTS),
-    client.MarkUnread: Route(receipts.mark_unread, Rate.WRITE),
+    client.Delivered: Route(receipts.delivered, Rate.EPHEMERAL, Shed.RECEIPTS, waits_for_user=True),
+    client.MarkUnread: Route(receipts.mark_unread, Rate.WRITE, waits_for_user=True),
     client.ListReaders: Route(receipts.list_readers, Rate.READ),
     # drafts and scheduled messages
     client.SetDraft: Route(drafts.set_draft, Rate.WRITE, waits_for_user=True),

@@ -197,7 +197,7 @@ CREATE TRIGGER slow AFTER UPDATE ON conversation FOR EACH ROW EXECUTE FUNCTION b
 async def test_frame_that_needs_a_locked_row_for_too_long_is_refused_as_busy(
     settings: Settings, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(app, "ATTEMPTS_SECONDS", 0.3)
     async with World(settings) as world:
         ada = await world.connect(await world.user("Ada"))
         group = await world.channel(ada)

@@ -17,7 +17,6 @@ from prove.truth import recount
 from server.app import app, background
 from server.core.config import Settings
 from server.core.periodic import end, every
-from server.db import database
 from server.describe.handbook import is_for_participants
 from server.fairness.batcher import Batcher
 from server.queries import scheduled
@@ -52,7 +51,6 @@ async def test_due_message_does_not_wait_for_rows_of_another_sender(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, held: str
 ) -> None:
     monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
-    monkeypatch.setattr(database, "JOB_LOCK_MS", 50)
     async with World(settings, workers=1) as world:
         (send_due,) = (job.run for job in world.workers[0].app.background.jobs if job.run.__name__ == "send_due")
         people = await world.users("Ada", "Charles", "Mary")
@@ -345,7 +343,7 @@ async def test_message_does_not_wait_for_other_locked_conversations(settings: Se
 def assert_is_empty(worker: app.App) -> None:
     """Assert that nothing is left of frames that waited."""
     lock_queue = worker._lock_queue  # noqa: SLF001
-    assert lock_queue._of_key._taken == lock_queue._of_client._taken == lock_queue._pausing == {}  # noqa: SLF001
+    assert lock_queue._of_key._taken == lock_queue._of_client._taken == lock_queue._waiting == {}  # noqa: SLF001
 
 
 async def test_frames_that_wait_for_a_row_leave_connections_to_others(settings: Settings) -> None:
@@ -437,17 +435,24 @@ async def test_user_whose_row_is_locked_delays_nobody_else(settings: Settings) -
 async def test_frames_that_change_only_rows_of_their_user_wait_for_their_user(room: Room, world: World) -> None:
     """Otherwise frames of others in the conversation would wait behind them."""
     here = room.at(await sent(room.charles, room.group))
+    other = room.at(await sent(room.ada, room.group))
     charles = room.charles.ready.user.id
     lock_queue = world.workers[1].app._lock_queue  # noqa: SLF001
-    for frame in (
+    frames: list[client.Frame] = [
         client.Star(**here),
         client.Unstar(**here),
         client.FollowThread(**here),
         client.UnfollowThread(**here),
         client.ReadThread(**here, thread_order=1),
+        client.Delivered(**other),
+        client.Read(**other),
+        client.MarkUnread(**here),
         client.SetPreferences(conversation_id=room.group, pin_order=1),
         client.SetDraft(conversation_id=room.group, content="I think"),
-    ):
+    ]
+    flagged = {kind for kind, route in ROUTES.items() if route.waits_for_user}
+    assert {type(frame) for frame in frames} | {client.CancelScheduled} == flagged  # tested above
+    for frame in frames:
         async with world.db.transaction():
             await world.db.execute(HOLD_USER, charles)
             task: asyncio.Task[Any] = asyncio.create_task(room.charles.call(frame))

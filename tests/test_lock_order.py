@@ -99,7 +99,8 @@ class ConflictingWrites:
         services = self.app._services  # noqa: SLF001
         context = Context(services=services, user=user, session_id=self.sessions[who], lock_ms=60_000)
         try:
-            return await until_free(partial(ROUTES[type(frame)].handler, context, frame), patience=60)
+            attempt = partial(ROUTES[type(frame)].handler, context, frame)
+            return await until_free(attempt, since=asyncio.get_running_loop().time(), patience=60)
         except Refused as refused:
             assert refused.code not in NOT_NOW, refused
         except asyncpg.TransactionRollbackError:

@@ -321,7 +321,7 @@ def test_statements_are_constants_and_values_are_parameters() -> None:
 
 KNOWN_STATEMENTS = {
     "server/db/migrate.py: (ROOT / 'schema.sql').read_text()",
-    "server/db/database.py: begin(lock_ms)",
+    "server/db/database.py: begin(self._lock_ms)",
     "server/db/migrate.py: text",
     "server/db/migrate.py: f'DROP INDEX CONCURRENTLY {index}'",
     "server/db/migrate.py: statement[0]",

@@ -12,7 +12,7 @@ import pytest
 from protocol.client import History, ListPins, Pin, Resume
 from protocol.limits import MAX_CONTENT, MAX_PAGE
 from protocol.payloads import Poll
-from server.app.app import SENT_AT_ONCE, App
+from server.app.app import MAX_BATCH_CHARACTERS, App
 from server.core.proxies import Proxies
 from server.db import rows
 from server.db.pool import Lease
@@ -197,7 +197,7 @@ async def test_short_message_does_not_wait_for_long_messages_of_others(world: Wo
 
     async def wait(app: App, batch: list[Outgoing]) -> list[Stored | NotStored | Held]:
         batches.append(max(weight(out) for out in batch))
-        if batches[-1] > SENT_AT_ONCE // HEAVY_SHARE:
+        if batches[-1] > MAX_BATCH_CHARACTERS // HEAVY_SHARE:
             await held.wait()
         return await send_free(app, batch)
 
@@ -208,8 +208,8 @@ async def test_short_message_does_not_wait_for_long_messages_of_others(world: Wo
     long: list[asyncio.Future[Any]] = [asyncio.ensure_future(chatty.call(one)) for one in frames]
     await until(lambda: bool(batches))
     async with asyncio.timeout(5):
-        await quiet.call(message(rooms[1], "x" * (SENT_AT_ONCE // HEAVY_SHARE)))
+        await quiet.call(message(rooms[1], "x" * (MAX_BATCH_CHARACTERS // HEAVY_SHARE)))
     assert not any(one.done() for one in long)
     held.set()
     await asyncio.gather(*long)
-    assert sorted(batches)[::2] == [SENT_AT_ONCE // HEAVY_SHARE, MAX_CONTENT]
+    assert sorted(batches)[::2] == [MAX_BATCH_CHARACTERS // HEAVY_SHARE, MAX_CONTENT]

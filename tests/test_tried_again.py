@@ -25,7 +25,7 @@ from tests.world import World, http_client, sent
 FAIL = """
 CREATE SEQUENCE tries MINVALUE -9;
 CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-    IF nextval('tries') < 0 THEN RAISE EXCEPTION 'made by a test' USING ERRCODE = '40P01'; END IF;
+    IF nextval('tries') < 0 THEN RAISE EXCEPTION 'made by a test' USING ERRCODE = '{code}'; END IF;
     RETURN NULL;
 END $$;
 """
@@ -57,10 +57,11 @@ class Published:
         monkeypatch.setattr(events, "publish", noted)
 
 
+@pytest.mark.parametrize("code", ["40P01", "55P03"])
 async def test_frame_whose_first_attempt_is_aborted_is_published_once(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
-    """Every frame that writes is tested."""
+    """Every frame that writes is tested, after a deadlock and after a wait for a locked row."""
     failed: set[str] = set()
     async with http_client(world.url) as http:
         conflicting = ConflictingWrites(world, http)
@@ -76,7 +77,7 @@ async def test_frame_whose_first_attempt_is_aborted_is_published_once(
             user=User(id=conflicting.ada, name="Ada"),
             session_id=conflicting.sessions[conflicting.ada],
         )
-        await world.db.execute(FAIL)
+        await world.db.execute(FAIL.format(code=code))
         await world.db.execute(ARM, 1)
         for (table,) in await world.db.fetch(TABLES):
             await world.db.execute(AT_COMMIT.format(table=table))
@@ -113,7 +114,7 @@ async def test_retried_forward_takes_its_tokens_once(world: World, monkeypatch: 
     ada = await world.connect(await world.user("Ada"))
     about = await world.channel(ada)
     said = await sent(ada, about, "é" * 10_000)
-    await world.db.execute(FAIL)
+    await world.db.execute(FAIL.format(code="40P01"))
     await world.db.execute(AT_COMMIT.format(table="message"))
     monkeypatch.setattr(SharedRateLimit, "require", noted)
     for tries in (1, -1):
@@ -148,7 +149,7 @@ async def test_erasure_aborted_twice_publishes_every_committed_departure(
         ada, charles = await world.users("Ada", "Charles")
         other = await world.connect(charles, 1)
         groups = sorted([await world.group(other, ada) for _ in range(2)])
-        await world.db.execute(FAIL)
+        await world.db.execute(FAIL.format(code="40P01"))
         await world.db.execute(AT_LEAVING.format(groups[1]))
         await world.db.execute(ARM, -3)
         if by == "the job":

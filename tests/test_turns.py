@@ -268,7 +268,7 @@ async def test_every_route_of_a_user_takes_turns_with_the_users_frames(
 
 NO_STATEMENT = {"ping", "unwatch", "get_push_key"}
 """Frames that do not query the database."""
-IN_BATCHES = {"react", "unreact"}
+IN_BATCHES = {"react", "unreact", "vote"}
 """Frames that only run in statements for many users, where one of each user is next in turn."""
 FURTHER_FIELDS = {"join": {"invite_code": "none"}, "search": {"text": "words"}}
 """Fields without which a frame is refused before it queries the database."""

@@ -20,6 +20,7 @@ from server.context import Context
 from server.core.config import Settings
 from server.core.errors import NotActive
 from server.db.database import Database
+from server.db.lock_timeouts import JOB_LOCK_MS
 from server.queries import conversations, moderation
 from server.routes import ROUTES
 from tests.test_lock_order import ConflictingWrites
@@ -127,7 +128,9 @@ async def refusal_code(conflicting: ConflictingWrites, frame: Frame) -> ErrorCod
     return None
 
 
-CHECKS_ITSELF: set[type[Frame]] = {client.Read, client.MarkUnread, client.Delivered, client.SeeFeed}
+CHECKS_ITSELF: set[type[Frame]] = {
+    client.Read, client.MarkUnread, client.Delivered, client.SeeFeed, client.SetPresence,
+}  # fmt: skip
 """Frames that write with one statement outside a transaction. Each of these statements checks the account."""
 
 
@@ -137,7 +140,7 @@ class WritesInTransactions(Database):
     __slots__ = ()
 
     def of(self, user_id: UserId, *, lock_ms: int = 0) -> Database:  # noqa: ARG002 - they wait
-        return WritesInTransactions(self._state.pool.of(user_id), self._state)
+        return WritesInTransactions(self._state.pool.of(user_id), self._state, lock_ms=JOB_LOCK_MS)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Any]:  # type: ignore[override]
@@ -163,7 +166,7 @@ async def test_frames_write_only_in_a_transaction_that_checks_the_account(world:
         conflicting = ConflictingWrites(world, http)
         await conflicting.begin()
         services = conflicting.app._services  # noqa: SLF001
-        reading = WritesInTransactions(services.database._pool, services.database._state)  # noqa: SLF001
+        reading = WritesInTransactions(services.database._pool, services.database._state, lock_ms=JOB_LOCK_MS)  # noqa: SLF001
         context = Context(
             services=msgspec.structs.replace(services, database=reading),
             user=User(id=conflicting.ada, name="Ada"),

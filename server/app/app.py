@@ -30,7 +30,7 @@ from server.core.throttle import Throttle
 from server.core.unconfirmed import Unconfirmed
 from server.db.database import OWN_CONNECTIONS, Database
 from server.db.epoch import OVER_SECONDS
-from server.db.lock_timeouts import LOCK_MS, LOCK_SECONDS
+from server.db.lock_timeouts import ATTEMPTS_SECONDS, RETRY_LOCK_MS
 from server.db.migrate import require_steps
 from server.domain import sync
 from server.domain.presence import Presence
@@ -65,16 +65,16 @@ from server.queries.batched_changes import ChangeFunction, NotChanged, Outcome, 
 from server.queries.sending import NotStored, Outgoing, Stored
 from server.routes import ROUTES
 
-SENDS_AT_ONCE = 64
+MAX_BATCH_MESSAGES = 64
 """Max messages that one statement stores."""
-SENT_AT_ONCE = 32_000
+MAX_BATCH_CHARACTERS = 32_000
 """Max characters of messages with their payloads in one statement. A single message may have more.
 
 The statement holds the locks of all their conversations. 64 messages of the max size would hold them for a second.
 Messages with more than 2,000 characters are stored in statements of their own. Parsing the words of one with 10,000
 takes ten times as long as everything else (docs/performance.md).
 """
-CHANGES_AT_ONCE = 64
+MAX_BATCH_CHANGES = 64
 """Max reactions that one statement changes, or votes."""
 WORKER_BYTES = 16
 """Length of the random id of a worker, in bytes."""
@@ -143,16 +143,16 @@ class App:
         )
         self.load_shedding = LoadShedding()
         self.admission = Admission()
-        places = Places(max(1, settings.database_connections // WAITING_SHARE), patience=LOCK_SECONDS)
+        places = Places(max(1, settings.database_connections // WAITING_SHARE), patience=ATTEMPTS_SECONDS)
         self._sends: Lanes[ConversationId, Outgoing, Stored | NotStored] = Lanes(
             key=lambda out: out.frame.conversation_id,
             owner=lambda out: out.sender_id,
             run=self._send_free,
             wait=self._send,
             places=places,
-            most=SENDS_AT_ONCE,
+            most=MAX_BATCH_MESSAGES,
             weigh=sending.weight,
-            most_weight=SENT_AT_ONCE,
+            most_weight=MAX_BATCH_CHARACTERS,
         )
         self._reactions = self._lanes_of(reactions.FUNCTION, places)
         self._votes = self._lanes_of(polls.FUNCTION, places)
@@ -205,7 +205,7 @@ class App:
             web_push=self.web_push,
             metrics=metrics,
         )
-        self._lock_queue: LockQueue[ConversationId | UserId] = LockQueue(places, lock_ms=LOCK_MS)
+        self._lock_queue: LockQueue[ConversationId | UserId] = LockQueue(places, lock_ms=RETRY_LOCK_MS)
         dispatch = Dispatch(
             ROUTES,
             self._rate_limits,
@@ -386,7 +386,7 @@ class App:
             run=run,
             wait=wait,
             places=places,
-            most=CHANGES_AT_ONCE,
+            most=MAX_BATCH_CHANGES,
         )
 
     def _arrived(self, connection: Connection) -> None:

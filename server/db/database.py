@@ -1,5 +1,6 @@
 """The database of a worker: pools of connections, transactions and retries."""
 
+import asyncio
 import logging
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from server.core.errors import Fatal
 from server.core.faults import ROLLED_BACK, Fault, RowHeld, fault_of
 from server.db.epoch import Epoch
 from server.db.hosts import CONNECT_SECONDS, REFUSED, Hosts
-from server.db.lock_timeouts import BRIEF_LOCK_MS, JOB_LOCK_MS, LOCK_MS, LOCK_SECONDS, begin, row_held
+from server.db.lock_timeouts import ATTEMPTS_SECONDS, FIRST_LOCK_MS, JOB_LOCK_MS, RETRY_LOCK_MS, begin, row_held
 from server.db.migrate import is_current
 from server.db.pool import Connection, Lease, Pool, UserPool
 from server.db.readiness import is_writable, write_nothing
@@ -137,9 +138,7 @@ class Database:
 
     __slots__ = ("_lock_ms", "_patience", "_pool", "_state")
 
-    def __init__(
-        self, pool: Pool | UserPool, state: PoolState, *, lock_ms: int | None = None, patience: float = 0.0
-    ) -> None:
+    def __init__(self, pool: Pool | UserPool, state: PoolState, *, lock_ms: int, patience: float = 0.0) -> None:
         """Transactions raise RowHeld if they wait for a lock longer than `lock_ms`. `atomically` repeats them for
         `patience` seconds.
         """
@@ -148,7 +147,7 @@ class Database:
         self._lock_ms = lock_ms
         self._patience = patience
 
-    def of(self, user_id: UserId, *, lock_ms: int = BRIEF_LOCK_MS) -> "Database":
+    def of(self, user_id: UserId, *, lock_ms: int = FIRST_LOCK_MS) -> "Database":
         """Return the database for one user, who holds at most a share of the connections."""
         return Database(self._state.pool.of(user_id), self._state, lock_ms=lock_ms)
 
@@ -157,7 +156,7 @@ class Database:
         cannot hold. `asker` is the session that asks, or None for a login.
         """
         pool = self._state.pool.of_sessions(user_id, asker)
-        return Database(pool, self._state, lock_ms=LOCK_MS, patience=LOCK_SECONDS)
+        return Database(pool, self._state, lock_ms=RETRY_LOCK_MS, patience=ATTEMPTS_SECONDS)
 
     def of_strangers(self, address: str) -> "Database":
         """Return the database for requests without an account. Together they hold at most a share of the connections.
@@ -165,10 +164,6 @@ class Database:
         it commits. A registration of such an address would wait for the import.
         """
         return Database(self._state.pool.of_strangers(address), self._state, lock_ms=JOB_LOCK_MS)
-
-    def of_jobs(self) -> "Database":
-        """Return the database for periodic jobs, whose transactions wait for a lock for up to `JOB_LOCK_MS`."""
-        return Database(self._state.pool, self._state, lock_ms=JOB_LOCK_MS)
 
     @property
     def deadlocks(self) -> int:
@@ -208,7 +203,7 @@ class Database:
             pool.give(await hosts.connect(session), is_usable=True)
         except UNREACHABLE as error:
             raise _unreachable(error) from error
-        return cls(pool, PoolState(pool, sending, ready, epoch, most=most))
+        return cls(pool, PoolState(pool, sending, ready, epoch, most=most), lock_ms=JOB_LOCK_MS)
 
     async def close(self) -> None:
         """Close all connections, without waiting for statements in flight."""
@@ -238,12 +233,14 @@ class Database:
         lock too long.
         """
         async with self.connection() as connection:
-            if self._lock_ms is None:
-                async with connection.transaction():
+            with row_held():
+                await connection.execute(begin(self._lock_ms))
+                try:
                     yield connection
-            else:
-                async with _brief_transaction(connection, self._lock_ms):
-                    yield connection
+                except BaseException:
+                    await connection.execute("ROLLBACK")
+                    raise
+                await connection.execute("COMMIT")
 
     @asynccontextmanager
     async def statement(self) -> AsyncIterator[Db]:
@@ -262,7 +259,8 @@ class Database:
             async with self.transaction() as db:
                 return await work(db)
 
-        return await until_free(partial(self.again, what, once), patience=self._patience)
+        since = asyncio.get_running_loop().time()
+        return await until_free(partial(self.again, what, once), since=since, patience=self._patience)
 
     async def again(self, what: str, work: Callable[[], Awaitable[Result]]) -> Result:
         """Return the result of `work`, which is retried once if PostgreSQL ends its transaction to break a deadlock."""
@@ -342,19 +340,6 @@ class Database:
         """
         async with self.connection() as db:
             await self.epoch.check(db)
-
-
-@asynccontextmanager
-async def _brief_transaction(connection: Db, lock_ms: int) -> AsyncIterator[None]:
-    """Run the block in a transaction. Raises RowHeld if it waits for a lock longer than `lock_ms`."""
-    with row_held():
-        await connection.execute(begin(lock_ms))
-        try:
-            yield
-        except BaseException:
-            await connection.execute("ROLLBACK")
-            raise
-        await connection.execute("COMMIT")
 
 
 class Single:

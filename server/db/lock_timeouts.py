@@ -10,15 +10,15 @@ import asyncpg
 
 from server.core.faults import RowHeld
 
-BRIEF_LOCK_MS = 50
+FIRST_LOCK_MS = 50
 """Max wait of the first attempt of a frame, in milliseconds. Any number of frames may wait concurrently."""
-LOCK_MS = 200
+RETRY_LOCK_MS = 200
 """Max wait of each further attempt, in milliseconds. It has one of few places. Where many change one conversation, the
 turn of a frame comes in that time, because PostgreSQL serves the waiting transactions in order.
 """
 JOB_LOCK_MS = 500
 """Max wait of a job, in milliseconds. Due work of others waits behind it."""
-LOCK_SECONDS = 10.0
+ATTEMPTS_SECONDS = 10.0
 """Max time for which a frame or a request repeats attempts, in seconds."""
 
 
@@ -29,9 +29,9 @@ def within(lock_ms: int) -> str:
     return f"(SELECT set_config('lock_timeout', '{lock_ms}ms', true)) IS NOT NULL"
 
 
-BRIEFLY = within(BRIEF_LOCK_MS)
+BRIEFLY = within(FIRST_LOCK_MS)
 """Condition for a statement of a frame that locks rows without a transaction."""
-WITHIN_LOCK_MS = within(LOCK_MS)
+WITHIN_RETRY_LOCK_MS = within(RETRY_LOCK_MS)
 """Condition for a statement of many users that waits for their conversations."""
 
 

@@ -41,7 +41,6 @@ async def erase_due(database: Database, events: Events, grace: timedelta) -> Non
     """Erase users whose grace period is over, and publish their departures. An erasure that fails is logged and left to
     a later run. Raises the errors of the query for due users, because without a database the run ends.
     """
-    database = database.of_jobs()
     tell = partial(publish_participant, events)
     tried: set[UserId] = set()
     while due := await _due(database, grace, tried):

@@ -19,7 +19,7 @@ from protocol.ids import UserId
 from protocol.server import MeChanged, PresenceChanged
 from protocol.values import Presence as Seen
 from protocol.values import PresenceStatus
-from server.context import Subscriber
+from server.context import Context, Subscriber
 from server.core.errors import REDIS_LOST, log_failure
 from server.core.faults import fault_of
 from server.core.periodic import end, every
@@ -149,12 +149,13 @@ class Presence:
             self._departing[user_id] = self._loop.time() + OFFLINE_SECONDS
             self._has_news.set()
 
-    async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> MeChanged | None:
-        """Store the chosen presence of a user, or `away` for one of the user's devices. Return the event for the user's
-        own devices, if the choice changed.
+    async def choose(self, context: Context, frame: SetPresence) -> MeChanged | None:
+        """Store the chosen presence of the caller, or `away` for one of the caller's devices. Return the event for the
+        caller's own devices, if the choice changed.
         """
+        user_id, device = context.user_id, context.subscriber
         devices = self._devices.get(user_id, {})
-        async with self._database.of(user_id).statement() as db:
+        async with context.statement() as db:
             event, is_visible_again = await presence.choose(db, user_id, frame, is_here=bool(devices))
         if is_visible_again and not devices and self._departing.pop(user_id, None) is not None:
             # They were invisible, so their departure needs no delay in which they may reconnect.

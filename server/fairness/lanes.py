@@ -2,10 +2,11 @@
 proceed.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 from contextlib import suppress
 from functools import partial
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from server.core.faults import RowHeld
 from server.fairness.batcher import Batcher, Slow
@@ -26,6 +27,13 @@ HELD: Final = Held()
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
+
+
+class _Waiting(NamedTuple, Generic[Item]):
+    """An item in a lane, and the time of the event loop at which it entered."""
+
+    item: Item
+    since: float
 
 
 class Lanes(Generic[Key, Item, Outcome]):
@@ -65,7 +73,7 @@ class Lanes(Generic[Key, Item, Outcome]):
         self._weigh = weigh
         self._most_weight = most_weight
         self._places = places
-        self._lanes: dict[Key, Batcher[Item, Outcome]] = {}
+        self._lanes: dict[Key, Batcher[_Waiting[Item], Outcome]] = {}
 
     async def submit(self, item: Item) -> Outcome:
         """Return the outcome of `item`. Raises what `run` or `wait` raised for it."""
@@ -78,24 +86,27 @@ class Lanes(Generic[Key, Item, Outcome]):
                     return outcome
         if key not in self._lanes:
             self._lanes[key] = self._lane(key)
-        return await self._lanes[key].submit(item)
+        return await self._lanes[key].submit(_Waiting(item, asyncio.get_running_loop().time()))
 
-    def _lane(self, key: Key) -> Batcher[Item, Outcome]:
+    def _lane(self, key: Key) -> Batcher["_Waiting[Item]", Outcome]:
         return Batcher(
             self._until_free,
             most=self._most,
-            owner=self._owner,
-            weigh=self._weigh,
+            owner=lambda waiting: self._owner(waiting.item),
+            weigh=lambda waiting: self._weigh(waiting.item),
             most_weight=self._most_weight,
             # Only when idle. Items whose submitters were cancelled still wait for the row.
             on_idle=lambda: self._lanes.pop(key),
         )
 
-    async def _until_free(self, items: list[Item]) -> list[Outcome]:
-        return await until_free(partial(self._attempt, items), patience=self._places.patience)
+    async def _until_free(self, batch: list["_Waiting[Item]"]) -> list[Outcome]:
+        """Repeat brief waits for the row. All items fail when the oldest one has waited for too long."""
+        since = min(one.since for one in batch)
+        attempt = partial(self._attempt, [one.item for one in batch], since)
+        return await until_free(attempt, since=since, patience=self._places.patience)
 
-    async def _attempt(self, items: list[Item]) -> list[Outcome]:
-        async with self._places.hold():
+    async def _attempt(self, items: list[Item], since: float) -> list[Outcome]:
+        async with self._places.hold(since=since):
             outcomes = await self._wait(items)
         done = [outcome for outcome in outcomes if not isinstance(outcome, Held)]
         if len(done) < len(outcomes):

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from protocol.errors import ErrorCode, Refused
 
-HELD: ContextVar[float] = ContextVar("held", default=0.0)
+HELD_SECONDS: ContextVar[float] = ContextVar("held", default=0.0)
 """Seconds for which the current task has held the resource. The time that it waited for it does not count."""
 
 
@@ -31,7 +31,7 @@ class Share:
     @asynccontextmanager
     async def hold(self, scarce: AbstractAsyncContextManager[Scarce]) -> AsyncIterator[Scarce]:
         """Hold a part of the share, and then `scarce`. Raises Refused if too many wait, or if no part becomes free in
-        time. Adds the time for which `scarce` is held to `HELD`, without the time until it is free.
+        time. Adds the time for which `scarce` is held to `HELD_SECONDS`, without the time until it is free.
         """
         if self._turns.locked() and self._waiting >= self._most_waiting:
             raise self._busy()
@@ -49,7 +49,7 @@ class Share:
                 try:
                     yield one
                 finally:
-                    HELD.set(HELD.get() + self._clock() - began)
+                    HELD_SECONDS.set(HELD_SECONDS.get() + self._clock() - began)
         finally:
             self._turns.release()
 

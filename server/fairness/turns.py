@@ -21,10 +21,6 @@ class Turns(Generic[Key]):
         self._taken: dict[Key, int] = {}
         self._waiting: dict[Key, FairQueue[Hashable, asyncio.Future[None]]] = {}
 
-    def is_taken(self, key: Key) -> bool:
-        """Whether a turn of the key is taken."""
-        return key in self._taken
-
     async def take(self, key: Key, client: Hashable = None) -> None:
         """Return when the caller has a turn, which lasts until `give`. Clients of a key take turns, and each is served
         in order. Raises Exhausted if no turn is free in time.

@@ -46,10 +46,10 @@ from protocol.limits import (
 from protocol.server import Error, Reply, Result
 from server.context import Context
 from server.core.errors import INTERNAL, log_defect, refusal
-from server.core.faults import ROLLED_BACK, Fault, HeldTooLong, RowHeld, may_have_committed
+from server.core.faults import Fault, HeldTooLong, RowHeld, may_have_committed
 from server.core.metrics import Metrics
-from server.fairness.lock_queue import LockQueue
-from server.fairness.share import HELD
+from server.fairness.lock_queue import LockQueue, Place
+from server.fairness.share import HELD_SECONDS
 from server.fairness.turns import Turns
 from server.limits.load_shedding import LoadShedding, Shed
 from server.limits.shared_rate_limit import SharedRateLimit
@@ -206,19 +206,18 @@ class Dispatch:
         key = context.user_id if route.waits_for_user else getattr(frame, "conversation_id", None) or context.user_id
         if not self._lock_queue.has(key):
             with suppress(RowHeld):
-                return await self._handle_twice(route, context, frame)
-        place = partial(self._lock_queue.place, key, context.user_id)
-        queued = msgspec.structs.replace(context, place=place, lock_ms=self._lock_queue.lock_ms)
-        return await self._lock_queue.repeat(key, partial(self._handle_twice, route, queued, frame))
+                return await self._handle_once(route, context, frame)
 
-    async def _handle_twice(self, route: Route, context: Context, frame: Frame) -> Result:
-        """Run the handler of a frame. Retry it once if PostgreSQL ended its transaction to break a deadlock."""
+        def attempt(place: Place) -> Awaitable[Result]:
+            queued = msgspec.structs.replace(context, place=place, lock_ms=self._lock_queue.lock_ms)
+            return self._handle_once(route, queued, frame)
+
+        return await self._lock_queue.repeat(key, context.user_id, attempt)
+
+    async def _handle_once(self, route: Route, context: Context, frame: Frame) -> Result:
+        """Run the handler of a frame. It is retried if PostgreSQL ends its transaction to break a deadlock."""
         try:
-            try:
-                return await route.handler(context, frame)
-            except ROLLED_BACK as error:
-                context.database.rolled_back(tag(type(frame)), error)
-            return await route.handler(context, frame)
+            return await context.database.again(tag(type(frame)), partial(route.handler, context, frame))
         except BaseException as error:
             if route.rate is Rate.WRITE and may_have_committed(error):
                 where = getattr(frame, "to_conversation_id", None) or getattr(frame, "conversation_id", None)
@@ -239,13 +238,13 @@ class Dispatch:
     async def _search(self, route: Route, context: Context, frame: Frame) -> Result:
         """Run the handler of a search. Meanwhile `_charge` refuses other searches of the user at this worker."""
         self.searching.add(context.user_id)
-        HELD.set(0.0)
+        HELD_SECONDS.set(0.0)
         try:
             return await self._handle(route, context, frame)
         finally:
             self.searching.discard(context.user_id)
             rate_limit = self._rate_limits[Rate.SEARCH]
-            if (more := int(HELD.get() * SEARCH_COST_FACTOR * rate_limit.rate)) > 0:
+            if (more := int(HELD_SECONDS.get() * SEARCH_COST_FACTOR * rate_limit.rate)) > 0:
                 rate_limit.charge(context.user_id, more)
 
 

@@ -103,7 +103,7 @@ async def typing(context: Context, frame: client.Typing) -> Done:
 
 async def set_presence(context: Context, frame: client.SetPresence) -> Done:
     """Store the caller's chosen presence."""
-    event = await context.services.presence.choose(context.user_id, context.subscriber, frame)
+    event = await context.services.presence.choose(context, frame)
     if event is not None:
         context.events.tell_own(context.user_id, event)
     return Done()

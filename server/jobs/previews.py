@@ -119,7 +119,7 @@ class Previews:
                     self._turns.release()
 
     async def _preview(self, at: At, sender_id: UserId) -> None:
-        async with self._database.of_jobs().connection() as db:
+        async with self._database.connection() as db:
             found = await messages.find(db, at, sender_id)
         if found is None or found.message.is_deleted or found.message.is_moderated:
             return
@@ -134,7 +134,7 @@ class Previews:
         preview = await asyncio.to_thread(read, answer.body, link, answer.url)
         if preview is None:
             return
-        async with self._database.of_jobs().transaction() as db:
+        async with self._database.transaction() as db:
             found = await previews.lock(db, message)
             if found is None:
                 return  # the message was edited, deleted or hidden meanwhile

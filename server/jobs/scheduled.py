@@ -154,12 +154,12 @@ async def _send_one(services: Services, due: DueScheduled) -> None:
 
 
 async def _put_off(services: Services, due: DueScheduled, wait_ms: int) -> None:
-    async with services.database.of_jobs().transaction() as db:
+    async with services.database.transaction() as db:
         await scheduled.put_off(db, due, timedelta(milliseconds=wait_ms))
     services.events.notify([due.sender_id])
 
 
 async def _fail(services: Services, due: DueScheduled, problem: str) -> None:
-    async with services.database.of_jobs().transaction() as db:
+    async with services.database.transaction() as db:
         await scheduled.finish(db, due, "failed", problem)
     services.events.notify([due.sender_id])

@@ -57,7 +57,7 @@ class ChangeFunction(Generic[Request, Outcome]):
 
     async def waiting(self, db: Db, batch: Sequence[Request]) -> list[Outcome | NotChanged | Held]:
         """Make the changes of a batch, and return their outcomes in its order. The outcome is `HELD` if the
-        conversations stay locked for `LOCK_MS`. Raises what `batches.waiting` raises.
+        conversations stay locked for `RETRY_LOCK_MS`. Raises what `batches.waiting` raises.
         """
         rows = await batches.waiting(self._call(db, _encoded(batch)), *self._limits, count=len(batch))
         return self._outcomes(rows, len(batch))

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 from protocol.ids import UserId
 from protocol.values import Message, PollVote
 from server.db.database import Db
-from server.db.lock_timeouts import WITHIN_LOCK_MS
+from server.db.lock_timeouts import WITHIN_RETRY_LOCK_MS
 from server.db.rows import Page, Reader, Undecoded
 from server.queries.batched_changes import ChangeFunction, ChangeRequest, NotChanged
 from server.queries.batches import Query
@@ -43,7 +43,7 @@ Reason = Literal[
 """Why a vote was not stored. Of several reasons, it is the first one in change_votes()."""
 
 
-CHANGE = f"SELECT * FROM change_votes($1, $2, $3) WHERE {WITHIN_LOCK_MS}"  # noqa: S608 - as in `sending.SEND`
+CHANGE = f"SELECT * FROM change_votes($1, $2, $3) WHERE {WITHIN_RETRY_LOCK_MS}"  # noqa: S608 - as in `sending.SEND`
 """Stores a batch. schema.sql has the function."""
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from protocol.limits import MAX_EMOJI_OF_USER, MAX_EMOJI_PER_MESSAGE
 from server.db.database import Db
-from server.db.lock_timeouts import WITHIN_LOCK_MS
+from server.db.lock_timeouts import WITHIN_RETRY_LOCK_MS
 from server.queries.batched_changes import ChangeFunction, ChangeRequest, NotChanged
 from server.queries.batches import Query
 
@@ -39,7 +39,7 @@ Reason = Literal[
 """Why a reaction was not changed. Of several reasons, it is the first one in change_reactions()."""
 
 
-CHANGE = f"SELECT * FROM change_reactions($1, $2, $3, $4, $5) WHERE {WITHIN_LOCK_MS}"  # noqa: S608 - as in `SEND`
+CHANGE = f"SELECT * FROM change_reactions($1, $2, $3, $4, $5) WHERE {WITHIN_RETRY_LOCK_MS}"  # noqa: S608 - as in `SEND`
 """Changes a batch. schema.sql has the function."""
 LIMITS = (MAX_EMOJI_PER_MESSAGE, MAX_EMOJI_OF_USER)
 

@@ -14,7 +14,7 @@ from protocol.payloads import Poll
 from protocol.values import ContentType
 from server.core.faults import RowHeld
 from server.db.database import Db
-from server.db.lock_timeouts import WITHIN_LOCK_MS
+from server.db.lock_timeouts import WITHIN_RETRY_LOCK_MS
 from server.fairness.lanes import HELD, Held
 from server.queries import batches
 
@@ -78,7 +78,7 @@ class Stored(NamedTuple):
     thread_order: int
 
 
-SEND = f"SELECT * FROM send_messages($1, $2, $3) WHERE {WITHIN_LOCK_MS}"  # noqa: S608 - a constant is put in
+SEND = f"SELECT * FROM send_messages($1, $2, $3) WHERE {WITHIN_RETRY_LOCK_MS}"  # noqa: S608 - a constant is put in
 """Stores a batch. schema.sql has the function, and beside it the contract of its steps."""
 
 Reason = Literal[
@@ -106,7 +106,7 @@ class NotStored(NamedTuple):
 
 async def send(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored | Held]:
     """Store a batch, and return the outcomes in its order. Of several messages with the same id, the first is stored.
-    The outcome is `HELD` if the conversations stay locked for `LOCK_MS`.
+    The outcome is `HELD` if the conversations stay locked for `RETRY_LOCK_MS`.
 
     Stores none of them and raises UniqueViolationError if another transaction took an id meanwhile. Also raises what
     `batches.waiting` raises.
@@ -116,7 +116,7 @@ async def send(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored | H
 
 
 async def send_alone(db: Db, out: Outgoing) -> Stored | NotStored:
-    """Store one message in the caller's transaction. Raises RowHeld if its conversation stays locked for `LOCK_MS`."""
+    """Store one message in the caller's transaction. Raises RowHeld if its conversation is locked for too long."""
     (outcome,) = await send(db, [out])
     if isinstance(outcome, Held):
         raise RowHeld("the conversation is locked")
