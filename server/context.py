@@ -218,14 +218,16 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
         return database if self.is_of_job else database.of(self.user_id, lock_ms=self.lock_ms)
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Db]:
+    async def transaction(self, *, checks_account: bool = True) -> AsyncIterator[Db]:
         """Borrow a connection inside a transaction, which commits when the block ends. If the caller's account is no
         longer active then, it rolls back and raises NotActive. The frame may have waited for long. Raises RowHeld if
         the transaction waits for a lock longer than `lock_ms`. Then dispatch repeats the frame.
+
+        Without `checks_account`, the block locks the account, and raises NotActive itself.
         """
         async with self.place(), self.database.transaction() as db:
             yield db
-            if not await users.is_active(db, self.user_id):
+            if checks_account and not await users.is_active(db, self.user_id):
                 raise NotActive
 
     @asynccontextmanager

@@ -19,7 +19,7 @@ from server.db.database import Db, Single
 from server.domain.erasure import erase
 from server.domain.export import written
 from server.jobs.expiry import expire_due
-from server.queries import changes, erasure, expiry, own_news, remains
+from server.queries import changes, erasure, expiry, locks, own_news, remains
 from tests.world import World, refused, sent
 
 CROWD = 300
@@ -148,6 +148,37 @@ async def test_frames_about_a_message_change_few_rows_under_the_lock(crowd: Crow
         locked, _ = await crowd.largest()
         assert (frame.__struct_config__.tag, locked <= MOST_ROWS) == (frame.__struct_config__.tag, True), locked
     assert await crowd.db.fetchval("SELECT count(*) FROM report WHERE status = 'open'") == 0
+
+
+async def test_join_and_leave_make_few_round_trips_under_the_lock(
+    crowd: Crowd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each one takes a network's delay, during which nobody else writes there."""
+    await crowd.db.execute("UPDATE conversation SET is_public = true WHERE id = $1", crowd.about)
+    bob = await crowd.world.connect(await crowd.world.user("Bob"))
+    for frame, lock, most in (
+        (client.Join(conversation_id=crowd.about), locks.LOCK_WITH_USER, 5),
+        (client.Leave(conversation_id=crowd.about), locks.LOCK_AS_WITH_USER, 5),
+    ):
+        asked: list[tuple[Any, str]] = []
+        with monkeypatch.context() as patch:
+            for name in ("fetch", "fetchrow", "fetchval", "execute"):
+                patch.setattr(asyncpg.Connection, name, noted(asked, getattr(asyncpg.Connection, name)))
+            await bob.call(frame)
+        connection = next(db for db, query in asked if query == lock)
+        statements = [query for db, query in asked if db is connection]
+        begun = statements.index(lock)
+        assert statements.index("COMMIT", begun) - begun <= most, statements
+
+
+def noted(asked: list[tuple[Any, str]], method: Any) -> Any:
+    """Return a method of a connection that also adds the connection and the statement to a list."""
+
+    async def called(db: Any, query: str, *args: Any, **options: Any) -> Any:
+        asked.append((db, query))
+        return await method(db, query, *args, **options)
+
+    return called
 
 
 async def test_messages_expire_in_batches_of_bounded_size(crowd: Crowd) -> None:

@@ -46,6 +46,7 @@ WHY = {
         "accounts.GIVE": "account(provider_id, user_id)",
         "bounds.MADE": "conversation()",
         "bounds.MEMBERSHIPS": "2 x conversation_participant(user_id)",
+        "bounds.TOUCH_MEMBER": "2 x conversation_participant(user_id)",
         "bounds.STARS": "message_star(user_id)",
         "bounds.RELATIONSHIPS": "user_relationship(from_user_id)",
         "bounds.REQUESTS": "user_relationship(from_user_id); user_relationship(to_user_id)",

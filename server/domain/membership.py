@@ -11,7 +11,7 @@ from protocol.roles import Act, may
 from protocol.server import MessageSent
 from protocol.values import Conversation, Message, Participant
 from server.context import Context
-from server.core.errors import NotFound
+from server.core.errors import NotActive, NotFound
 from server.db.database import Db
 from server.domain.permissions import require, require_below
 from server.domain.publish import publish_participant
@@ -84,14 +84,32 @@ async def lock_with_member(
     conversation = await conversations.lock_as(db, conversation_id, context.user_id)
     if conversation is None:
         raise NotFound("conversation_id")
-    me = await taking_part(db, conversation_id, context.user_id)
+    return conversation, await _changing(db, conversation, context.user_id)
+
+
+async def lock_with_caller(
+    db: Db, context: Context, conversation_id: ConversationId
+) -> tuple[Conversation, Participant]:
+    """Do the same as `lock_with_member`, and also lock the caller's account. Raises NotActive if it is not active."""
+    locked = await conversations.lock_as_with_user(db, conversation_id, context.user_id)
+    if locked is None:
+        raise NotFound("conversation_id")
+    conversation, is_active = locked
+    if not is_active:
+        raise NotActive
+    return conversation, await _changing(db, conversation, context.user_id)
+
+
+async def _changing(db: Db, conversation: Conversation, user_id: UserId) -> Participant:
+    """Return an active participant of a locked conversation whose participants may change."""
+    me = await taking_part(db, conversation.id, user_id)
     if is_lasting(conversation):
         raise Refused(
             ErrorCode.FORBIDDEN,
             "A direct conversation cannot be left, extended or deleted. Use `set_preferences` to hide it.",
             path="conversation_id",
         )
-    return conversation, me
+    return me
 
 
 def is_lasting(conversation: Conversation) -> bool:

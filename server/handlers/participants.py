@@ -10,7 +10,14 @@ from server.context import Context
 from server.core.errors import NotActive, NotFound
 from server.db.database import Db
 from server.domain import sync
-from server.domain.membership import MembershipChange, lock_with_member, require_room, taking_part, welcomed_by
+from server.domain.membership import (
+    MembershipChange,
+    lock_with_caller,
+    lock_with_member,
+    require_room,
+    taking_part,
+    welcomed_by,
+)
 from server.domain.permissions import require, require_above, require_below
 from server.queries import bounds, conversation_views, conversations, invitations, invite_codes, participants, users
 from server.queries.audit import Deed
@@ -20,13 +27,14 @@ from server.queries.system_messages import SystemMessage
 async def join(context: Context, frame: client.Join) -> OneConversation:
     """Join a conversation that is public, has the invite code, or invited the caller."""
     path = _named_by(frame)
-    async with context.transaction() as db:
+    async with context.transaction(checks_account=False) as db:
         # Checked before the lock, so that a refused caller does not lock the conversation. Checked again under it,
         # because the conversation may have closed, or the code may have changed.
         found, _ = await _welcomed(db, context, frame)
-        if await conversations.lock(db, found.id) is None:
+        is_active = await conversations.lock_with_user(db, found.id, context.user_id)
+        if is_active is None:
             raise NotFound(path)
-        if not await users.lock(db, [context.user_id]):
+        if not is_active:
             raise NotActive
         conversation, before = await _welcomed(db, context, frame)
         if conversation.id != found.id:
@@ -39,13 +47,17 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
             await membership_change.post_system_message(SystemMessage("join", "joined"))
             if before is not None and before.status == "invited":
                 await participants.stamp(db, conversation.id, [context.user_id])
+                await bounds.require_memberships(db, [context.user_id], path)
             else:
-                await users.touch(db, [context.user_id])
-            await bounds.require_memberships(db, [context.user_id], path)
-        (view,) = await conversation_views.get(db, context.user_id, [conversation.id])
+                await bounds.touch_member(db, context.user_id, path)
     membership_change.tell()
-    await sync.join(context, view)
-    return OneConversation(view=view)
+    # Read after the commit, so that nobody waits for that.
+    async with context.database.connection() as db:
+        views = await conversation_views.get(db, context.user_id, [conversation.id])
+    if not views:
+        raise NotFound(path)  # removed since
+    await sync.join(context, views[0])
+    return OneConversation(view=views[0])
 
 
 async def _welcomed(db: Db, context: Context, frame: client.Join) -> tuple[Conversation, Participant | None]:
@@ -54,10 +66,10 @@ async def _welcomed(db: Db, context: Context, frame: client.Join) -> tuple[Conve
     or if it is full.
     """
     path = _named_by(frame)
-    conversation = await conversations.open_to(db, context.user_id, frame.conversation_id, frame.invite_code)
-    if conversation is None:
+    found = await conversations.open_to(db, context.user_id, frame.conversation_id, frame.invite_code)
+    if found is None:
         raise NotFound(path)
-    before = await participants.get(db, conversation.id, context.user_id)
+    conversation, before = found
     if before is not None and before.status == "banned":
         raise Refused(
             ErrorCode.FORBIDDEN,
@@ -86,14 +98,12 @@ async def leave(context: Context, frame: client.Leave) -> Done:
     """Leave a conversation. The highest in role, and then the oldest participant, becomes owner in place of one who
     leaves.
     """
-    async with context.transaction() as db:
-        conversation, me = await lock_with_member(db, context, frame.conversation_id)
-        await users.lock(db, [context.user_id])
+    async with context.transaction(checks_account=False) as db:
+        conversation, me = await lock_with_caller(db, context, frame.conversation_id)
         membership_change = MembershipChange(context, db, conversation)
         membership_change.changes += await participants.leave(db, me)
         if membership_change.changes[0].participant_count:
             await membership_change.post_system_message(SystemMessage("leave", "left"))
-        await users.touch(db, [context.user_id])
     membership_change.tell()
     return Done()
 

@@ -13,6 +13,7 @@ Transactions take locks in one order, so that no two wait for each other (docs/d
 
 1. The conversation: `conversations.lock_as`, `messages.lock`. Several are locked in the order of their ids.
 2. Users whose user version moves, or who must be active: `users.lock`, once for all of them, in the order of their ids.
+  `conversations.lock_with_user` does both steps.
 3. Rows of these users: participants, sessions, accounts, drafts, stars, follows, relationships, endpoints, scheduled
   messages.
 4. The chain of the audit log: `audit.record`.

@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 import msgspec
 
 from protocol.ids import ConversationId, UserId
-from protocol.values import Conversation, ParticipantStatus, PublicConversation
+from protocol.values import Conversation, Participant, ParticipantStatus, PublicConversation
 from server.db.database import Db
 from server.db.rows import Reader
-from server.queries.locks import HAS_PART, LOCK, LOCK_AS
+from server.queries.locks import HAS_PART, LOCK, LOCK_AS, LOCK_AS_WITH_USER, LOCK_WITH_USER
 from server.queries.messages import Obstacle
 
 _public_decoder = Reader(PublicConversation)
 _conversation_decoder = Reader(Conversation)
+_participant_decoder = Reader(Participant)
 
 VERSIONS = "SELECT id, version FROM conversation WHERE id = ANY($1)"
 
@@ -63,6 +64,22 @@ async def lock_as(
     return None if text is None else _conversation_decoder.decode(text)
 
 
+async def lock_with_user(db: Db, conversation_id: ConversationId, user_id: UserId) -> bool | None:
+    """Lock a conversation, and then a user. Return whether the account is active, or None without a conversation."""
+    row = await db.fetchrow(LOCK_WITH_USER, conversation_id, user_id)
+    return None if row is None else bool(row[1])
+
+
+async def lock_as_with_user(
+    db: Db, conversation_id: ConversationId, user_id: UserId
+) -> tuple[Conversation, bool] | None:
+    """Do the same as `lock_as` for an active participant, and then lock the user. Also return whether the account is
+    active.
+    """
+    row = await db.fetchrow(LOCK_AS_WITH_USER, conversation_id, user_id, "active")
+    return None if row is None else (_conversation_decoder.decode(row[0]), row[1])
+
+
 KEEP = f"""
 SELECT true FROM conversation c
 WHERE c.id = $1 AND NOT c.is_deleted AND {HAS_PART.format(status="'active'")} FOR KEY SHARE
@@ -96,27 +113,31 @@ async def is_deleted(db: Db, conversation_id: ConversationId) -> bool:
 
 
 OPEN = """
-SELECT conversation_json(c) FROM conversation c
-WHERE c.id = $1 AND c.type IN ('group', 'channel') AND c.is_active AND NOT c.is_deleted AND (c.is_public OR EXISTS (
-    SELECT FROM conversation_participant p
-    WHERE p.conversation_id = c.id AND p.user_id = $3 AND p.status IN ('active', 'invited')
-))
-UNION ALL
-SELECT conversation_json(c) FROM conversation c
-WHERE c.invite_code = $2 AND c.type IN ('group', 'channel') AND c.is_active AND NOT c.is_deleted
-    AND (c.invite_expires_at > now() OR c.invite_expires_at IS NULL)
-    AND (c.invite_uses_left > 0 OR c.invite_uses_left IS NULL)
+SELECT o.found, CASE WHEN p.user_id IS NOT NULL THEN participant_json(p) END FROM (
+    SELECT c.id, conversation_json(c) AS found FROM conversation c
+    WHERE c.id = $1 AND c.type IN ('group', 'channel') AND c.is_active AND NOT c.is_deleted AND (c.is_public OR EXISTS (
+        SELECT FROM conversation_participant p
+        WHERE p.conversation_id = c.id AND p.user_id = $3 AND p.status IN ('active', 'invited')
+    ))
+    UNION ALL
+    SELECT c.id, conversation_json(c) FROM conversation c
+    WHERE c.invite_code = $2 AND c.type IN ('group', 'channel') AND c.is_active AND NOT c.is_deleted
+        AND (c.invite_expires_at > now() OR c.invite_expires_at IS NULL)
+        AND (c.invite_uses_left > 0 OR c.invite_uses_left IS NULL)
+) o LEFT JOIN conversation_participant p ON p.conversation_id = o.id AND p.user_id = $3
 """
 
 
 async def open_to(
     db: Db, user_id: UserId, conversation_id: ConversationId | None, invite_code: str | None
-) -> Conversation | None:
-    """Return the conversation with this id or code if the user may join it. It must be public, have the code, or have
-    invited the user.
+) -> tuple[Conversation, Participant | None] | None:
+    """Return the conversation with this id or code if the user may join it, and the user's participation of any status.
+    It must be public, have the code, or have invited the user.
     """
-    text = await db.fetchval(OPEN, conversation_id, invite_code, user_id)
-    return None if text is None else _conversation_decoder.decode(text)
+    row = await db.fetchrow(OPEN, conversation_id, invite_code, user_id)
+    if row is None:
+        return None
+    return _conversation_decoder.decode(row[0]), None if row[1] is None else _participant_decoder.decode(row[1])
 
 
 UPDATE = """

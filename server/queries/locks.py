@@ -26,3 +26,17 @@ LOCK_AS = _locking("conversation_json(c)", "NOT c.is_deleted", HAS_PART.format(s
 """The same as `LOCK` for a participant $2 with the status $3."""
 LOCK_PART = _locking("true", "NOT c.is_deleted", HAS_PART.format(status="'active'"))
 """Locks a conversation for an active participant $2."""
+
+
+def _with_user(lock: str, user: str) -> str:
+    """Return a statement that locks a user after a conversation. It also returns whether the account is active."""
+    return f"""
+WITH c AS MATERIALIZED ({lock})
+SELECT c.conversation_json, u.is_active AND NOT u.is_deleted FROM c JOIN "user" u ON u.id = {user}
+FOR NO KEY UPDATE OF u
+"""  # noqa: S608 - statements of this file are put in
+
+
+LOCK_WITH_USER = _with_user(LOCK, "$2")
+LOCK_AS_WITH_USER = _with_user(LOCK_AS, "$2")
+"""The same as `LOCK` and `LOCK_AS`, and then lock the user $2."""

@@ -138,18 +138,20 @@ async def add(
     return sorted((decoded_change(row) for row in rows), key=lambda change: change.participant.version)
 
 
-# When no participant is left, `remains` ends the remaining invitations.
+# When no participant is left, `remains` ends the remaining invitations. The join makes the user's row come first.
 CHANGE = """
 WITH bumped AS (
     UPDATE conversation SET version = version + 1, access_version = version + 1,
         participant_count = participant_count - $5, is_active = participant_count > $5,
         has_remains = has_remains OR participant_count <= $5
     WHERE id = $1 RETURNING version, participant_count
+), touched AS (
+    UPDATE "user" SET version = version + 1 WHERE id = $2 AND $5 > 0 RETURNING id
 )
 UPDATE conversation_participant p SET role = $3, status = $4, version = b.version,
     left_at = CASE WHEN $4 = 'active' THEN NULL WHEN $5 > 0 THEN now() ELSE p.left_at END,
     left_version = CASE WHEN $5 > 0 THEN b.version ELSE gone_version(p) END
-FROM bumped b WHERE p.conversation_id = $1 AND p.user_id = $2
+FROM bumped b LEFT JOIN touched ON true WHERE p.conversation_id = $1 AND p.user_id = $2
 RETURNING participant_json(p), b.participant_count, participant_event(p, b.participant_count)
 """
 
@@ -157,8 +159,8 @@ RETURNING participant_json(p), b.participant_count, participant_event(p, b.parti
 async def change(
     db: Db, now: Participant, *, role: Role | None = None, status: ParticipantStatus = "active"
 ) -> ParticipantChange:
-    """Change a participant's role or status. Leaving also empties the participant's draft. When nobody is left, the
-    conversation ends.
+    """Change a participant's role or status. Leaving also empties the participant's draft, and moves the user version,
+    which requires the user's lock. When nobody is left, the conversation ends.
     """
     leaving = int(now.status == "active" and status != "active")
     if leaving:
