@@ -206,7 +206,7 @@ async def test_frame_that_needs_a_locked_row_for_too_long_is_refused_as_busy(
             await refusal(ada, message(group), Fault.BUSY)
         assert told(lines, "database busy") == [
             "WARNING update_conversation failed, database busy (55P03): canceling statement due to lock timeout",
-            "WARNING send failed, database busy (55P03): the conversation is locked",
+            f"WARNING send failed, database busy (55P03): {group} is locked",
         ]
         assert counted(world, Fault.BUSY) == 2, "each frame, and not each attempt"
         await ada.call(renamed(group))

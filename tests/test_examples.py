@@ -107,7 +107,7 @@ async def test_backup_of_an_external_database_is_restored(servers: Servers, worl
         for (name,) in await admin.fetch("SELECT datname FROM pg_database WHERE datallowconn"):
             await admin.execute(f"REVOKE CONNECT ON DATABASE {name} FROM PUBLIC")
         recipe = block("docs/operations.md", "sh", "pg_restore")
-        said = await run(recipe, tmp_path, DATABASE_URL=world.settings.database_url, RESTORED_URL=url)
+        said = await run(recipe, tmp_path, DATABASE_URL=world.settings.database_url, RESTORED_URL=url, ADMIN_URL=url)
         assert "all is well" in said
         restored = await asyncpg.connect(url)
         made = "SELECT has_database_privilege('analyst_of_backups', current_database(), 'TEMPORARY')"

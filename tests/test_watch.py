@@ -125,13 +125,17 @@ def test_greeting_names_the_variables_that_a_command_needs(tmp_path: Path) -> No
 def test_reason_why_a_worker_cannot_start_is_logged(tmp_path: Path) -> None:
     with socket.socket() as listener:
         worker = Worker(Settings(), 1, listener, tmp_path)
-        assert worker.last_words() == ""
-        for said, reason in (("ready\n", ""), ("the database cannot be reached.\n", "the database cannot be reached")):
+        for said, reason in (
+            ("ready\n", "process {} with status 3"),
+            ("the database cannot be reached.\n", "the database cannot be reached"),
+        ):
             worker.process = subprocess.Popen(
-                [sys.executable, "-c", f"print({said!r}, end='')"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                [sys.executable, "-c", f"print({said!r}, end='', flush=True); exit(3)"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
             )
             worker.process.wait()
-            assert worker.last_words() == reason
+            assert worker.last_words() == reason.format(worker.process.pid)
             worker.kill()
 
 

@@ -70,6 +70,9 @@ CATCHING_UP_PATIENCE = 10.0
 UNREACHABLE = (*REFUSED, ValueError)
 """Raised by connecting. ValueError stands for an invalid URL."""
 
+ATTEMPTS = (RowHeld, asyncpg.LockNotAvailableError)
+"""Raised by an attempt that others may follow. The last one is counted where it is refused."""
+
 log = logging.getLogger(__name__)
 
 Db: TypeAlias = Connection
@@ -127,7 +130,7 @@ class PoolState:
         """Count an error that is a fault. Return whether its connection may still be busy, or leads to a host that is
         not the primary any more.
         """
-        if (fault := fault_of(error)) is not None and not isinstance(error, RowHeld):
+        if (fault := fault_of(error)) is not None and not isinstance(error, ATTEMPTS):
             self.faults[fault] += 1
             self.is_full |= fault is Fault.FULL
         return fault is Fault.LOST or isinstance(error, asyncpg.ReadOnlySQLTransactionError)

@@ -266,14 +266,14 @@ async def _build(connection: Connection, statement: re.Match[str]) -> None:
 async def is_current(connection: Connection) -> bool:
     """Return whether the database has exactly the schema of this program."""
     has_table = await connection.fetchval(HAS_TABLE)
-    return bool(has_table) and int(await connection.fetchval(APPLIED)) == len(known())
+    return bool(has_table) and await _step(connection) == len(known())
 
 
 async def require_steps(connection: Connection) -> None:
     """Raise Fatal if the database lacks migrations of this program. It may have those of a newer program that is
     replacing this one.
     """
-    if not await connection.fetchval(HAS_TABLE) or int(await connection.fetchval(APPLIED)) < len(known()):
+    if not await connection.fetchval(HAS_TABLE) or await _step(connection) < len(known()):
         raise Fatal(OLDER)
 
 
@@ -286,9 +286,20 @@ async def require_current(connection: Connection) -> None:
 async def _applied(connection: Connection) -> int:
     if not await connection.fetchval(HAS_TABLE):
         raise Fatal("the database contains tables of another application. Use an empty database.")
-    applied = int(await connection.fetchval(APPLIED))
+    applied = await _step(connection)
     if applied > len(known()):
         raise Fatal(
             f"the schema (step {applied}) is newer than this program (step {len(known())}). Update the program."
         )
     return applied
+
+
+async def _step(connection: Connection) -> int:
+    """Return the last step that was applied. Raises Fatal if the role of the connection may not read that."""
+    try:
+        return int(await connection.fetchval(APPLIED))
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise Fatal(
+            "the role in DATABASE_URL does not own the tables. Use the role that does, or restore the dump with "
+            "`pg_restore --role` (docs/operations.md)."
+        ) from error

@@ -110,5 +110,5 @@ class Lanes(Generic[Key, Item, Outcome]):
             outcomes = await self._wait(items)
         done = [outcome for outcome in outcomes if not isinstance(outcome, Held)]
         if len(done) < len(outcomes):
-            raise RowHeld("the conversation is locked")
+            raise RowHeld(f"{self._key(items[0])} is locked")
         return done

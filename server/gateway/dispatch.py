@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
+from asyncpg import LockNotAvailableError
 
 from protocol.client import (
     AddParticipants,
@@ -163,7 +164,7 @@ class Dispatch:
         if refused is None:
             log_defect(log, what, error)
             refused = INTERNAL
-        if isinstance(error, HeldTooLong):
+        if isinstance(error, HeldTooLong | LockNotAvailableError):
             context.database.faults[Fault.BUSY] += 1  # the database counts no attempts
         self._metrics.refusals[refused.code] += 1
         return refused

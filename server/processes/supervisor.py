@@ -66,10 +66,13 @@ class Worker:
         return self.process is not None and self.process.poll() is None
 
     def last_words(self) -> str:
-        """Return why an ended process could not start, if it printed that."""
-        if self.process is None or self.process.stdout is None or self.process.stdout.closed:
-            return ""
-        return self.process.stdout.read().decode().removeprefix(READY).strip().rstrip(".")
+        """Return why a process ended: the reason that it printed, or its exit status, negative for a signal."""
+        process, printed = self.process, ""
+        if process is None:
+            return "it did not start"
+        if process.stdout is not None and not process.stdout.closed:
+            printed = process.stdout.read().decode().removeprefix(READY).strip().rstrip(".")
+        return printed or f"process {process.pid} with status {process.returncode}"
 
     def start(self) -> None:
         """Start a process in this place."""
@@ -235,8 +238,7 @@ class Supervisor:
     def _see_to_worker(self, worker: Worker) -> None:
         has_waited = time.monotonic() - worker.started_at > CRASHED_SOON_SECONDS
         if not worker.is_running() and has_waited and not self._stopping.is_set():
-            reason = worker.last_words()
-            log.error("worker %d ended%s; starting another", worker.number, reason and f": {reason}")
+            log.error("worker %d ended: %s; starting another", worker.number, worker.last_words())
             worker.start()
 
     def _roll(self) -> None:
