@@ -850,7 +850,8 @@ CREATE FUNCTION preferences_json(p conversation_participant) RETURNS json LANGUA
         'is_muted', p.is_muted,
         'muted_until', p.muted_until,
         'notification_level', p.notification_level,
-        'unread_from_id', p.unread_from_id
+        'unread_from_id', p.unread_from_id,
+        'user_version', p.user_version
     );
 
 CREATE FUNCTION scheduled_json(s scheduled_message) RETURNS json LANGUAGE sql STABLE
@@ -862,7 +863,8 @@ CREATE FUNCTION scheduled_json(s scheduled_message) RETURNS json LANGUAGE sql ST
         'status', s.status,
         'problem', s.problem,
         'created_at', s.created_at,
-        'not_before', s.not_before
+        'not_before', s.not_before,
+        'user_version', s.user_version
     );
 
 CREATE FUNCTION thread_json(t thread_follow) RETURNS json LANGUAGE sql STABLE
@@ -870,7 +872,8 @@ CREATE FUNCTION thread_json(t thread_follow) RETURNS json LANGUAGE sql STABLE
         'conversation_id', t.conversation_id,
         'root_id', t.root_id,
         'is_following', t.is_following,
-        'last_read_order', t.last_read_order
+        'last_read_order', t.last_read_order,
+        'user_version', t.user_version
     );
 
 -- The role that an invitation gives now. It is the role of the invitation, or the highest that the inviter may give
@@ -897,7 +900,8 @@ CREATE FUNCTION invitation_json(p conversation_participant, c conversation) RETU
         'image', c.image,
         'participant_count', c.participant_count,
         'role', coalesce(invited_as(p), p.role),
-        'invited_by', p.invited_by
+        'invited_by', p.invited_by,
+        'user_version', p.user_version
     );
 
 -- A relationship, as one of the two users sees it.
@@ -917,7 +921,8 @@ CREATE FUNCTION relationship_json(r user_relationship, viewer uuid) RETURNS json
             'notifications_enabled', r.notifications_enabled
         ) END,
         'created_at', r.created_at,
-        'accepted_at', r.accepted_at
+        'accepted_at', r.accepted_at,
+        'user_version', CASE WHEN r.from_user_id = viewer THEN r.from_version ELSE r.to_version END
     );
 
 CREATE FUNCTION me_json(u "user") RETURNS json LANGUAGE sql STABLE
@@ -941,7 +946,8 @@ CREATE FUNCTION me_json(u "user") RETURNS json LANGUAGE sql STABLE
         'quiet_until', u.quiet_until,
         'time_zone', u.time_zone,
         'feed_seen_at', u.feed_seen_at,
-        'created_at', u.created_at
+        'created_at', u.created_at,
+        'user_version', u.own_version
     );
 
 -- The time of day in a zone, or in UTC if PostgreSQL does not know the zone. An update of PostgreSQL may remove names.

@@ -159,6 +159,10 @@ DurableEvent = (
 
 
 class _OwnEvent(_Tagged, frozen=True, kw_only=True):
+    """A change of one of the user's own rows. Its object carries the same `user_version`, and does so in replies and
+    views, too. These may be older than an event that arrived before them; the higher `user_version` is later.
+    """
+
     user_version: int
 
 
@@ -526,9 +530,14 @@ class ParticipantPage(_Tagged, tag="participant_page", frozen=True, kw_only=True
 class MessageList(_Tagged, tag="message_list", frozen=True, kw_only=True):
     """Pinned or starred messages, latest first. `withheld` holds the content that moderators have hidden, if the caller
     may read it. `after` requests the next page, if there is one.
+
+    Pinned messages are as of the conversation's `version`. `star_versions` are the user versions of the caller's stars,
+    as in `star_changed`.
     """
 
     messages: list[Message]
+    version: int = 0
+    star_versions: dict[MessageId, int] = {}
     withheld: dict[MessageId, str] = {}
     after: str | None = None
 
@@ -550,10 +559,12 @@ class MessagePage(_Tagged, tag="message_page", frozen=True, kw_only=True):
 
 
 class OneMessage(_Tagged, tag="message", frozen=True, kw_only=True):
-    """A message. `mine` holds the caller's reactions, `vote` the caller's vote, and `read_by` how many others have read
-    it, as in `readers`. `withheld` holds the content that a moderator has hidden, if the caller may read it.
+    """A message as of the conversation's `version`. `mine` holds the caller's reactions, `vote` the caller's vote, and
+    `read_by` how many others have read it, as in `readers`. `withheld` holds the content that a moderator has hidden,
+    if the caller may read it.
     """
 
+    version: int = 0
     message: Message
     withheld: str | None = None
     mine: list[str] = []

@@ -51,7 +51,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 class Me(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The caller's own profile and settings. `status` is the one that they last set by `presence`, whether or not they
-    are connected. It is `online` by default, and never `offline` or `away`, which belongs to a device.
+    are connected. It is `online` by default, and never `offline` or `away`, which belongs to a device. `user_version`
+    is that of the last change, as in `me_changed`.
     """
 
     user: User
@@ -73,6 +74,7 @@ class Me(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     time_zone: str = "UTC"
     feed_seen_at: datetime | None = None
     created_at: datetime
+    user_version: int = 0
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -173,7 +175,8 @@ class Scheduled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A scheduled message. `problem` is why it failed.
 
     `not_before` is the time of the next attempt, if slow mode or a busy server delayed the message. Later messages of
-    the same conversation wait for it and have no `not_before`.
+    the same conversation wait for it and have no `not_before`. `user_version` is that of the last change, as in
+    `scheduled_changed`.
     """
 
     message_id: MessageId
@@ -184,32 +187,41 @@ class Scheduled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     problem: str | None = None
     created_at: datetime
     not_before: datetime | None = None
+    user_version: int = 0
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A draft of the user in a conversation. An empty `content` means that there is none."""
+    """A draft of the user in a conversation. An empty `content` means that there is none. `user_version` is that of the
+    last change, as in `draft_changed`.
+    """
 
     conversation_id: ConversationId
     content: str = ""
     updated_at: datetime
+    user_version: int = 0
 
 
 class StarredMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A star of the user, or its removal."""
+    """A star of the user, or its removal. `user_version` is that of the last change, as in `star_changed`."""
 
     conversation_id: ConversationId
     message_id: MessageId
     is_removed: bool = False
     starred_at: datetime
+    user_version: int = 0
 
 
 class ThreadFollow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Whether the user follows a thread, and the `thread_order` of the last reply that they have read."""
+    """Whether the user follows a thread, and the `thread_order` of the last reply that they have read. `user_version`
+    is that of the last change, as in `thread_follow_changed`. A reply by the user moves only `last_read_order`, which
+    never falls.
+    """
 
     conversation_id: ConversationId
     root_id: MessageId
     is_following: bool
     last_read_order: int = 0
+    user_version: int = 0
 
 
 class ThreadView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -366,7 +378,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 class Preferences(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One participant's preferences for a conversation. Conversations with the lowest `pin_order` are shown first.
-    Messages from `unread_from_id` on count as unread, until the next `read`.
+    Messages from `unread_from_id` on count as unread, until the next `read`. `user_version` is that of the last change,
+    as in `preferences_changed`.
     """
 
     pin_order: int | None = None
@@ -375,6 +388,7 @@ class Preferences(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     muted_until: datetime | None = None
     notification_level: NotificationLevel = "all"
     unread_from_id: MessageId | None = None
+    user_version: int = 0
 
 
 class InviteCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -387,7 +401,7 @@ class InviteCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 class Invitation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An invitation, with what an outsider may see of the conversation. `role` is the one that the user will join with.
-    `invited_by` is the user who sent the invitation.
+    `invited_by` is the user who sent the invitation. `user_version` is as in `invited`.
     """
 
     conversation_id: ConversationId
@@ -398,6 +412,7 @@ class Invitation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     participant_count: int
     role: Role
     invited_by: UserId | None = None
+    user_version: int = 0
 
 
 class PublicConversation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -422,7 +437,7 @@ class Switches(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 class Relationship(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A relationship between the caller and `user_id`. `is_outgoing` is true if it is the caller's. Friends have one in
-    each direction.
+    each direction. `user_version` is that of the last change, as in `relationship_changed`.
     """
 
     id: RelationshipId
@@ -435,6 +450,7 @@ class Relationship(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     switches: Switches | None = None
     created_at: datetime
     accepted_at: datetime | None = None
+    user_version: int = 0
 
 
 class RelationshipEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -256,7 +256,7 @@ class Actor:
         self.asked_at = began = time.monotonic()
         self.tally.sent += 1
         try:
-            await self.ask(frame)
+            self.mirror.read(await self.ask(frame))
         except Refused as refused:
             if refused.code not in EXPECTED:
                 self.tally.unexpected[f"{type(frame).__name__}: {refused.code} {refused.message}"] += 1

@@ -21,6 +21,7 @@ from protocol.values import (
     Presence,
     Relationship,
 )
+from prove.own_rows import Row, row_of, rows_in
 
 replace = msgspec.structs.replace
 
@@ -61,6 +62,8 @@ class Mirror:
         """The status of each scheduled message."""
         self.follows: dict[MessageId, bool] = {}
         """Whether threads are followed, as received in events. A reply follows a thread without an event."""
+        self.numbers: dict[Row, int] = {}
+        """The highest user version that has arrived of each own row, deleted ones included."""
         self.states: dict[tuple[type[StateEvent], tuple[UUID, ...]], StateEvent] = {}
         """The event with the highest revision of each type and subject. They arrive in any order."""
         self.wrong: Counter[str] = Counter()
@@ -99,6 +102,8 @@ class Mirror:
             case server.Ready():
                 # The epoch of a later `ready` takes effect when its `resume` is answered.
                 self.epoch = self.epoch or frame.epoch
+                if self.epoch != frame.epoch:
+                    self.numbers.clear()
             case server.Conversations():
                 for view in frame.conversations:
                     self._begin(view)
@@ -118,9 +123,34 @@ class Mirror:
         if there is None or there.revision < event.revision:
             self.states[type(event), event.subject] = event
 
+    def read(self, result: server.Result) -> None:
+        """Apply the own rows in a reply, unless an event before it has later ones. Rows that the user never changed
+        have no number.
+        """
+        for event in rows_in(result):
+            if event.user_version:
+                self._apply_own(event)
+        if isinstance(result, server.MessageList):
+            numbers = result.star_versions.items()
+            self.stars |= {one for one, number in numbers if self._is_latest(("star", one), number)}
+
+    def _is_latest(self, row: Row, number: int) -> bool:
+        """Remember the number of an own row. Return whether no later one has arrived."""
+        if number < self.numbers.get(row, 0):
+            return False
+        self.numbers[row] = number
+        return True
+
     def _receive_own(self, event: OwnEvent) -> None:
         """Apply an event about data of this user only. It contains the current state."""
         self._advance(event.user_version)
+        self._apply_own(event)
+
+    def _apply_own(self, event: OwnEvent) -> None:
+        if self._is_latest(row_of(event), event.user_version):
+            self._keep(event)
+
+    def _keep(self, event: OwnEvent) -> None:
         match event:
             case server.MeChanged():
                 self.me = event.me
@@ -150,6 +180,7 @@ class Mirror:
     def _start_own_over(self, event: server.OwnStartOver) -> None:
         """Drop the user's own rows. The server sends them again, or the client reads them."""
         self.user_version = event.user_version
+        self.numbers.clear()
         for rows in (
             self.invitations, self.relationships, self.stars, self.drafts, self.scheduled, self.follows,
         ):  # fmt: skip
@@ -226,9 +257,9 @@ class Mirror:
 
     def _begin(self, view: ConversationView) -> None:
         self.copies[view.conversation.id] = Copy(version=view.version, conversation=view.conversation)
-        self.preferences[view.conversation.id] = view.preferences
         self.unloaded.add(view.conversation.id)
-        self.invitations.pop(view.conversation.id, None)
+        for event in rows_in(view):
+            self._apply_own(event)
 
     def _apply(self, copy: Copy, event: DurableEvent) -> None:
         if event.conversation_id in self.unloaded:

@@ -45,7 +45,7 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
             if frame.invite_code is not None:
                 await invite_codes.use(db, conversation.id)
             await membership_change.post_system_message(SystemMessage("join", "joined"))
-            if before is not None and before.status == "invited":
+            if before is not None:  # The row has another status, or lost its mark.
                 await participants.stamp(db, conversation.id, [context.user_id])
                 await bounds.require_memberships(db, [context.user_id], path)
             else:

@@ -39,8 +39,11 @@ async def put(db: Db, frame: SetDraft, user_id: UserId) -> DraftChanged | None:
     row = await db.fetchrow(SET, frame.conversation_id, user_id, frame.content)
     if row is None:
         return None
-    draft = Draft(conversation_id=frame.conversation_id, content=frame.content, updated_at=row[1])
-    return DraftChanged(user_version=row[0], draft=draft)
+    version, updated_at = row
+    draft = Draft(
+        conversation_id=frame.conversation_id, content=frame.content, updated_at=updated_at, user_version=version
+    )
+    return DraftChanged(user_version=version, draft=draft)
 
 
 # The row stays, so that the user's other devices are notified.
@@ -82,7 +85,8 @@ async def empty_some(db: Db, conversation_id: ConversationId, *, limit: int) -> 
 
 
 LIST = f"""
-SELECT json_build_object('conversation_id', d.conversation_id, 'content', d.content, 'updated_at', d.updated_at),
+SELECT json_build_object('conversation_id', d.conversation_id, 'content', d.content, 'updated_at', d.updated_at,
+        'user_version', d.user_version),
     {MOMENT.format(at="d.updated_at")}, d.conversation_id
 FROM (
     SELECT d.* FROM draft d JOIN conversation_participant p

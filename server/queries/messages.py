@@ -122,6 +122,7 @@ position, and do not count.
 GET = f"""
 SELECT json_build_object(
     'type', 'message',
+    'version', c.version,
     'message', message_json(m),
     'withheld', {WITHHELD.format(message="m")},
     'mine', ARRAY(

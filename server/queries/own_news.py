@@ -41,14 +41,14 @@ SELECT u.version, u.forgotten_version, news.version, news.event FROM "user" u LE
     UNION ALL
     (SELECT s.user_version, json_build_object('type', 'star_changed', 'user_version', s.user_version,
         'star', json_build_object('conversation_id', s.conversation_id, 'message_id', s.message_id,
-            'is_removed', s.is_removed, 'starred_at', s.starred_at))
+            'is_removed', s.is_removed, 'starred_at', s.starred_at, 'user_version', s.user_version))
     FROM message_star s WHERE s.user_id = u.id AND s.user_version > $2
     ORDER BY s.user_version LIMIT $3)
     UNION ALL
     (SELECT d.user_version, json_build_object('type', 'draft_changed', 'user_version', d.user_version,
         'draft', json_build_object('conversation_id', d.conversation_id, 'content', CASE WHEN EXISTS (
             SELECT FROM conversation c WHERE c.id = d.conversation_id AND c.is_deleted OFFSET 0
-        ) THEN '' ELSE d.content END, 'updated_at', d.updated_at))
+        ) THEN '' ELSE d.content END, 'updated_at', d.updated_at, 'user_version', d.user_version))
     FROM draft d WHERE d.user_id = u.id AND d.user_version > $2 AND d.user_version > 0
     ORDER BY d.user_version LIMIT $3)
     UNION ALL

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from msgspec.structs import replace
+
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_PINS
 from protocol.server import MessageList, StarChanged
@@ -44,7 +46,7 @@ async def count(db: Db, conversation_id: ConversationId) -> int:
 LIST = f"""
 SELECT CASE WHEN (pinned.m).id IS NOT NULL THEN message_json(pinned.m) END,
     {MOMENT.format(at="(pinned.m).pinned_at")}, (pinned.m).id,
-    {WITHHELD.format(message="(pinned.m)")}
+    {WITHHELD.format(message="(pinned.m)")}, c.version
 FROM conversation_participant p
 JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
 LEFT JOIN LATERAL (
@@ -64,7 +66,10 @@ async def page(
 ) -> Undecoded[MessageList] | None:
     """Return a page of pinned messages, latest first. Return None without access."""
     rows = await db.fetch(LIST, conversation_id, user_id, *(before or (None, None)))
-    return _list([row for row in rows if row[0] is not None], MAX_PINS) if rows else None
+    if not rows:
+        return None
+    found = _list([row for row in rows if row[0] is not None], MAX_PINS)
+    return found.then(lambda page: replace(page, version=rows[0][4]))
 
 
 def _list(rows: Sequence[Any], limit: int) -> Undecoded[MessageList]:
@@ -74,7 +79,7 @@ def _list(rows: Sequence[Any], limit: int) -> Undecoded[MessageList]:
         shown = {message.id for message in page.rows}
         return MessageList(
             messages=page.rows,
-            withheld={message_id: withheld for _, _, message_id, withheld in rows if withheld and message_id in shown},
+            withheld={one: withheld for _, _, one, withheld, _ in rows if withheld and one in shown},
             after=page.after,
         )
 
@@ -132,13 +137,14 @@ async def unstar(db: Db, ref: MessageRef, user_id: UserId) -> Starred:
 
 def _changed(ref: MessageRef, version: int, starred_at: datetime, *, is_removed: bool) -> StarChanged:
     star = StarredMessage(
-        conversation_id=ref.conversation_id, message_id=ref.message_id, is_removed=is_removed, starred_at=starred_at
-    )
+        conversation_id=ref.conversation_id, message_id=ref.message_id, is_removed=is_removed, starred_at=starred_at,
+        user_version=version,
+    )  # fmt: skip
     return StarChanged(user_version=version, star=star)
 
 
 STARS = f"""
-SELECT message_json(seen.m), {MOMENT.format(at="s.starred_at")}, s.message_id, seen.withheld
+SELECT message_json(seen.m), {MOMENT.format(at="s.starred_at")}, s.message_id, seen.withheld, s.user_version
 FROM message_star s
 CROSS JOIN LATERAL (
     SELECT m, {WITHHELD.format(message="m")} AS withheld FROM message m
@@ -157,4 +163,6 @@ ORDER BY s.starred_at DESC, s.message_id DESC LIMIT $3
 async def stars(db: Db, user_id: UserId, before: Cursor | None, *, limit: int) -> Undecoded[MessageList]:
     """Return up to `limit` starred messages that a user may see, latest first."""
     rows = await db.fetch(STARS, before and before.at, user_id, limit + 1, before and before.id)
-    return _list(rows, limit)
+    versions = {row[2]: row[4] for row in rows}
+    found = _list(rows, limit)
+    return found.then(lambda page: replace(page, star_versions={one.id: versions[one.id] for one in page.messages}))

@@ -24,7 +24,7 @@ MOST_LISTED, MOST_LOOKED_AT, MOST_PARTICIPANTS = 100, 1_000, 100
 _VIEW = f"""json_build_object(
     'root', message_json(m),
     'follow', json_build_object('conversation_id', m.conversation_id, 'root_id', m.id,
-        'is_following', t.is_following, 'last_read_order', t.last_read_order),
+        'is_following', t.is_following, 'last_read_order', t.last_read_order, 'user_version', t.user_version),
     'participants', ARRAY(
         SELECT o.user_id FROM thread_follow o
         WHERE o.root_id = m.id AND (o.conversation_id = m.conversation_id) IS TRUE AND o.has_replied
@@ -44,7 +44,8 @@ SELECT {_VIEW} FROM (
 CROSS JOIN LATERAL (SELECT (found.m).*) m
 CROSS JOIN LATERAL (
     SELECT m.id AS root_id, m.conversation_id, $2::uuid AS user_id,
-        coalesce(bool_or(f.is_following), false) AS is_following, coalesce(max(f.last_read_order), 0) AS last_read_order
+        coalesce(bool_or(f.is_following), false) AS is_following,
+        coalesce(max(f.last_read_order), 0) AS last_read_order, coalesce(max(f.user_version), 0) AS user_version
     FROM thread_follow f WHERE f.root_id = m.id AND f.user_id = $2 AND (f.conversation_id = m.conversation_id) IS TRUE
 ) t
 CROSS JOIN LATERAL ({COUNT_REPLIES.format(me="t")}) counted (unread)
