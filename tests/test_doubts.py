@@ -415,7 +415,7 @@ async def test_unreachable_database_does_not_count_as_a_failure_of_a_cause(
             await (await world.connect(one)).call(client.Watch(user_ids=[charles.id]))
         await certain(world)
         monkeypatch.setattr(presence, "watchable", lost)
-        world.workers[0].app.hub.watchers.doubt_all()
+        world.workers[0].app.hub.watchers.missed_all()
         await certain(world)
     assert sizes == [5] * 4, "each query has all five pairs"
 

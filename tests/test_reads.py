@@ -98,6 +98,10 @@ WHY = {
             "3 x conversation_participant(conversation_id); conversation_participant(user_id); "
             "2 x user_relationship(from_user_id, to_user_id); 2 x user_relationship(to_user_id)"
         ),
+        "receipts.MOVED": (
+            "2 x conversation_participant(conversation_id); user_relationship(from_user_id, to_user_id); "
+            "user_relationship(to_user_id)"
+        ),
         "receipts.READERS": (
             "conversation_participant(conversation_id); user_relationship(from_user_id); user_relationship(to_user_id)"
         ),

@@ -4,15 +4,17 @@ import asyncio
 from collections.abc import Collection, Mapping, Sequence
 
 from protocol.ids import ConversationId, SessionId, UserId
-from protocol.limits import MAX_CHANGES
+from protocol.limits import MAX_CHANGES, MAX_SHARED_PARTICIPANTS
+from protocol.server import MessageDelivered, MessageRead
 from server.db.database import Database
 from server.fairness.batcher import Batcher
 from server.hub.doubts import Pair
 from server.hub.topics import Fetched
-from server.queries import changes, conversations, memberships, own_news, presence, sessions, users, workers
+from server.queries import changes, conversations, memberships, own_news, presence, receipts, sessions, users, workers
 from server.queries.memberships import Membership
 from server.queries.own_news import OWN_PAGE, OwnNews
 from server.queries.presence import Watchable
+from server.queries.receipts import Moved
 from server.queries.users import Clocks
 
 MEMBERSHIPS_AT_ONCE = 64
@@ -68,6 +70,18 @@ class PostgresHubStore:
         """Return the versions of conversations."""
         return await self._versions.submit(conversation_ids)
 
+    async def moved(self, conversation_ids: Sequence[ConversationId], *, since: float) -> Moved:
+        """Return the read and delivered positions that have moved since a time of the loop."""
+        async with self._database.connection() as db:
+            return await receipts.moved(db, conversation_ids, seconds=self._age(since), most=MAX_SHARED_PARTICIPANTS)
+
+    async def moved_of(
+        self, pairs: Sequence[tuple[ConversationId, UserId]], *, since: float
+    ) -> list[MessageRead | MessageDelivered]:
+        """Return the positions of participants that have moved since a time of the loop."""
+        async with self._database.connection() as db:
+            return await receipts.moved_of(db, pairs, seconds=self._age(since))
+
     async def user_versions(self, user_ids: Sequence[UserId]) -> dict[UserId, Clocks]:
         """Return the versions of users."""
         return await self._users.submit(user_ids)
@@ -102,6 +116,10 @@ class PostgresHubStore:
         async with database.connection() as db:
             found = await presence.watchable(db, pairs)
         return {Pair(*pair): one for pair, one in found.pairs.items()}, found.revision
+
+    def _age(self, since: float) -> float:
+        """Return the seconds since a time of the loop, after the wait for a connection."""
+        return asyncio.get_running_loop().time() - since
 
     async def _read(self, batch: list[Sequence[ConversationId]]) -> list[dict[ConversationId, int]]:
         async with self._database.connection() as db:

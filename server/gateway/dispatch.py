@@ -104,6 +104,11 @@ class Route(NamedTuple):
     frames of others in the conversation.
     """
 
+    @property
+    def writes(self) -> bool:
+        """Whether the handler changes rows whose events others receive."""
+        return self.rate is Rate.WRITE or (self.rate is Rate.EPHEMERAL and self.shed in {Shed.PRESENCE, Shed.RECEIPTS})
+
 
 class Dispatch:
     """Runs all frames, from WebSockets and from HTTP."""
@@ -220,7 +225,7 @@ class Dispatch:
         try:
             return await context.database.again(tag(type(frame)), partial(route.handler, context, frame))
         except BaseException as error:
-            if route.rate is Rate.WRITE and may_have_committed(error):
+            if route.writes and may_have_committed(error):
                 where = getattr(frame, "to_conversation_id", None) or getattr(frame, "conversation_id", None)
                 context.events.recheck(context.user_id, where)
             raise

@@ -5,7 +5,7 @@ The section "How missed events are found" in docs/map.md lists the signs that st
 
 import asyncio
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from protocol.ids import ConversationId, UserId
@@ -14,6 +14,7 @@ from server.hub.bus import Bus
 from server.hub.entries import ids_of, log_ignored
 from server.hub.online_users import OnlineUsers
 from server.hub.peers import HEARTBEAT_SECONDS, Kind, Peers
+from server.hub.receipts import MissedReceipts, ReceiptStore
 from server.hub.rounds import Rounds
 from server.hub.topics import Topics
 from server.hub.unsure import Unsure
@@ -42,8 +43,8 @@ all workers notice these together.
 """
 
 
-class WorkerStore(Protocol):
-    """Queries about workers. `PostgresHubStore` implements them."""
+class WorkerStore(ReceiptStore, Protocol):
+    """Queries about workers and positions. `PostgresHubStore` implements them."""
 
     async def workers(self) -> Collection[bytes]:
         """Return the ids of the workers that are connected to the database. Earlier releases have an empty id."""
@@ -78,6 +79,10 @@ class Comparisons:
         self._user_rounds = Rounds(
             online_users.ids, online_users.compare, seconds=lambda: COMPARE_USERS_SECONDS, is_urgent=self._is_bus_down
         )
+        self._receipts = MissedReceipts(store, topics, online_users)
+        self._receipt_rounds = Rounds(
+            self._receipts.begin, self._receipts.compare, seconds=lambda: COMPARE_SECONDS, is_urgent=lambda: False
+        )
         self._unsure_topics: Unsure[ConversationId] = Unsure()
         self._unsure_users: Unsure[UserId] = Unsure()
         self._is_beside_silent = False
@@ -92,6 +97,7 @@ class Comparisons:
         self._tasks = [
             asyncio.create_task(self._topic_rounds.run()),
             asyncio.create_task(self._user_rounds.run()),
+            asyncio.create_task(self._receipt_rounds.run()),
             asyncio.create_task(every(HEARTBEAT_SECONDS, self._beat)),
             asyncio.create_task(every(CONNECTED_SECONDS, self._check_connected_workers, is_spread=True)),
         ]
@@ -105,7 +111,7 @@ class Comparisons:
 
     def soon(self) -> None:
         """Compare everything now, because events may have been missed."""
-        self._watchers.doubt_all()
+        self._watchers.missed_all()
         self._start_rounds()
 
     def topics_soon(self) -> None:
@@ -142,9 +148,9 @@ class Comparisons:
         if kind in {Kind.HEARTBEAT, Kind.GOODBYE}:
             self._peers.receive(kind, content, worker)
         elif kind == Kind.RECHECK_CONVERSATIONS:
-            self._topic_rounds.first(self._topics.followed(map(ConversationId, ids_of(content))))
+            self._recheck_conversations([ConversationId(one) for one in ids_of(content)])
         elif kind == Kind.RECHECK_USERS:
-            self._user_rounds.first(self._online_users.online(map(UserId, ids_of(content))))
+            self._recheck_users([UserId(one) for one in ids_of(content)])
         else:
             log_ignored("its kind is unknown")
 
@@ -153,13 +159,28 @@ class Comparisons:
             self._loop.call_later(seconds, self._soon_with_jitter)
 
     def _soon_with_jitter(self) -> None:
-        self._watchers.doubt_all()
+        self._watchers.missed_all()
         delay = random.random() * MAX_JITTER_SECONDS  # noqa: S311 - it spreads load, and needs no secrecy
         self._loop.call_later(delay, self._start_rounds)
 
     def _start_rounds(self) -> None:
         self._topic_rounds.soon()
         self._user_rounds.soon()
+        self._receipts_soon()
+
+    def _receipts_soon(self) -> None:
+        self._receipts.lost()
+        self._receipt_rounds.soon()
+
+    def _recheck_conversations(self, conversation_ids: Sequence[ConversationId]) -> None:
+        followed = self._topics.followed(conversation_ids)
+        self._topic_rounds.first(followed)
+        self._receipt_rounds.first(followed)
+
+    def _recheck_users(self, user_ids: Sequence[UserId]) -> None:
+        self._user_rounds.first(self._online_users.online(user_ids))
+        for user_id in user_ids:
+            self._watchers.missed(user_id)
 
     def _topics_seconds(self) -> float:
         return min(COMPARE_SECONDS, COMPARE_SECONDS_BESIDE_SILENT) if self._is_beside_silent else COMPARE_SECONDS
@@ -171,19 +192,22 @@ class Comparisons:
 
     async def _beat(self) -> None:
         self._peers.beat()
+        self._receipts.beat()
         if self._is_bus_down():
             self._start_rounds()
         if conversation_ids := self._unsure_topics.due():
             self._publish(Kind.RECHECK_CONVERSATIONS, b"".join(one.bytes for one in conversation_ids))
-            self._topic_rounds.first(self._topics.followed(conversation_ids))
+            self._recheck_conversations(conversation_ids)
         if user_ids := self._unsure_users.due():
             self._publish(Kind.RECHECK_USERS, b"".join(one.bytes for one in user_ids))
-            self._user_rounds.first(self._online_users.online(user_ids))
+            self._recheck_users(user_ids)
 
     async def _check_connected_workers(self) -> None:
         """Compare often while a worker is connected to PostgreSQL whose heartbeats do not arrive."""
         workers = set(await self._store.workers())
         was_beside_silent = self._is_beside_silent
         self._is_beside_silent = not workers - {self._worker} <= self._peers.workers
+        if self._is_beside_silent:
+            self._receipts_soon()
         if self._is_beside_silent and not was_beside_silent:
             self._topic_rounds.soon()

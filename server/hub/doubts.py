@@ -40,13 +40,15 @@ class HeldFrame(NamedTuple):
 class Doubt:
     """A pair in doubt. `stamp` is the time of the last change that concerns it, as a counter. `frames` has the latest
     held frame of each kind, presence or face. `askers` is the number of callers of `begin` that have not ended.
+    `is_missed` tells whether frames may have been lost.
     """
 
-    __slots__ = ("askers", "frames", "stamp", "turn")
+    __slots__ = ("askers", "frames", "is_missed", "stamp", "turn")
 
     def __init__(self) -> None:
         self.askers = 0
         self.stamp = 0
+        self.is_missed = False
         self.turn: Turn | None = None
         self.frames: dict[bool, HeldFrame] = {}
 
@@ -107,6 +109,8 @@ class Doubts:
         self._pairs_of = pairs_of
         self._doubts: dict[UserId, dict[UserId, Doubt]] = {}
         self._wholes: dict[Whole, Turn] = {}
+        # Those in `_wholes` whose frames may have been lost.
+        self._missed: set[Whole] = set()
         # The watchers in `_wholes`.
         self._watchers: set[UserId] = set()
         self._turns: OrderedDict[Hashable, Turn] = OrderedDict()
@@ -119,14 +123,16 @@ class Doubts:
         """Put a pair in doubt. It is checked in the turn of its cause, or in an earlier one."""
         self._add(pair, cause, self.since())
 
-    def add_all(self, whole: Whole, cause: Hashable) -> None:
-        """Put all pairs of a user in doubt."""
+    def add_all(self, whole: Whole, cause: Hashable, *, is_missed: bool = False) -> None:
+        """Put all pairs of a user in doubt. `is_missed` tells whether frames for them may have been lost."""
         turn = self._wholes.get(whole)
         if turn is None:
             turn = self._wholes[whole] = self._turn(cause)
             if whole.is_watcher:
                 self._watchers.add(whole.user_id)
         turn.wholes[whole] = self.since()
+        if is_missed:
+            self._missed.add(whole)
 
     def begin(self, pairs: Iterable[Pair]) -> None:
         """Put pairs in doubt that the caller checks. They stay in doubt until each caller has called `end`."""
@@ -178,6 +184,11 @@ class Doubts:
         doubt = self._doubts.get(pair.watched, {}).get(pair.watcher)
         return doubt is not None and max(doubt.stamp, *(stamp for _, stamp in self._wholes_of(pair)), 0) <= since
 
+    def is_missed(self, pair: Pair) -> bool:
+        """Whether frames for a pair in doubt may have been lost."""
+        doubt = self._doubts.get(pair.watched, {}).get(pair.watcher)
+        return doubt is not None and doubt.is_missed
+
     def settle(self, pair: Pair) -> None:
         """Remove a doubt and its held frames. The pair stays in doubt while a caller of `begin` checks it."""
         of_watched = self._doubts.get(pair.watched, {})
@@ -188,6 +199,7 @@ class Doubts:
             del doubt.turn.pairs[pair]
         if doubt.askers:
             doubt.turn = None
+            doubt.is_missed = False
             doubt.frames.clear()
             return
         del of_watched[pair.watcher]
@@ -226,8 +238,11 @@ class Doubts:
             if whole.is_watcher:
                 self._watchers.discard(whole.user_id)
             turn.done.add(whole)
+            is_missed = whole in self._missed
+            self._missed.discard(whole)
             for pair in self._pairs_of(whole):
                 self._add(pair, turn.cause, stamp)
+                self._there(pair).is_missed |= is_missed
         some = [turn.pairs.popitem(last=False)[0] for _ in range(min(turn.most, len(turn.pairs)))]
         for pair in some:
             self._there(pair).turn = None

@@ -230,6 +230,8 @@ class Topics:
             return
         if version == 0:
             self._enqueue(topic, frame)
+            for socket in topic.joining:
+                socket.write(frame)
         elif version == topic.delivered + 1 and topic.opening is None:
             self._deliver(topic, version, frame, gone)
             if topic.early:
@@ -325,6 +327,11 @@ class Topics:
         """Return all followed conversations. Stop following those that have been without sockets for a while."""
         self._close_quiet()
         return list(self._topics)
+
+    def user_ids(self, conversation_id: ConversationId) -> set[UserId]:
+        """Return the users with sockets that are attached to a conversation."""
+        topic = self._topics.get(conversation_id)
+        return set() if topic is None else {socket.user_id for socket in (*topic.sockets, *topic.joining)}
 
     def followed(self, conversation_ids: Iterable[ConversationId]) -> list[ConversationId]:
         """Return those conversations that are followed."""

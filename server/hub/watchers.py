@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.limits import MAX_WATCHED
-from protocol.server import PresenceChanged
-from protocol.values import Presence
+from protocol.server import PresenceChanged, UserUpdated
+from protocol.values import Presence, User
 from server.core.errors import log_defect, log_failure
 from server.core.faults import is_lost
 from server.hub.bus import Bus
@@ -35,6 +35,10 @@ class WatchablePair(Protocol):
     def is_seen(self) -> bool:
         """Whether the watcher may also see the presence."""
 
+    @property
+    def face(self) -> User:
+        """The face of the watched user."""
+
 
 class WatchStore(Protocol):
     """Queries about watchers. `PostgresHubStore` implements them."""
@@ -53,13 +57,19 @@ Describe = Callable[[Mapping[Pair, Any]], Awaitable[Mapping[Pair, Presence]]]
 
 class WatchAnswer(NamedTuple):
     """The database's result for a pair, with all changes up to the stamp `since`. `revision` is that of the presence,
-    also for a watcher who may not see it.
+    also for a watcher who may not see it. `found` is None for a watcher who may not even see the face.
     """
 
     since: int
-    sight: Sight
+    found: WatchablePair | None
     presence: Presence | None
     revision: int
+
+    @property
+    def sight(self) -> Sight:
+        """The parts of the user that the watcher may see."""
+        # Participants of a conversation see each other's faces, even when presence is hidden.
+        return Sight.NOTHING if self.found is None else Sight.ALL if self.found.is_seen else Sight.FACE
 
 
 class Watchers:
@@ -106,7 +116,7 @@ class Watchers:
                 found, revision = await self._store.watchable(open_pairs, asker=socket.user_id)
                 presences = await self._describe(found)
                 for pair in open_pairs:
-                    answers[pair] = WatchAnswer(since, sight_of(found.get(pair)), presences.get(pair), revision)
+                    answers[pair] = WatchAnswer(since, found.get(pair), presences.get(pair), revision)
                 open_pairs = [pair for pair, one in answers.items() if not self._doubts.is_current(pair, one.since)]
                 if not open_pairs:
                     break
@@ -119,10 +129,10 @@ class Watchers:
                     f"A connection can watch at most {MAX_WATCHED} users. Unwatch some first.",
                     path="user_ids",
                 )
-            for pair, (_, sight, presence, _) in answers.items():
-                if presence is not None and pair.watched in socket.watched:
-                    socket.watched[pair.watched] = sight
-                    seen[pair.watched] = presence
+            for pair, answer in answers.items():
+                if answer.presence is not None and pair.watched in socket.watched:
+                    socket.watched[pair.watched] = answer.sight
+                    seen[pair.watched] = answer.presence
         except BaseException:
             self.remove(socket, new)
             raise
@@ -175,10 +185,23 @@ class Watchers:
             self._doubts.add_all(whole, cause=whole if cause is None else cause)
         self._ask_soon()
 
-    def doubt_all(self) -> None:
-        """Check all pairs again, because news that forbids some may have been missed."""
+    def missed(self, user_id: UserId) -> None:
+        """Check again whether those who watch a user may do so, and send them the presence and the face, because these
+        may have been missed.
+        """
+        if user_id in self._watchers:
+            whole = Whole(user_id, is_watcher=False)
+            self._doubts.add_all(whole, cause=whole, is_missed=True)
+            self._ask_soon()
+
+    def missed_all(self) -> None:
+        """Check all pairs again, and send all presences and faces, because news that forbids some, or these, may have
+        been missed.
+        """
         for user_id in self._sockets:
-            self.doubt_watched(user_id)
+            whole = Whole(user_id, is_watcher=True)
+            self._doubts.add_all(whole, cause=whole, is_missed=True)
+        self._ask_soon()
 
     def close(self) -> None:
         """Cancel the checks."""
@@ -229,8 +252,8 @@ class Watchers:
         began = self._loop.time()
         try:
             found, revision = await self._store.watchable(batch.pairs)
-            regained = {pair: one for pair, one in found.items() if one.is_seen and self._is_unseen(pair)}
-            presences = await self._describe(regained) if regained else {}
+            shown = {pair: one for pair, one in found.items() if one.is_seen and self._must_show(pair)}
+            presences = await self._describe(shown) if shown else {}
         except Exception as error:  # noqa: BLE001 - held frames stay until a check succeeds
             if not self._is_failing:
                 log_failure(log, "checking who may watch whom", error)
@@ -244,13 +267,16 @@ class Watchers:
             return
         seconds = self._loop.time() - began
         failed = self._decide_all({
-            pair: WatchAnswer(batch.since, sight_of(found.get(pair)), presences.get(pair), revision)
+            pair: WatchAnswer(batch.since, found.get(pair), presences.get(pair), revision)
             for pair in batch.pairs
         })  # fmt: skip
         self._doubts.answered(batch, self._loop.time(), seconds=seconds, failed=failed)
         self._is_failing = bool(failed)
 
-    def _is_unseen(self, pair: Pair) -> bool:
+    def _must_show(self, pair: Pair) -> bool:
+        """Whether sockets of the watcher need the current presence."""
+        if self._doubts.is_missed(pair):
+            return True
         sockets = self._sockets.get(pair.watcher, ())
         return any(socket.watched.get(pair.watched, Sight.ALL) is not Sight.ALL for socket in sockets)
 
@@ -287,10 +313,11 @@ class Watchers:
         return failed
 
     def _decide(self, pair: Pair, answer: WatchAnswer) -> None:
-        """Deliver the held frames that the watcher may see. The presence precedes them if the watcher may see it again.
-        The pair stays in doubt if this fails.
+        """Deliver the held frames that the watcher may see. The presence precedes them if the watcher may see it again,
+        and both the presence and the face if some were missed. The pair stays in doubt if this fails.
         """
         frames = self._doubts.held(pair)
+        is_missed = self._doubts.is_missed(pair)
         sight = answer.sight
         for socket in list(self._sockets.get(pair.watcher, ())):
             before = socket.watched.get(pair.watched)
@@ -299,19 +326,15 @@ class Watchers:
             if before is Sight.ALL and sight is not Sight.ALL:
                 hidden = Presence(user_id=pair.watched, status="offline", revision=answer.revision)
                 socket.say(PresenceChanged(presence=hidden))
-            elif before is not Sight.ALL and sight is Sight.ALL and answer.presence is not None:
+            elif sight is Sight.ALL and (is_missed or before is not Sight.ALL) and answer.presence is not None:
                 socket.say(PresenceChanged(presence=answer.presence))
+            if is_missed and answer.found is not None:
+                socket.say(UserUpdated(user=answer.found.face))
             socket.watched[pair.watched] = sight
             for is_face, held in frames.items():
                 if sight >= (Sight.FACE if is_face else Sight.ALL):
                     socket.write(held.frame)
         self._doubts.settle(pair)
-
-
-def sight_of(found: WatchablePair | None) -> Sight:
-    """Return what a watcher may see, given the database's result for the pair."""
-    # Participants of a conversation see each other's faces, even when presence is hidden.
-    return Sight.NOTHING if found is None else Sight.ALL if found.is_seen else Sight.FACE
 
 
 def channel(user_id: UserId) -> bytes:

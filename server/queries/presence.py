@@ -8,7 +8,7 @@ from msgspec import UNSET
 from protocol.client import SetPresence
 from protocol.ids import UserId
 from protocol.server import MeChanged
-from protocol.values import PresenceStatus
+from protocol.values import PresenceStatus, User
 from server.db.database import Db
 from server.db.lock_timeouts import BRIEFLY
 from server.queries.users import decoded_me
@@ -51,11 +51,13 @@ class Watchable(NamedTuple):
     is_seen: bool
     """Whether the user's presence may be delivered to the watcher."""
     choice: Visibility
+    face: User
 
 
 WATCHABLE = f"""
 SELECT {REVISION}, found.* FROM (SELECT) one LEFT JOIN (
-    SELECT pair.watcher, u.id, u.show_online_status, u.status, {STATUS_NOW}, may('see_presence', pair.watcher, u.id),
+    SELECT pair.watcher, u.id, u.name, u.display_name, u.image, u.face_version, u.show_online_status, u.status,
+        {STATUS_NOW}, may('see_presence', pair.watcher, u.id),
         extract(epoch FROM u.last_seen_at)::float8, extract(epoch FROM u.visible_since)::float8
     FROM unnest($1::uuid[], $2::uuid[]) AS pair (watcher, watched) JOIN "user" u ON u.id = pair.watched
     WHERE u.is_active AND NOT u.is_deleted AND may('see_face', pair.watcher, u.id)
@@ -67,11 +69,12 @@ async def watchable(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> Sightings
     """Return the pairs of a watcher and a watched user whose watcher may see the face."""
     rows = await db.fetch(WATCHABLE, [one for one, _ in pairs], [other for _, other in pairs])
     found = Sightings({}, rows[0][0])
-    for revision, watcher, watched, is_shown, *choice in rows:
+    for revision, watcher, watched, name, display_name, image, face_version, is_shown, *choice in rows:
         if watcher is not None:
             visibility = Visibility(*[*choice, revision])
+            face = User(id=watched, name=name, display_name=display_name, image=image, revision=face_version)
             # The presence of a user who hides it from everybody is delivered as `offline`.
-            found.pairs[watcher, watched] = Watchable(visibility.is_shown or not is_shown, visibility)
+            found.pairs[watcher, watched] = Watchable(visibility.is_shown or not is_shown, visibility, face)
     return found
 
 

@@ -2,11 +2,14 @@
 grow. Unread counts and readers derive from them.
 """
 
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
+
+import asyncpg
 
 from protocol.client import Delivered, MarkUnread, Read
 from protocol.ids import ConversationId, MessageId, UserId
-from protocol.server import Readers
+from protocol.server import MessageDelivered, MessageRead, Readers
 from server.db.database import Db
 from server.db.lock_timeouts import BRIEFLY
 from server.db.rows import Reader
@@ -130,8 +133,24 @@ async def mark_unread(db: Db, frame: MarkUnread, user_id: UserId) -> Mark | None
     return None if row is None else Mark(*row)
 
 
-# An invisible user confirms nothing, because a confirmation would reveal that the user is online. If some participants
-# may not see the user's presence, `told` lists the others.
+CONFIRMS = """(
+    SELECT u.status <> 'invisible' AND u.show_online_status FROM "user" u WHERE u.id = {user}
+)"""
+"""Whether a user confirms the arrival of messages. A confirmation reveals that the user is online."""
+BLIND = """ARRAY(
+    SELECT o.user_id FROM (
+        SELECT r.to_user_id AS user_id FROM user_relationship r
+        WHERE r.from_user_id = {user} AND (NOT r.can_see_online_status OR (r.type = 'block' AND r.status = 'active'))
+        UNION
+        SELECT r.from_user_id FROM user_relationship r
+        WHERE r.to_user_id = {user} AND r.type = 'block' AND r.status = 'active'
+    ) r
+    JOIN conversation_participant o ON o.conversation_id = {conversation} AND o.user_id = r.user_id
+        AND o.status = 'active'
+)"""
+"""The participants of a conversation who may not see the presence of a user, or the arrival of messages."""
+
+# If some participants may not see the user's presence, `told` lists the others.
 DELIVERED = f"""
 WITH target AS (
     SELECT m.id, m.conversation_id, m.sent_version, c.participant_count {VISIBLE} AND {IS_ACTIVE} AND {BRIEFLY}
@@ -140,9 +159,7 @@ WITH target AS (
     SET delivered_message_id = t.id, delivered_version = t.sent_version, delivered_at = now()
     FROM target t
     WHERE p.conversation_id = t.conversation_id AND p.user_id = $2 AND p.status = 'active'
-        AND p.delivered_version < t.sent_version AND EXISTS (
-            SELECT FROM "user" u WHERE u.id = $2 AND u.status <> 'invisible' AND u.show_online_status
-        )
+        AND p.delivered_version < t.sent_version AND {CONFIRMS.format(user="$2")}
     RETURNING 1
 )
 SELECT t.participant_count, t.sent_version, EXISTS (SELECT FROM moved), CASE WHEN blind.ids <> '{{}}' THEN ARRAY(
@@ -151,19 +168,10 @@ SELECT t.participant_count, t.sent_version, EXISTS (SELECT FROM moved), CASE WHE
         AND t.participant_count <= $4
 ) END
 FROM target t CROSS JOIN LATERAL (
-    SELECT CASE WHEN EXISTS (SELECT FROM moved) THEN ARRAY(
-        SELECT o.user_id FROM (
-            SELECT r.to_user_id AS user_id FROM user_relationship r
-            WHERE r.from_user_id = $2 AND (NOT r.can_see_online_status OR (r.type = 'block' AND r.status = 'active'))
-            UNION
-            SELECT r.from_user_id FROM user_relationship r
-            WHERE r.to_user_id = $2 AND r.type = 'block' AND r.status = 'active'
-        ) r
-        JOIN conversation_participant o ON o.conversation_id = t.conversation_id AND o.user_id = r.user_id
-            AND o.status = 'active'
-    ) ELSE '{{}}' END AS ids
+    SELECT CASE WHEN EXISTS (SELECT FROM moved)
+        THEN {BLIND.format(user="$2", conversation="t.conversation_id")} ELSE '{{}}' END AS ids
 ) blind
-"""  # noqa: S608 - VISIBLE is a constant
+"""  # noqa: S608 - only names are put in
 
 
 class Arrival(NamedTuple):
@@ -183,6 +191,80 @@ async def delivered(db: Db, frame: Delivered, user_id: UserId, *, most: int) -> 
     """
     row = await db.fetchrow(DELIVERED, frame.message_id, user_id, frame.conversation_id, most)
     return None if row is None else Arrival(*row)
+
+
+# OFFSET 0 keeps the planner from reading the whole table.
+MOVED = f"""
+SELECT c.id AS conversation_id, moved.* FROM conversation c LEFT JOIN LATERAL (
+    SELECT p.user_id, CASE WHEN p.last_read_at > since.at THEN p.last_read_message_id END, p.last_read_version,
+        CASE WHEN p.delivered_at > since.at AND {CONFIRMS.format(user="p.user_id")} THEN p.delivered_message_id END,
+        p.delivered_version, CASE WHEN p.delivered_at > since.at
+            THEN {BLIND.format(user="p.user_id", conversation="p.conversation_id")} ELSE '{{}}' END AS blind
+    FROM conversation_participant p, (SELECT now() - make_interval(secs => $2) AS at) since
+    WHERE p.conversation_id = c.id AND p.status = 'active' AND (p.last_read_at > since.at OR p.delivered_at > since.at)
+        AND c.participant_count <= $3 OFFSET 0
+) moved ON true
+WHERE c.id = ANY($1) AND NOT c.is_deleted AND (moved.user_id IS NOT NULL OR c.participant_count > $3)
+"""  # noqa: S608 - only names are put in
+
+
+class Receipt(NamedTuple):
+    """The event of a position, and the participants who may not receive it."""
+
+    event: MessageRead | MessageDelivered
+    blind: Collection[UserId]
+
+
+class Moved(NamedTuple):
+    """Positions that have moved, and the conversations whose positions are not shared. Making all receipts would block
+    the loop for milliseconds, so they are made one by one.
+    """
+
+    receipts: Iterator[Receipt]
+    crowds: list[ConversationId]
+
+
+async def moved(db: Db, conversation_ids: Sequence[ConversationId], *, seconds: float, most: int) -> Moved:
+    """Return the positions that have moved within the last `seconds`, in conversations with at most `most`
+    participants. The time of a position is the start of its statement. Arrivals at clients of users who are invisible
+    by now are left out.
+    """
+    rows = await db.fetch(MOVED, conversation_ids, seconds, most)
+    receipts = (
+        Receipt(event, row["blind"] if isinstance(event, MessageDelivered) else ())
+        for row in rows
+        if row["user_id"] is not None
+        for event in _events(row)
+    )
+    return Moved(receipts, [row["conversation_id"] for row in rows if row["user_id"] is None])
+
+
+MOVED_OF = """
+SELECT p.conversation_id, p.user_id, CASE WHEN p.last_read_at > since.at THEN p.last_read_message_id END,
+    p.last_read_version, CASE WHEN p.delivered_at > since.at THEN p.delivered_message_id END, p.delivered_version
+FROM (SELECT now() - make_interval(secs => $3) AS at) since,
+    unnest($1::uuid[], $2::uuid[]) AS own (conversation_id, user_id)
+JOIN conversation_participant p ON p.conversation_id = own.conversation_id AND p.user_id = own.user_id
+WHERE p.status = 'active' AND (p.last_read_at > since.at OR p.delivered_at > since.at)
+"""
+
+
+async def moved_of(
+    db: Db, pairs: Sequence[tuple[ConversationId, UserId]], *, seconds: float
+) -> list[MessageRead | MessageDelivered]:
+    """Return the positions of these participants that have moved within the last `seconds`, for their own devices."""
+    rows = await db.fetch(MOVED_OF, [one for one, _ in pairs], [user_id for _, user_id in pairs], seconds)
+    return [event for row in rows for event in _events(row)]
+
+
+def _events(row: asyncpg.Record) -> Iterator[MessageRead | MessageDelivered]:
+    conversation_id, user_id, read_id, read_revision, delivered_id, delivered_revision = row[:6]
+    if read_id is not None:
+        yield MessageRead(conversation_id=conversation_id, user_id=user_id, message_id=read_id, revision=read_revision)
+    if delivered_id is not None:
+        yield MessageDelivered(
+            conversation_id=conversation_id, user_id=user_id, message_id=delivered_id, revision=delivered_revision
+        )
 
 
 TAKEN_IN = f"""CASE WHEN {{who}}.user_id = ANY({UNSEEN}) THEN {{who}}.last_read_version
