@@ -27,7 +27,7 @@ from server.handlers import conversations
 from server.queries import relationships, users, welcome
 from server.queries.relationships import RelationshipChange
 from server.routes import ROUTES
-from tests.test_may_send import waiting
+from tests.test_may_send import let_all_wait, waiting
 from tests.test_security import ROOT, sources
 from tests.world import UserSession, World, http_client, refused
 
@@ -314,6 +314,7 @@ async def test_permission_is_checked_after_waiting_for_the_lock(
         group_of(friend), adding(first, friend), inviting(second, friend), client.CreateDirect(user_id=friend.id),
     ]  # fmt: skip
     devices = [await world.connect(ada, number % 2) for number in range(len(frames))]
+    let_all_wait(world)
     async with world.db.transaction():
         # The lock of the handlers of relationships and of `update_profile`.
         await relationships.lock(world.db, ada.id, friend.id)

@@ -22,7 +22,7 @@ from server.fairness.batcher import Batcher
 from server.queries import scheduled
 from server.queries.sending import Outgoing
 from server.routes import ROUTES
-from tests.test_may_send import waiting
+from tests.test_may_send import let_all_wait, waiting
 from tests.test_refusals import frames
 from tests.world import Room, World, all_sent, are_stored, message, received_message, refused, sent, until
 
@@ -538,6 +538,7 @@ async def test_locked_rows_do_not_delay_errors_to_non_participants(world: World)
                     raise AssertionError(f"waits: {which}") from None
                 assert (which, error_of(answer)) == (which, error_of(before))
         # Permitted frames wait.
+        let_all_wait(world)
         tasks = [
             asyncio.create_task(one.ask(frame))
             for one, frame in (
