@@ -270,6 +270,8 @@ class Actor:
                 self.tally.scheduled.add(frame.message_id)
             elif isinstance(frame, client.Edit) and frame.edit_id is not None:
                 self.tally.edits.add(frame.edit_id)
+            elif isinstance(frame, client.Unwatch):
+                self.mirror.unwatch(frame.user_ids)
             elif isinstance(frame, client.SetPresence) and frame.status != "away":  # belongs to the device
                 self._status = frame.status
         finally:
@@ -476,6 +478,7 @@ class Actor:
             client.GetPushKey,
             lambda: client.Search(text="message", order="relevance"),
             lambda: client.UpdateProfile(bio=f"Bio {self._random.random()}"),
+            lambda: client.UpdateProfile(display_name=f"Person {self._random.random()}"),
             lambda: client.GetProfile(user_id=other),
             lambda: client.SearchUsers(text="person"),
             lambda: client.FindConversations(text="channel"),

@@ -66,6 +66,8 @@ class Mirror:
         """The highest user version that has arrived of each own row, deleted ones included."""
         self.states: dict[tuple[type[StateEvent], tuple[UUID, ...]], StateEvent] = {}
         """The event with the highest revision of each type and subject. They arrive in any order."""
+        self.current: set[tuple[type[StateEvent], tuple[UUID, ...]]] = set()
+        """The keys in `states` for which this connection has received an event. It receives all later ones."""
         self.wrong: Counter[str] = Counter()
         self.shown: set[MessageId] = set()
         """Messages received in events since the last check."""
@@ -74,8 +76,14 @@ class Mirror:
         """Forget incomplete conversations. `resume` does not name them, so the server sends them again, unless the user
         has left them meanwhile.
         """
+        self.current.clear()
         for one in list(self.unloaded):
             self.forget(one)
+
+    @property
+    def current_states(self) -> list[StateEvent]:
+        """The states for which this connection has received an event."""
+        return [self.states[key] for key in self.current if key in self.states]
 
     @property
     def versions(self) -> dict[ConversationId, int]:
@@ -122,6 +130,7 @@ class Mirror:
         there = self.states.get((type(event), event.subject))
         if there is None or there.revision < event.revision:
             self.states[type(event), event.subject] = event
+        self.current.add((type(event), event.subject))
 
     def read(self, result: server.Result) -> None:
         """Apply the own rows in a reply, unless an event before it has later ones. Rows that the user never changed
@@ -190,6 +199,15 @@ class Mirror:
         """Delete the copy of a conversation."""
         self.copies.pop(conversation_id, None)
         self.unloaded.discard(conversation_id)
+        self._lose(conversation_id)
+
+    def unwatch(self, user_ids: Iterable[UserId]) -> None:
+        """Note that no more presences and faces of these users follow."""
+        for user_id in user_ids:
+            self._lose(user_id)
+
+    def _lose(self, first: UUID) -> None:
+        self.current = {key for key in self.current if key[1][0] != first}
 
     def forget_presences(self) -> None:
         """Delete the presences of users, whose revisions do not outlast a connection."""
@@ -256,6 +274,7 @@ class Mirror:
         self._apply(copy, event)
 
     def _begin(self, view: ConversationView) -> None:
+        self._lose(view.conversation.id)
         self.copies[view.conversation.id] = Copy(version=view.version, conversation=view.conversation)
         self.unloaded.add(view.conversation.id)
         for event in rows_in(view):

@@ -30,6 +30,10 @@ MAX_WAIT_SECONDS = 60.0
 """Max wait for an answer after a phase, in seconds. After that, it counts as lost."""
 PRESENCE_SECONDS = 20.0
 """Max time until presence is correct after a fault, in seconds. docs/operations.md promises 15."""
+STATES_SECONDS = 30.0
+"""Max time until positions and faces are those stored, after people stop acting, in seconds. The last comparison after
+the end of a worker starts 15 seconds after it.
+"""
 SAMPLE = 10
 """Number of people whose unread counts are recounted after each phase."""
 MAX_VIOLATIONS, MAX_CHARACTERS = 20, 500
@@ -226,6 +230,7 @@ class Run:
             settled = await asyncio.gather(*(actor.settle(clocks.__getitem__) for actor in actors))
             for actor, is_settled in zip(actors, settled, strict=True):
                 outcome.record("lost", not is_settled, f"{actor.account.name} does not receive the current versions")
+            await self._wait_for_states(db, outcome, actors)
             truths = {one: await truth.read_conversation(db, one) for one in self._everywhere(actors)}
             for actor in actors:
                 await self._compare_one(db, outcome, actor, truths)
@@ -243,6 +248,18 @@ class Run:
         while (left := await truth.waiting(db)) and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's
             await asyncio.sleep(0.25)
         outcome.record("lost", left, f"{left} scheduled messages are not sent")
+
+    async def _wait_for_states(
+        self, db: "asyncpg.Connection[asyncpg.Record]", outcome: Outcome, actors: Sequence[Actor]
+    ) -> None:
+        """Wait until all actors have the stored positions and faces of which they have received earlier ones."""
+        deadline = time.monotonic() + STATES_SECONDS
+        for actor in actors:
+            while older := await truth.behind(db, actor.account.id, actor.mirror.current_states):
+                if time.monotonic() > deadline:
+                    outcome.record("lost", len(older), f"{actor.account.name} has older states: {older[:3]}")
+                    break
+                await asyncio.sleep(0.25)
 
     def _everywhere(self, actors: Sequence[Actor]) -> set[ConversationId]:
         return set().union(*(actor.mirror.copies for actor in actors))

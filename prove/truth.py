@@ -243,6 +243,11 @@ WHERE s.revision > CASE s.kind WHEN 'read' THEN p.last_read_version WHEN 'delive
 
 async def ahead(db: Db, states: Iterable[StateEvent]) -> int:
     """Return how many read positions, delivered positions and faces are later than the stored ones."""
+    return int(await db.fetchval(AHEAD, *_columns(states)))
+
+
+def _columns(states: Iterable[StateEvent]) -> list[list[Any]]:
+    """Return the kinds, conversations, users and revisions of positions and faces."""
     rows: list[tuple[str, ConversationId | None, UserId, int]] = []
     for one in states:
         match one:
@@ -253,7 +258,34 @@ async def ahead(db: Db, states: Iterable[StateEvent]) -> int:
                 rows.append(("face", None, one.user.id, one.revision))
             case _:
                 pass  # the revision of a presence is the time at which it was read
-    return int(await db.fetchval(AHEAD, *([row[column] for row in rows] for column in range(4))))
+    return [[row[column] for row in rows] for column in range(4)]
+
+
+BEHIND = """
+SELECT s.kind, s.user_id, s.revision
+FROM unnest($1::text[], $2::uuid[], $3::uuid[], $4::bigint[]) AS s (kind, conversation_id, user_id, revision)
+JOIN "user" u ON u.id = s.user_id
+LEFT JOIN conversation c ON c.id = s.conversation_id
+LEFT JOIN conversation_participant p ON p.conversation_id = c.id AND p.user_id = s.user_id AND p.status = 'active'
+LEFT JOIN message m ON m.id = CASE s.kind WHEN 'read' THEN p.last_read_message_id ELSE p.delivered_message_id END
+WHERE CASE s.kind WHEN 'face' THEN u.face_version > s.revision AND may('see_face', $5, u.id)
+    ELSE m.sent_version > s.revision AND (s.user_id = $5 OR c.participant_count <= 100) END
+    AND (s.kind <> 'delivered' OR s.user_id = $5 OR NOT EXISTS (
+        SELECT FROM user_relationship r WHERE (r.type = 'block' OR NOT r.can_see_online_status)
+            AND (r.from_user_id, r.to_user_id) IN ((s.user_id, $5), ($5, s.user_id))
+    ))
+"""
+"""Positions and faces that are older than those stored, of which the user $5 was told. Conversations of up to 100
+participants share positions. An arrival is hidden from those who may not see the presence at that time.
+"""
+
+
+async def behind(db: Db, user_id: UserId, states: Iterable[StateEvent]) -> list[str]:
+    """Return the read positions, delivered positions and faces that a user received and whose later ones are stored.
+    A client with no other connection since the first of them has lost an event.
+    """
+    rows = await db.fetch(BEHIND, *_columns(states), user_id)
+    return [f"{kind} of {about} at {revision}" for kind, about, revision in rows]
 
 
 def differences(copy: Copy, truth: Copy) -> list[str]:

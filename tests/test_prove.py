@@ -38,14 +38,14 @@ def passes_through(frame: bytes) -> None:
     del frame
 
 
-def one_in_seldom(spoil: Spoil, kind: bytes = b'{"type":"message_sent"') -> Spoil:
-    """Return a function that applies `spoil` to one in `SELDOM` events."""
+def one_in_seldom(spoil: Spoil, kind: bytes = b'{"type":"message_sent"', seldom: int = SELDOM) -> Spoil:
+    """Return a function that applies `spoil` to one in `seldom` events."""
     seen = 0
 
     def spoiled(frame: bytes) -> list[bytes]:
         nonlocal seen
         seen += frame.startswith(kind)
-        return spoil(frame) if frame.startswith(kind) and seen % SELDOM == 0 else [frame]
+        return spoil(frame) if frame.startswith(kind) and seen % seldom == 0 else [frame]
 
     return spoiled
 
@@ -155,6 +155,13 @@ async def test_devices_of_a_busy_account_are_compared_with_the_rows(settings: Se
     [
         pytest.param(lambda: one_in_seldom(lambda _: []), passes_through, "lost", id="an event is dropped"),
         pytest.param(
+            lambda: one_in_seldom(lambda _: [], b'{"type":"message_read"', 2),
+            passes_through,
+            "lost",
+            id="a state is dropped",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
             lambda: one_in_seldom(lambda frame: [frame, frame]),
             passes_through,
             "duplicated",
@@ -181,7 +188,10 @@ async def test_devices_of_a_busy_account_are_compared_with_the_rows(settings: Se
         ),
     ],
 )
-async def test_each_defect_is_detected(settings: Settings, defect: Callable[[], Spoil], up: Answer, kind: str) -> None:
+async def test_each_defect_is_detected(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, defect: Callable[[], Spoil], up: Answer, kind: str
+) -> None:
+    monkeypatch.setattr(run, "STATES_SECONDS", 2.0)
     outcome = await outcome_of(settings, defect, up)
     assert getattr(outcome, kind) > 0, outcome
     assert outcome.violations

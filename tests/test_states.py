@@ -13,6 +13,7 @@ import pytest
 
 from protocol import client, server
 from protocol.ids import ConversationId
+from prove import truth
 from prove.client import Client
 from prove.mirror import Mirror
 from server.app import hub_store
@@ -98,6 +99,14 @@ class Devices:
                     found.append((there, revisions, shown.presence.status, status))
         return found
 
+    async def behind(self) -> list[str]:
+        """Return what `openchat prove` reports of these devices."""
+        return [
+            one
+            for device, mirror in zip(self.clients, self.mirrors, strict=True)
+            for one in await truth.behind(self.world.db, device.ready.user.id, mirror.current_states)
+        ]
+
 
 @asynccontextmanager
 async def without_bus(world: World, number: int) -> AsyncIterator[None]:
@@ -152,7 +161,9 @@ async def test_every_device_has_the_stored_states_after_an_interruption_of_the_b
             ]  # fmt: skip
             await asyncio.gather(*(random.choice(devices.clients).call(frame) for frame in frames))
         assert await devices.older()
+        assert await devices.behind()
     await devices.have_the_rows()
+    assert not await devices.behind()
 
 
 async def test_states_with_an_unknown_outcome_reach_every_device(

@@ -313,8 +313,8 @@ class Watchers:
         return failed
 
     def _decide(self, pair: Pair, answer: WatchAnswer) -> None:
-        """Deliver the held frames that the watcher may see. The presence precedes them if the watcher may see it again,
-        and both the presence and the face if some were missed. The pair stays in doubt if this fails.
+        """Deliver the held frames that the watcher may see. The presence and the face precede them if the watcher
+        may see these again, or if some were missed. The pair stays in doubt if this fails.
         """
         frames = self._doubts.held(pair)
         is_missed = self._doubts.is_missed(pair)
@@ -328,7 +328,7 @@ class Watchers:
                 socket.say(PresenceChanged(presence=hidden))
             elif sight is Sight.ALL and (is_missed or before is not Sight.ALL) and answer.presence is not None:
                 socket.say(PresenceChanged(presence=answer.presence))
-            if is_missed and answer.found is not None:
+            if answer.found is not None and (is_missed or before is Sight.NOTHING):
                 socket.say(UserUpdated(user=answer.found.face))
             socket.watched[pair.watched] = sight
             for is_face, held in frames.items():
