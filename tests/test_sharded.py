@@ -18,6 +18,7 @@ from protocol.values import Message
 from prove.client import Client
 from server.core.config import Settings
 from server.db.epoch import epoch_id
+from server.hub.cluster_bus import ClusterBus
 from server.hub.redis_bus import prefix
 from server.hub.topics import channel
 from server.processes.embedded.folder import installed
@@ -188,3 +189,15 @@ async def test_workers_follow_a_slot_that_moves(cluster_world: ClusterWorld, nod
     before = cluster_world.fetched()
     await cluster_world.talk()
     assert cluster_world.fetched() == before
+
+
+async def test_counts_do_not_shrink_when_a_node_leaves_the_cluster() -> None:
+    bus = ClusterBus("redis://127.0.0.1:1", "installation", deliver=lambda *_: None, caught_up=lambda: None)
+    await bus._arrange({(0, REDIS_CLUSTER_HASH_SLOTS - 1): ("127.0.0.1", 1)})  # noqa: SLF001 - nobody listens there
+    (node,) = bus._nodes.values()  # noqa: SLF001
+    node.published, node.received, node.dropped, losses = 3, 2, 1, node.losses
+    await bus._arrange({})  # noqa: SLF001
+    bus.publish(b"c", b"lost")
+    assert (bus.published, bus.received, bus.dropped, bus.losses) == (3, 2, 2, losses + 2)
+    assert not bus.is_up
+    await bus.close()

@@ -11,6 +11,7 @@ events from PostgreSQL.
 import asyncio
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -25,6 +26,8 @@ from server.hub.redis_bus import CONNECT_SECONDS, ORIGIN_BYTES, SHARDED, RedisBu
 
 REFRESH_SECONDS = 2.0
 """Interval at which the worker asks for the nodes of all slots, in seconds."""
+
+COUNTS = ("published", "received", "dropped", "losses")
 
 Address: TypeAlias = tuple[str, int]
 
@@ -47,8 +50,8 @@ class ClusterBus:
         self._is_covered = False
         self._followed: dict[bytes, RedisBus | None] = {}
         self._refreshing: asyncio.Task[None] | None = None
-        # Losses of nodes that left the cluster, and of slots without a node.
-        self._other_losses = 0
+        # Counts of nodes that left the cluster, and of messages for slots without a node.
+        self._others: Counter[str] = Counter()
 
     @property
     def is_up(self) -> bool:
@@ -58,22 +61,22 @@ class ClusterBus:
     @property
     def published(self) -> int:
         """The number of published messages."""
-        return sum(node.published for node in self._nodes.values())
+        return self._count("published")
 
     @property
     def received(self) -> int:
         """The number of received messages."""
-        return sum(node.received for node in self._nodes.values())
+        return self._count("received")
 
     @property
     def dropped(self) -> int:
         """The number of messages that could not be published."""
-        return sum(node.dropped for node in self._nodes.values())
+        return self._count("dropped")
 
     @property
     def losses(self) -> int:
         """The number of times that published messages may have been lost."""
-        return self._other_losses + sum(node.losses for node in self._nodes.values())
+        return self._count("losses")
 
     async def start(self) -> None:
         """Connect. Raises Fatal if the cluster cannot be reached."""
@@ -109,7 +112,10 @@ class ClusterBus:
         if (node := self._node(channel)) is not None:
             node.publish(channel, content)
         else:
-            self._other_losses += 1
+            self._others.update(("dropped", "losses"))
+
+    def _count(self, name: str) -> int:
+        return self._others[name] + sum(int(getattr(node, name)) for node in self._nodes.values())
 
     def _node(self, channel: bytes) -> RedisBus | None:
         return self._slots[key_slot(self._prefix + channel)]
@@ -143,7 +149,8 @@ class ClusterBus:
         await self.subscribe(moved)
         for address in self._nodes.keys() - set(by_range.values()):
             node = self._nodes.pop(address)
-            self._other_losses += node.losses + 1
+            self._others.update({name: getattr(node, name) for name in COUNTS})
+            self._others["losses"] += 1
             await node.close()
         if moved:
             self._caught_up()
