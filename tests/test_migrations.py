@@ -12,7 +12,6 @@ import pytest
 
 from protocol.ids import uuid7
 from server.cli import main
-from server.core.config import Settings
 from server.core.errors import Fatal
 from server.db import migrate
 from server.db.database import Db
@@ -271,15 +270,3 @@ async def test_warning_of_a_migration_is_logged_once(
         r"WARNING PostgreSQL: keep\nme",
         "WARNING PostgreSQL: note",
     ]
-
-
-async def test_role_that_does_not_own_the_tables_is_refused_with_the_reason(settings: Settings) -> None:
-    """As after a dump that was restored by a superuser."""
-    db = await asyncpg.connect(settings.database_url)
-    await db.execute("CREATE ROLE not_the_owner")
-    await db.execute("SET ROLE not_the_owner")
-    for require in (migrate.require_current, migrate.require_steps, migrate.plan):
-        with pytest.raises(Fatal, match="does not own the tables"):
-            await require(db)
-    await db.execute("RESET ROLE; DROP ROLE not_the_owner")
-    await db.close()

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import asyncpg
@@ -11,9 +11,14 @@ import pytest
 
 from protocol.client import Send
 from protocol.ids import ConversationId, MessageId, uuid7
+from server.cli import main
+from server.core import terminal
+from server.core.config import Settings
 from server.core.errors import CONSTRAINTS, Fatal
 from server.db import database, migrate
+from server.processes import supervisor, worker
 from server.processes.embedded.folder import installed
+from server.processes.worker_spec import WorkerSpec
 from server.queries import sending
 from server.queries.sending import Outgoing
 from tests.conftest import Servers
@@ -79,6 +84,73 @@ async def test_older_postgresql_is_refused(empty: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(database, "OLDEST_MAJOR", 99)
     with pytest.raises(Fatal, match=r"too old\. Use 99 or later"):
         await database.connect(empty)
+
+
+async def prepared(settings: Settings) -> int:
+    await supervisor.prepare(settings)
+    return 0
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str, str], str]:
+    """Run a command, or `start`, on a database, and return its one line on standard error."""
+
+    def run(command: str, url: str) -> str:
+        monkeypatch.setenv("DATABASE_URL", url)
+        if command == "start":
+            settings = Settings(database_url=url)
+            assert terminal.status_of(lambda: asyncio.run(prepared(settings))) == 1
+        else:
+            assert main.run([command]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix("openchat: ")
+
+    return run
+
+
+ANOTHER_ROLE, READ_ONLY = "&role=not_the_owner", "&default_transaction_read_only=on"
+
+
+async def test_role_that_lacks_a_right_is_refused_in_one_line(empty: str, said: Callable[[str, str], str]) -> None:
+    connection = await asyncpg.connect(empty)
+    await connection.execute("CREATE ROLE not_the_owner")
+    try:
+        for command in ("start", "migrate"):
+            one = await asyncio.to_thread(said, command, empty + ANOTHER_ROLE)
+            assert one.startswith("the role in DATABASE_URL lacks a right: permission denied for schema public. Use")
+        await migrate.migrate(empty)  # as after a dump that was restored by a superuser
+        for command in ("start", "migrate", "check"):
+            one = await asyncio.to_thread(said, command, empty + ANOTHER_ROLE)
+            assert one.startswith(
+                "the role in DATABASE_URL lacks a right: permission denied for table schema_migration."
+            )
+    finally:
+        await connection.execute("DROP ROLE not_the_owner")
+        await connection.close()
+
+
+async def test_read_only_role_is_refused_in_one_line(
+    empty: str, servers: Servers, tmp_path: Path, said: Callable[[str, str], str]
+) -> None:
+    reason = r"the database cannot store anything: cannot execute .* in a read-only transaction\. Correct that, and"
+    for command in ("start", "migrate"):
+        assert re.match(reason, await asyncio.to_thread(said, command, empty + READ_ONLY))
+    await migrate.migrate(empty)
+    settings = Settings(database_url=empty + READ_ONLY, redis_url=servers.valkey.url)
+    with pytest.raises(Fatal, match=reason):
+        await worker.serve(WorkerSpec(settings, 1, listener=-1, folder=str(tmp_path)))
+
+
+async def test_database_that_lacks_characters_is_refused_in_one_line(
+    servers: Servers, said: Callable[[str, str], str]
+) -> None:
+    administration = await asyncpg.connect(servers.postgres.url("postgres"))
+    await administration.execute("CREATE DATABASE ascii TEMPLATE template0 ENCODING SQL_ASCII LOCALE 'C'")
+    for command in ("start", "migrate", "check"):
+        one = await asyncio.to_thread(said, command, servers.postgres.url("ascii"))
+        assert one == "the database has the encoding SQL_ASCII. Create it with `createdb --encoding=UTF8`."
+    await administration.execute("DROP DATABASE ascii WITH (FORCE)")
+    await administration.close()
 
 
 async def test_database_of_another_application_is_refused(empty: str) -> None:

@@ -89,6 +89,8 @@ def told(error: BaseException) -> str:
         return "a value was refused"
     if isinstance(error, (asyncpg.PostgresError, asyncpg.InterfaceError)):
         return str(error.args[0]) if error.args else type(error).__name__
+    if isinstance(error, TimeoutError) and not str(error):
+        return "it did not answer in time"
     return str(error) or type(error).__name__
 
 

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+import asyncpg
+
 from server.core.errors import Fatal, told
-from server.core.faults import cause, fault_of, is_without_thread
+from server.core.faults import Fault, cause, fault_of, is_without_thread
 
 INTERRUPTED = 130
 """The exit status of a command that Ctrl-C ended."""
@@ -83,20 +85,30 @@ def status_of(work: Callable[[], int]) -> int:
             status = end.code if isinstance(end.code, int) else 1
         with printing() as out:
             out.flush()
-    except Fatal as error:
-        complain(error)
     except KeyboardInterrupt:
         complain("interrupted.")
         _discard_output()
         return INTERRUPTED
     except Exception as error:
-        if fault_of(error) is None and not isinstance(error, OSError):
+        if (reason := reason_of(error)) is None:
             raise
-        complain(_failure(cause(error)))
+        complain(reason)
     else:
         return status
     _discard_output()
     return 1
+
+
+def reason_of(error: Exception) -> str | None:
+    """Return the line for the operator about a failure with an outside cause, or None for a defect of this program."""
+    if isinstance(error, Fatal):
+        return str(error)
+    if isinstance(error, asyncpg.InsufficientPrivilegeError):  # such as after a dump was restored by a superuser
+        return (
+            f"the role in DATABASE_URL lacks a right: {told(error)}. Use the role that owns the database and its "
+            "tables, or restore the dump with `pg_restore --role` (docs/operations.md)."
+        )
+    return None if fault_of(error) is None and not isinstance(error, OSError) else _failure(cause(error))
 
 
 def _failure(error: BaseException) -> str:
@@ -106,6 +118,8 @@ def _failure(error: BaseException) -> str:
         return f"{error.filename}: {reason}." if error.filename is not None else f"{reason}."
     if is_without_thread(error):
         return f"{reason}. Run the command again when the machine is less busy."
+    if fault_of(error) is Fault.FULL:
+        return f"the database cannot store anything: {reason}. Correct that, and run the command again."
     return f"the database cannot be used: {reason.rstrip('.')}. Run the command again."
 
 

@@ -28,6 +28,8 @@ from server.fairness.share import Share
 from server.limits.token_bucket import BURST_SECONDS
 
 OLDEST_MAJOR = 15
+ENCODING = "UTF8"
+"""The only encoding of a database that has all characters of messages."""
 STATEMENT_SECONDS = 10.0
 """Max wait for the result of a statement, in seconds. Then the database counts as lost."""
 CANCEL_SECONDS = 9.0
@@ -375,16 +377,19 @@ async def twice(work: Callable[[], Awaitable[Result]], told: Callable[[Exception
 async def connect(url: str) -> "asyncpg.Connection[asyncpg.Record]":
     """Return one connection to the database at `url`, outside any pool.
 
-    Raises Fatal if the database cannot be reached, or if it is older than PostgreSQL 15.
+    Raises Fatal if the database cannot be reached, is older than PostgreSQL 15, or cannot store all characters.
     """
     try:
         connection = await Hosts(url).connect()
     except UNREACHABLE as error:
         raise _unreachable(error) from error
-    version = connection.get_server_version()
+    version, encoding = connection.get_server_version(), connection.get_settings().server_encoding
     if version.major < OLDEST_MAJOR:
         await connection.close()
         raise Fatal(f"PostgreSQL {version.major} is too old. Use {OLDEST_MAJOR} or later.")
+    if encoding != ENCODING:
+        await connection.close()
+        raise Fatal(f"the database has the encoding {encoding}. Create it with `createdb --encoding={ENCODING}`.")
     return connection
 
 

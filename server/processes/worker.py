@@ -23,6 +23,7 @@ from protocol.limits import MAX_FRAME_BYTES
 from server.app.app import App
 from server.core import log
 from server.core.errors import Fatal
+from server.core.terminal import reason_of
 from server.db.epoch import OVER, OVER_SECONDS
 from server.gateway.http_protocol import Http
 from server.gateway.sockets import raise_descriptor_limit
@@ -121,7 +122,12 @@ async def serve(spec: WorkerSpec) -> None:
     """Run until told to stop. Raises Fatal if a server cannot be reached, and at the end of the database's epoch. The
     supervisor then starts another worker.
     """
-    app = await App.open(spec.settings, Path(spec.folder), spec.number, is_alone=spec.is_alone)
+    try:
+        app = await App.open(spec.settings, Path(spec.folder), spec.number, is_alone=spec.is_alone)
+    except Exception as error:
+        if (reason := reason_of(error)) is None:
+            raise
+        raise Fatal(reason) from error
     server = DrainingServer(app)
 
     loop = asyncio.get_running_loop()
