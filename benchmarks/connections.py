@@ -25,7 +25,7 @@ class PlainConnection(Connection):
         """Handle a received frame."""
         head = _head.decode(payload)
         if head.type == "ready":
-            self.ready.set_result(None)
+            self.opened()
         elif head.re is not None:
             self._answer(head)
         elif head.sent is not None:
@@ -81,7 +81,7 @@ class SocketIoConnection(PlainConnection):
         """Handle a received packet."""
         if payload.startswith(self.EVENT):
             if payload.startswith(self.READY):
-                self.ready.set_result(None)
+                self.opened()
             else:
                 self.delivered(frame, due_of(_event.decode(payload[2:])[1].content))
         elif payload.startswith(self.ANSWER):

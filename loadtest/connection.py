@@ -137,45 +137,60 @@ class Connection(asyncio.Protocol):
         self._waiting: dict[int, PendingFrame] = {}
         self._next = 0
         self._resume = 0
-        self._resuming: dict[str, int] | None = None
+        self._has_to_resume = False
+        """Whether `connect` asks for missed changes instead of the first page."""
         self._ticket: str | None = None
         self._returns_at = 0
+        self._is_going_away = False
+        """Whether the server has announced the end of this socket."""
         self.is_reconnecting = False
-        """Whether the connection ends and will be opened again."""
+        """Whether the connection ends and will be opened again. Frames wait until then."""
 
     # ------------------------------------------------------------------------------------------------- connection
 
     async def connect(self, *, due: float | None = None) -> None:
         """Connect, and return when the first page has arrived, or after `drop`, the missed changes.
 
-        `due` is when the connection should have begun. Raises OSError, and ConnectionError if it ends before that.
+        `due` is when the connection should have begun. Raises OSError, ConnectionError if it ends before that, and
+        RetryLater if the server asks to connect later. The caller connects again; `connection_lost` does so only for a
+        connection that was open.
         """
         loop = asyncio.get_running_loop()
         self.began = time.monotonic() if due is None else due
         self.ready = loop.create_future()
-        self._has_answered = False
+        self._is_going_away = self._has_answered = False
         self._tail = b""
         local = (self.user.source, 0) if self.user.source else None
-        await loop.create_connection(lambda: self, *self.crowd.host, local_addr=local)
-        await self.ready
-        if self._resuming is None:
-            self.crowd.counters.connected += 1
+        transport, _ = await loop.create_connection(lambda: self, *self.crowd.host, local_addr=local)
+        try:
+            await self.ready
+        except BaseException:  # also a time-out, after which this socket must not receive anything
+            self.is_open = False
+            transport.abort()
+            raise
+
+    def opened(self) -> None:
+        """Handle the end of the first page, or of the missed changes."""
+        if self.ready.done():
+            return
+        self.ready.set_result(None)
+        counters = self.crowd.counters
+        if self._has_to_resume:
+            counters.resumed += 1
         else:
-            self.crowd.counters.resumed += 1
-        self.crowd.counters.opened.add(time.monotonic() - self.began)
-        self._resuming = None
-        self.is_open = True
+            counters.connected += 1
+        counters.opened.add(time.monotonic() - self.began)
+        self._has_to_resume, self.is_open = False, True
         if self.is_reconnecting:
             # Frames without an answer are sent again. Their ids make that idempotent.
             for asked in self._waiting.values():
                 self.write(asked.payload)
-        self.is_reconnecting = False
+        self.is_reconnecting = self._is_going_away
 
     def drop(self) -> None:
         """Abort the connection, and keep the versions for the next `connect`."""
         self.leave_stream()
-        self._resuming = dict(self.positions)
-        self.is_open = False
+        self._has_to_resume, self.is_open = True, False
         self._waiting.clear()
         self.transport.abort()
 
@@ -192,7 +207,7 @@ class Connection(asyncio.Protocol):
             f"Authorization: Bearer {self._ticket or self.user.token}",
         )
         self._ticket = None
-        if self._resuming is not None:
+        if self._has_to_resume:
             head = (head[0].replace("/v1/ws", "/v1/ws?resume=1"), *head[1:])
         return "\r\n".join((*head, "", "")).encode()
 
@@ -201,20 +216,25 @@ class Connection(asyncio.Protocol):
         self.transport.write(self.request())
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self.ready.done():
-            self.ready.set_exception(exc or ConnectionError("the server ended the connection"))
+        """Reconnect if the connection was open. Otherwise `connect` raises an error, or `drop` ended it."""
+        if not self.is_open:
+            self._fail(exc or ConnectionError("the server ended the connection"))
             return
-        if self.is_open and not self.is_reconnecting:
+        if not self._is_going_away:
             self.crowd.counters.errors["connection lost"] += 1
-            self.is_reconnecting = True
             self._returns_at = time.monotonic_ns() + random.randrange(SOON_NS)
-        self.is_open = False
-        if self.is_reconnecting:
-            self.leave_stream()
-            self._resuming = dict(self.positions)
-            self.crowd.reconnect(self, self._returns_at)
-        else:
-            self._waiting.clear()
+        self.is_open, self.is_reconnecting = False, True
+        self.leave_stream()
+        self._has_to_resume = True
+        self.crowd.reconnect(self, self._returns_at)
+
+    def _fail(self, error: Exception) -> None:
+        """Make `connect` raise an error, unless it has ended."""
+        if self.ready.done():
+            return
+        if self._is_going_away:
+            error = RetryLater(max(0.0, (self._returns_at - time.monotonic_ns()) / 1e9))
+        self.ready.set_exception(error)
 
     # ----------------------------------------------------------------------------------------------------- sending
 
@@ -327,8 +347,7 @@ class Connection(asyncio.Protocol):
     def _refused(self, status: str, answer: bytes) -> None:
         told = RETRY_AFTER.search(answer)
         error = ConnectionError(f"the server answered: {status}")
-        self.ready.set_exception(RetryLater(int(told[1]) / 1000) if told else error)
-        self.transport.abort()
+        self._fail(RetryLater(int(told[1]) / 1000) if told else error)
 
     def _frame(self, frame: bytes, first: int) -> None:
         kind = frame[0] & 0xF
@@ -341,19 +360,22 @@ class Connection(asyncio.Protocol):
         elif kind == PING:
             self.transport.write(b"\x8a\x80\0\0\0\0")
         elif kind == CLOSE:
-            self.is_open = False
-            if self.is_reconnecting:
-                self.transport.close()
-                return
             code = int.from_bytes(frame[first : first + 2])
-            self.crowd.counters.errors[f"closed with {code}"] += 1
+            if self._is_going_away:
+                self.transport.close()
+            elif self.is_open:
+                self.is_open = False
+                self._waiting.clear()
+                self.crowd.counters.errors[f"closed with {code}"] += 1
+            else:
+                self._fail(ConnectionError(f"the server closed the connection with {code}"))
 
     # -------------------------------------------------------------------------------------------- OpenChat's frames
 
     def on_open(self) -> None:
         """Handle the opening of the WebSocket. Sends `resume` after a reconnection."""
-        if self._resuming is not None:
-            versions = {ConversationId(UUID(about)): version for about, version in self._resuming.items()}
+        if self._has_to_resume:
+            versions = {ConversationId(UUID(about)): version for about, version in self.positions.items()}
             self._next += 1
             self.write(encode(client.Resume(id=self._next, epoch=self.epoch, versions=versions)))
             self._resume = self._next
@@ -368,8 +390,8 @@ class Connection(asyncio.Protocol):
         elif head.conversations or head.is_last:
             for view in head.conversations:
                 self.positions[view.me.conversation_id] = view.version
-            if head.is_last and not self.ready.done():
-                self.ready.set_result(None)
+            if head.is_last:
+                self.opened()
         elif head.view is not None:
             self.positions[head.view.me.conversation_id] = head.view.version
             self.crowd.counters.errors["start_over"] += head.type == "start_over"
@@ -385,7 +407,9 @@ class Connection(asyncio.Protocol):
             behind = sum(1 for about, version in head.versions.items() if self.position(about) < version)
             self.crowd.counters.lost += behind
         elif head.type == "going_away":
-            self.is_reconnecting, self._ticket = True, head.ticket
+            self._is_going_away, self._ticket = True, head.ticket
+            if self.is_open:
+                self.is_reconnecting = True
             self._returns_at = time.monotonic_ns() + head.reconnect_after_ms * 1_000_000
         else:
             self.crowd.counters.ephemeral += 1
@@ -393,7 +417,7 @@ class Connection(asyncio.Protocol):
     def _answer(self, head: Head) -> None:
         if head.re == self._resume:
             self._resume = 0
-            self._has_resumed()
+            self.opened()
             return
         due, answered, _ = self._waiting.pop(cast(int, head.re), NOTHING)
         counters = self.crowd.counters
@@ -405,10 +429,6 @@ class Connection(asyncio.Protocol):
             counters.answers.add((time.monotonic_ns() - due) / 1e9)
         if answered is not None:
             answered(head)
-
-    def _has_resumed(self) -> None:
-        if not self.ready.done():
-            self.ready.set_result(None)
 
     def _durable(self, head: Head, frame: bytes) -> None:
         about = cast(str, head.conversation_id)
