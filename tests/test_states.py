@@ -13,6 +13,7 @@ import pytest
 
 from protocol import client, server
 from protocol.ids import ConversationId
+from protocol.values import Presence
 from prove import truth
 from prove.client import Client
 from prove.mirror import Mirror
@@ -198,7 +199,7 @@ async def test_states_with_an_unknown_outcome_reach_every_device(
 
 async def test_after_a_loss_positions_reach_only_those_who_may_know_them(devices: Devices) -> None:
     """Readers are known to all participants. Nobody receives the arrival of a message at a user who is invisible, or
-    who has blocked them.
+    who has blocked them. To those whom a user has blocked, the user is offline again, as if the user were.
     """
     world, (ada, _, charles, _), group = devices.world, devices.clients, devices.groups[0]
     charles_id = devices.users[1].id
@@ -207,7 +208,10 @@ async def test_after_a_loss_positions_reach_only_those_who_may_know_them(devices
     await ada.call(client.AddParticipants(conversation_id=group, participants=[eve_.id, ian_.id]))
     for one in (eve, ian):
         await one.event(server.ConversationJoined)
+    seen = len(eve.events)
     await charles.call(client.Block(user_id=eve_.id))
+    await eve.event(server.PresenceChanged, lambda event: event.presence.user_id == charles_id, start=seen)
+    seen = len(eve.events)
     at: dict[str, Any] = {"conversation_id": group, "message_id": await sent(ada, group)}
     async with without_bus(world, 1):
         for one in (charles, ian):
@@ -219,6 +223,8 @@ async def test_after_a_loss_positions_reach_only_those_who_may_know_them(devices
         await one.event(server.MessageRead, lambda event: event.user_id == ian_.id)
     for one in (ada, device):
         await one.event(server.MessageDelivered, lambda event: event.user_id == charles_id)
+    shown = await eve.event(server.PresenceChanged, lambda event: event.presence.user_id == charles_id, start=seen)
+    assert shown.presence == Presence(user_id=charles_id, status="offline", revision=shown.presence.revision)
     received = [one for one in (*eve.events, *ada.events) if isinstance(one, server.MessageDelivered)]
     assert {one.user_id for one in received} == {charles_id}
     assert not [one for one in eve.events if isinstance(one, server.MessageDelivered)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
@@ -12,6 +13,7 @@ from protocol.ids import ConversationId, UserId
 from protocol.server import MessageDelivered, MessageRead
 from server.hub.entries import NOBODY
 from server.hub.online_users import OnlineUsers
+from server.hub.rounds import pause_after
 from server.hub.topics import Topics
 
 MARGIN_SECONDS = 20.0
@@ -81,10 +83,12 @@ class MissedReceipts:
                 for event, blind in some:
                     self._deliver(event, blind)
                 await asyncio.sleep(0)
-            pairs = [(one, user_id) for one in crowds for user_id in self._topics.user_ids(one)]
-            for start in range(0, len(pairs), PAIRS):
-                for own in await self._store.moved_of(pairs[start : start + PAIRS], since=since):
+            pairs = ((one, user_id) for one in crowds for user_id in self._topics.user_ids(one))
+            while some_pairs := list(islice(pairs, PAIRS)):
+                began = time.monotonic()
+                for own in await self._store.moved_of(some_pairs, since=since):
                     self._online_users.write(own.user_id, text_frame(encode(own)))
+                await pause_after(began)
         except Exception:
             self._since = min(self._since, since)
             raise

@@ -80,7 +80,7 @@ class Rounds(Generic[Item]):
             batch_began = time.monotonic()
             await self._compare_first()
             await self._compare(batch)
-            await asyncio.sleep(min(PAUSE_FACTOR * (time.monotonic() - batch_began), PAUSE_MOST_SECONDS))
+            await pause_after(batch_began)
         await asyncio.sleep(began + FAST_SECONDS - time.monotonic())
 
     async def _run_slow(self) -> None:
@@ -111,6 +111,11 @@ class Rounds(Generic[Item]):
     def _batches(self) -> list[Sequence[Item]]:
         items = self._items()
         return [items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE)]
+
+
+async def pause_after(began: float) -> None:
+    """Pause after a batch that began at a time of `time.monotonic`."""
+    await asyncio.sleep(min(PAUSE_FACTOR * (time.monotonic() - began), PAUSE_MOST_SECONDS))
 
 
 async def follow_up(started: Iterable[asyncio.Task[None] | None], *, at_once: int) -> None:

@@ -252,7 +252,11 @@ class Watchers:
         began = self._loop.time()
         try:
             found, revision = await self._store.watchable(batch.pairs)
-            shown = {pair: one for pair, one in found.items() if one.is_seen and self._must_show(pair)}
+            shown = {
+                pair: one
+                for pair, one in found.items()
+                if self._doubts.is_missed(pair) or (one.is_seen and self._is_unseen(pair))
+            }
             presences = await self._describe(shown) if shown else {}
         except Exception as error:  # noqa: BLE001 - held frames stay until a check succeeds
             if not self._is_failing:
@@ -273,10 +277,7 @@ class Watchers:
         self._doubts.answered(batch, self._loop.time(), seconds=seconds, failed=failed)
         self._is_failing = bool(failed)
 
-    def _must_show(self, pair: Pair) -> bool:
-        """Whether sockets of the watcher need the current presence."""
-        if self._doubts.is_missed(pair):
-            return True
+    def _is_unseen(self, pair: Pair) -> bool:
         sockets = self._sockets.get(pair.watcher, ())
         return any(socket.watched.get(pair.watched, Sight.ALL) is not Sight.ALL for socket in sockets)
 
@@ -326,7 +327,8 @@ class Watchers:
             if before is Sight.ALL and sight is not Sight.ALL:
                 hidden = Presence(user_id=pair.watched, status="offline", revision=answer.revision)
                 socket.say(PresenceChanged(presence=hidden))
-            elif sight is Sight.ALL and (is_missed or before is not Sight.ALL) and answer.presence is not None:
+            elif answer.presence is not None and (is_missed or before is not sight is Sight.ALL):
+                # A watcher who may not see the presence receives `offline`, as for a user who is.
                 socket.say(PresenceChanged(presence=answer.presence))
             if answer.found is not None and (is_missed or before is Sight.NOTHING):
                 socket.say(UserUpdated(user=answer.found.face))
