@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import msgspec
 import pytest
 
+from protocol import client, server
 from protocol.client import CreateChannel
+from protocol.errors import ErrorCode
+from protocol.ids import MessageId, uuid7
 from protocol.server import OneConversation
+from protocol.values import Message
 from server.core.config import Settings
 from server.db.epoch import epoch_id
 from server.processes.embedded.folder import installed
 from server.processes.embedded.reach import reached
 from tests.conftest import Servers
-from tests.world import World, sent, until
+from tests.world import Room, World, events_of, received_message, refused, sent, until
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -81,6 +86,59 @@ async def test_ids_made_by_the_code_in_the_client_guide_are_accepted(world: Worl
     one = await world.connect(await world.user("Ada"))
     frame = CreateChannel(conversation_id=names["uuid7"](), title="Engines")
     assert (await one.call(frame, OneConversation)).view.conversation.id.version == 7
+
+
+async def test_bot_of_the_client_guide_answers_each_message_once(room: Room, world: World) -> None:
+    names: dict[str, Any] = {}
+    exec(block("docs/clients.md", "python", "def answer"), names)  # noqa: S102 - our own document
+    bot = room.charles
+
+    def made(asked: Message) -> Any:
+        return names["answer"](msgspec.to_builtins(asked), str(bot.ready.user.id), b"secret")
+
+    def answer(asked: Message) -> client.Send:
+        return msgspec.convert(made(asked), client.Send)
+
+    asked = await received_message(bot, await sent(room.ada, room.group, "First"))
+    first = await bot.call(answer(asked), server.Sent)
+    assert await bot.call(answer(asked), server.Sent) == first, "the repetition is stored once"
+    assert made(await received_message(bot, first.message_id)) is None, "it is the bot's own"
+    # The next message is edited while the bot is away. It arrives only as an edit, if the bot knows a later version.
+    later = await sent(room.ada, room.group, "Secnd")
+    version = (await bot.call(client.History(conversation_id=room.group), server.MessagePage)).version
+    await room.ada.call(client.Edit(**room.at(later), content="Second"))
+    for since, kind in ((first.version, server.MessageSent), (version, server.MessageEdited)):
+        async with await world.connect(room.users[1], query="?resume=1") as back:
+            await back.call(client.Resume(epoch=back.ready.epoch, versions={room.group: since}), server.Resumed)
+            events = events_of(back, server.MessageSent, server.MessageEdited)
+            event = next(one for one in events if one.message.id == later)
+            assert isinstance(event, kind)
+            await back.call(answer(event.message), server.Sent)
+    await room.ada.call(client.Edit(**room.at(later), content="2nd"))
+    edited = (await bot.event(server.MessageEdited, lambda one: one.message.content == "2nd")).message
+    with refused(ErrorCode.CONFLICT, "message_id"):
+        await bot.call(answer(edited), server.Sent)
+    # A reply in a thread, after a change of the epoch, and after the last message was lost.
+    reply = await sent(room.ada, room.group, "In the thread", parent_message_id=asked.id)
+    async with await world.connect(room.users[1], query="?resume=1") as back:
+        await back.call(client.Resume(epoch="other", versions={room.group: edited.version}), server.Resumed)
+        view = (await back.event(server.StartOver)).view
+        page = client.History(conversation_id=room.group, after=edited.id, with_replies=True)
+        found = await back.call(page, server.MessagePage)
+        assert found.messages[-1].id == reply
+        assert view.version == found.version
+        await back.call(answer(found.messages[-1]), server.Sent)
+        page.after = MessageId(uuid7())
+        with refused(ErrorCode.NOT_FOUND, "after"):
+            await back.call(page, server.MessagePage)
+    newest = await bot.call(client.History(conversation_id=room.group, with_replies=True), server.MessagePage)
+    answers = [one.content for one in newest.messages if one.sender_id == room.users[1].id]
+    assert answers == ["You wrote: First", "You wrote: Second", "You wrote: In the thread"]
+    deleted = await sent(room.ada, room.group, "Nothing")
+    await room.ada.call(client.Delete(**room.at(deleted)))
+    gone = (await bot.event(server.MessageDeleted)).message
+    assert made(gone) is None
+    assert made(msgspec.structs.replace(asked, content_type="system")) is None
 
 
 @pytest.mark.long
