@@ -319,14 +319,15 @@ class Run:
         await asyncio.gather(*(actor.connected() for actor in there))
         deadline = time.monotonic() + PRESENCE_SECONDS
         watcher = there[0]
-        # The list omits users who block the watcher, and shows users whom the watcher blocks as offline
-        # (docs/privacy.md).
-        blocked = {
-            one.user_id
-            for one in watcher.mirror.relationships.values()
+        # If one of them blocks the other, the watcher sees a user as offline, or not at all (docs/privacy.md).
+        blocks = {
+            (actor.account.id, one.user_id)
+            for actor in self._actors
+            for one in actor.mirror.relationships.values()
             if one.kind == "block" and one.status == "active"
         }
-        expected |= dict.fromkeys(blocked & expected.keys(), False)
+        me = watcher.account.id
+        expected |= {one: False for one in expected if {(me, one), (one, me)} & blocks}
         while True:
             known = await watcher.ask(client.Watch(user_ids=list(expected)), server.PresenceList)
             unlike = [one.user_id for one in known.presences if expected[one.user_id] != (one.status != "offline")]
