@@ -246,6 +246,24 @@ async def test_after_a_loss_positions_in_a_large_conversation_reach_own_devices_
     assert [set(kinds) for kinds in received] == [{server.MessageRead}] * 2 + [{server.MessageDelivered}] * 2
 
 
+async def test_states_reach_a_device_that_has_later_messages_than_its_worker(
+    devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = devices.world.workers[0].app.hub.bus
+    publish = bus.publish
+    monkeypatch.setattr(
+        bus, "publish", lambda channel, message: None if channel.startswith(b"c:") else publish(channel, message)
+    )
+    group = devices.groups[0]
+    message_id = await sent(devices.clients[0], group)
+    device = await devices.add(devices.users[0], 1, devices.users)
+    topic = devices.world.workers[1].app.hub.topics._topics[group]  # noqa: SLF001
+    assert len(topic.joining) == 1
+    await devices.clients[3].call(client.Read(conversation_id=group, message_id=message_id))
+    await device.event(server.MessageRead)
+    assert len(topic.joining) == 1
+
+
 async def test_without_a_sign_of_loss_no_positions_are_read(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
