@@ -28,7 +28,8 @@ from benchmarks.growth import Long, Short
 from benchmarks.servers import Environment, Obvious, OpenChat, Picows, Server, SocketIo, Uws
 from loadtest.command import best, find_limit
 from loadtest.histogram import Histogram
-from loadtest.run import Phase, Progress, Run
+from loadtest.progress import Progress
+from loadtest.run import Phase, Run
 from loadtest.scenario import Size
 from loadtest.target import Unusable
 from protocol.ids import uuid7

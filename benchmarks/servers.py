@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Self
 from urllib.parse import quote
@@ -19,6 +18,7 @@ import asyncpg
 from loadtest.connection import User
 from loadtest.distance import DistantDatabase
 from loadtest.machine import Machine
+from loadtest.progress import Progress
 from loadtest.scenario import Layout
 from loadtest.target import Unusable
 from protocol.ids import uuid7
@@ -156,9 +156,9 @@ class Server:
             await db.close()
         await admin.close()
 
-    async def prepare(self, layout: Layout, step: Callable[[str], None]) -> tuple[list[User], dict[str, list[str]]]:
+    async def prepare(self, layout: Layout, progress: Progress) -> tuple[list[User], dict[str, list[str]]]:
         """Insert the people and conversations of a scenario into the database."""
-        step(f"{self.name}: {layout.people:,} people …")
+        progress.step(f"{self.name}: {layout.people:,} people …")
         users = [
             User(token=new_token(), user_id=str(uuid7()), source="", conversations=[], talks=False)
             for _ in range(layout.people)

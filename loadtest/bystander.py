@@ -15,7 +15,8 @@ from loadtest.counters import Tally
 from loadtest.distance import DistantDatabase
 from loadtest.histogram import Histogram
 from loadtest.installation import Installation
-from loadtest.run import START_SECONDS, Phase, Progress, Result, Run
+from loadtest.progress import Progress
+from loadtest.run import START_SECONDS, Phase, Result, Run
 from loadtest.scenario import Size
 from loadtest.scenarios import ALL
 from loadtest.target import OpenChat

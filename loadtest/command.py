@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -15,7 +16,8 @@ from loadtest import figures, report
 from loadtest.bystander import FAULTS, Bystander, Comparison, Row
 from loadtest.counters import Tally
 from loadtest.histogram import Histogram
-from loadtest.run import Moment, Phase, Progress, Result, Run
+from loadtest.progress import Progress
+from loadtest.run import Moment, Phase, Result, Run
 from loadtest.scenario import Size
 from loadtest.scenarios import SCENARIOS
 from loadtest.target import OpenChat, Unusable
@@ -37,6 +39,8 @@ DELAYS = (0.0, 2.0, 10.0)
 COUNT = Number(int, 1, 1_000_000)
 RATE = Number(float, 0.01, 1_000_000)
 SECONDS = Number(float, 0.1, 1_000_000)
+COUNT_SECONDS = 5.0
+"""Min interval between two counts in an output that is not a terminal, in seconds."""
 MIN_ANSWERED = 0.97
 """Min share of the offered frames that a server must answer. With less it is too slow, whatever the percentiles are."""
 
@@ -185,6 +189,7 @@ async def _bystander(options: Options, size: Size, console: Console) -> int:
             if run.rows:
                 # Also after an error, because the results until then are useful.
                 console.print(_comparison(run.rows))
+    console.print(visible(str(compared.strangers.load_average)), soft_wrap=True)
     _write(compared, compared.strangers, options, console)
     is_good, sentence = figures.verdict(compared.strangers)
     console.print(visible(sentence, f"bold {'green' if is_good else 'red'}"))
@@ -223,7 +228,7 @@ async def _write_history(run: Run, target: OpenChat, count: int, screen: "Screen
     async for written in run.fill(about, target.cache.written, count):
         target.cache.written = written
         target.save()
-        screen.step(f"writing the conversation: {written:,} of {count:,} …")
+        screen.count("writing the conversation", written, count)
 
 
 async def find_limit(run: Run, rate: float, bound: float, *, seconds: float = STEP_SECONDS) -> None:
@@ -275,6 +280,7 @@ def _conclude(result: Result, options: Options, console: Console) -> int:
                 f"[bold]Limit: {ceiling.rate:,.0f} per second, {delivered:,.0f} deliveries per second, "
                 f"with p99 at {slowest(ceiling) * MS:.0f} ms[/] (bound {options.bound:.0f} ms)."
             )
+    console.print(visible(str(result.load_average)), soft_wrap=True)
     _write(result, result, options, console)
     console.print(visible(sentence, f"bold {'green' if is_good else 'red'}"))
     return 0 if is_good else 1
@@ -319,6 +325,7 @@ class Screen(Progress):
         self._live = Live(console=console, transient=True, refresh_per_second=4)
         self.above: Callable[[], Table] | None = None
         """Returns the results until now, which are shown above the current figures."""
+        self._next_count = 0.0
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -332,6 +339,12 @@ class Screen(Progress):
         self._live.update(visible(text, "dim"))
         if not self._console.is_terminal:
             self._console.print(visible(text))
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Show how much of a long step is done."""
+        if self._console.is_terminal or time.monotonic() >= self._next_count or done == total:
+            self._next_count = time.monotonic() + COUNT_SECONDS
+            self.step(f"{what}: {done:,} of {total:,} …")
 
     def update(self, phase: str, moment: Moment, total: Tally) -> None:
         """Show the figures of the last second."""

@@ -27,7 +27,10 @@ def of_phase(phase: Phase, result: Result) -> list[Figure]:
 def _of_connecting(phase: Phase, result: Result) -> list[Figure]:
     count = phase.tally.connected
     figures = [
-        Figure("connected", f"{count:,} in {phase.seconds:.1f} s"),
+        Figure(
+            "connected",
+            f"{count + phase.warmed_up:,}: first {phase.warmed_up:,}, then {count:,} in {phase.seconds:.1f} s",
+        ),
         Figure("connect to first page", spread(Histogram(phase.tally.opened))),
     ]
     if phase.cpu and count:

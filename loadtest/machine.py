@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 TICKS = os.sysconf("SC_CLK_TCK")
 PROC = Path("/proc")
-KINDS = {"postgres": "PostgreSQL", "valkey-server": "Valkey", "redis-server": "Redis"}
+POSTGRESQL = "PostgreSQL"
+KINDS = {"postgres": POSTGRESQL, "valkey-server": "Valkey", "redis-server": "Redis"}
 LISTENING = "0A"
 """The state LISTEN in /proc/net/tcp."""
 
@@ -32,33 +33,59 @@ class Machine:
 
     def __init__(self, roots: Collection[int]) -> None:
         self._roots = set(roots)
+        self._seen: dict[_Identity, _Stat] = {}
+        self._ended: dict[str, float] = defaultdict(float)
+        """CPU seconds of processes that have ended since the first call of `usage`, by kind."""
 
     def usage(self, *, memory: bool = False) -> Usage:
-        """Return the CPU time used until now, and with `memory` also the memory in use."""
+        """Return the CPU time used until now, and with `memory` also the memory in use.
+
+        A process that has ended keeps the CPU time of the last call, so the sum never decreases.
+        """
+        ours = self._ours()
+        alive = {one.pid for one in ours}
+        for gone in self._seen.keys() - ours.keys():
+            one = self._seen[gone]
+            if one.kind != POSTGRESQL or one.parent not in alive:
+                self._ended[one.kind] += one.counted_seconds
+        self._seen = ours
+        cpu, held = self._ended.copy(), defaultdict[str, int](int)
+        for identity, one in ours.items():
+            cpu[one.kind] += one.counted_seconds
+            if memory:
+                held[one.kind] += _pss(identity.pid)
+        return Usage(cpu, held)
+
+    def _ours(self) -> "dict[_Identity, _Stat]":
+        """Return the roots and their descendants."""
         stats = _stats()
-        ours = set(self._roots)
-        grew = True
-        while grew:
+        ours = self._roots & stats.keys()
+        new = ours
+        while new:
             new = {pid for pid, one in stats.items() if one.parent in ours} - ours
             ours |= new
-            grew = bool(new)
-        cpu: dict[str, float] = defaultdict(float)
-        held: dict[str, int] = defaultdict(int)
-        for pid in ours & stats.keys():
-            one = stats[pid]
-            kind = KINDS.get(one.name, "server")
-            # The CPU time of ended children belongs to their parent. The server's children are counted while they live.
-            cpu[kind] += one.seconds + (one.ended_seconds if kind == "PostgreSQL" else 0)
-            if memory:
-                held[kind] += _pss(pid)
-        return Usage(cpu, held)
+        return {_Identity(pid, stats[pid].began): stats[pid] for pid in ours}
+
+
+class _Identity(NamedTuple):
+    """A process. Another one may get its id later."""
+
+    pid: int
+    began: int
 
 
 class _Stat(NamedTuple):
-    name: str
+    kind: str
     parent: int
+    began: int
+    """Clock ticks since the machine started."""
     seconds: float
     ended_seconds: float
+
+    @property
+    def counted_seconds(self) -> float:
+        """CPU time of the process. PostgreSQL has that of its ended children, whose last moments nobody sees."""
+        return self.seconds + (self.ended_seconds if self.kind == POSTGRESQL else 0)
 
 
 def _stats() -> dict[int, _Stat]:
@@ -68,7 +95,8 @@ def _stats() -> dict[int, _Stat]:
             head, _, tail = path.read_text().rpartition(")")
             fields = tail.split()
             own, ended = (int(fields[11]) + int(fields[12])), (int(fields[13]) + int(fields[14]))
-            found[int(path.parent.name)] = _Stat(head.partition("(")[2], int(fields[1]), own / TICKS, ended / TICKS)
+            kind = KINDS.get(head.partition("(")[2], "server")
+            found[int(path.parent.name)] = _Stat(kind, int(fields[1]), int(fields[19]), own / TICKS, ended / TICKS)
     return found
 
 

@@ -51,6 +51,7 @@ def page(result: Result) -> str:
         f"<title>{escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{escape(title)}</h1>",
         f"<p>{time.strftime('%Y-%m-%d %H:%M')}: {result.people:,} people, {result.connections:,} connections.</p>",
+        f"<p>{escape(str(result.load_average))}</p>",
         f"<p class='verdict {'good' if is_good else 'bad'}'>{escape(sentence)}</p>",
     ]
     driven = result.phases[1:]

@@ -13,8 +13,10 @@ import msgspec
 from loadtest.connection import User
 from loadtest.counters import Tally
 from loadtest.histogram import Histogram
+from loadtest.load_average import LoadAverage
 from loadtest.machine import Machine, Usage
 from loadtest.orders import Connect, Done, Drive, Fill, Order, Report, Settle, Tick
+from loadtest.progress import Progress
 from loadtest.scenario import Size
 from loadtest.scenarios import ALL
 from loadtest.target import Target, Unusable
@@ -65,6 +67,8 @@ class Phase(msgspec.Struct, kw_only=True):
     """CPU seconds of the crowd's own processes."""
     behind: float
     """Max lateness of the crowd itself, in seconds. More than a few milliseconds distorts the latencies."""
+    warmed_up: int = 0
+    """Connections that were opened before the phase, one per process of the crowd, and are not measured."""
     moments: list[Moment]
 
     @property
@@ -82,6 +86,7 @@ class Result(msgspec.Struct, kw_only=True):
     connections: int
     base_memory: dict[str, int]
     """Bytes before the measured connections, by kind of server process."""
+    load_average: LoadAverage
     phases: list[Phase]
 
     @property
@@ -144,7 +149,7 @@ class Process:
 class Run:
     """A crowd for one target. It is an async context manager, and its processes end with it."""
 
-    def __init__(self, target: Target, scenario: str, size: Size, *, processes: int, progress: "Progress") -> None:
+    def __init__(self, target: Target, scenario: str, size: Size, *, processes: int, progress: Progress) -> None:
         self._target = target
         self._scenario = ALL[scenario]
         self._size = size
@@ -156,6 +161,7 @@ class Run:
         self._phases: list[Phase] = []
         self._base: dict[str, int] = {}
         self._seats = 0
+        self._load_average = LoadAverage.begin()
 
     async def __aenter__(self) -> Self:
         for _ in range(self._count):
@@ -181,12 +187,13 @@ class Run:
             people=self._size.people,
             connections=self._seats,
             base_memory=self._base,
+            load_average=self._load_average.update(),
             phases=self._phases,
         )
 
     async def connect(self, *, at_once: int = 64) -> Phase:
         """Connect everyone as fast as possible, with max `at_once` connections pending."""
-        users, members = await self._target.prepare(self._scenario.layout(self._size), self.progress.step)
+        users, members = await self._target.prepare(self._scenario.layout(self._size), self.progress)
         users = [users[number % len(users)] for number in range(self._size.connections)]
         self._seats = len(users)
         target = self._target
@@ -217,6 +224,7 @@ class Run:
                     for process, part in zip(self._processes, self._parts, strict=True)
                 )
             )
+        self._phases[-1].warmed_up = sum(bool(part) for part in self._parts)
         return self._phases[-1]
 
     async def drive(self, seconds: float, rate: float, *, name: str = "") -> Phase:
@@ -307,16 +315,6 @@ class Run:
 
     def _own(self) -> float:
         return Machine([process.pid for process in self._processes]).usage().seconds
-
-
-class Progress:
-    """Receives the progress of a run. This one ignores it."""
-
-    def step(self, text: str) -> None:
-        """Receive a description of the current step."""
-
-    def update(self, phase: str, moment: Moment, total: Tally) -> None:
-        """Receive the figures of the last second."""
 
 
 def _moment(at: float, seconds: float, tally: Tally, usage: Usage, last: Usage) -> Moment:

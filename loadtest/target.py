@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import secrets
 import socket
 from collections.abc import Callable, Coroutine, Iterable
@@ -15,6 +16,7 @@ import platformdirs
 
 from loadtest.connection import User
 from loadtest.machine import Machine, behind, is_here
+from loadtest.progress import Progress
 from loadtest.scenario import Layout
 from protocol import client
 from protocol.codec import decode_server, encode
@@ -67,7 +69,7 @@ class Target(Protocol):
     address: str
     machine: Machine
 
-    async def prepare(self, layout: Layout, step: Callable[[str], None]) -> tuple[list[User], dict[str, list[str]]]:
+    async def prepare(self, layout: Layout, progress: Progress) -> tuple[list[User], dict[str, list[str]]]:
         """Return the users to connect, and the users of each conversation."""
 
     async def leave(self) -> None:
@@ -103,18 +105,18 @@ class OpenChat:
         """The conversations of the run."""
         return [one for one, _ in self._made]
 
-    async def prepare(self, layout: Layout, step: Callable[[str], None]) -> tuple[list[User], dict[str, list[str]]]:
+    async def prepare(self, layout: Layout, progress: Progress) -> tuple[list[User], dict[str, list[str]]]:
         """Create the missing people, and the conversations."""
         await self._open()
-        people = await self._people(layout.people, step)
+        people = await self._people(layout.people, progress)
         users = [
             User(token=one.token, user_id=str(one.user_id), source=self._source(number), conversations=[], talks=False)
             for number, one in enumerate(people)
         ]
-        step(f"creating {len(layout.groups)} conversations …")
         async with self._client() as http:
             made = await some_at_once(
-                self._conversation(http, [people[one] for one in group], layout) for group in layout.groups
+                (self._conversation(http, [people[one] for one in group], layout) for group in layout.groups),
+                lambda count: progress.count("creating conversations", count, len(layout.groups)),
             )
         return users, layout.fill(users, [str(one) for one in made])
 
@@ -168,12 +170,12 @@ class OpenChat:
             except Unusable:
                 self.cache = Cache()
 
-    async def _people(self, count: int, step: Callable[[str], None]) -> list[Person]:
+    async def _people(self, count: int, progress: Progress) -> list[Person]:
         known = self.cache.people
         for start in range(len(known), count, PER_ADDRESS):
             async with self._client(self._source(start)) as http:
                 known += await some_at_once(self._register(http) for _ in range(start, min(start + PER_ADDRESS, count)))
-            step(f"creating accounts: {len(known)} of {count} …")
+            progress.count("creating accounts", len(known), count)
             self.save()
         return known[:count]
 
@@ -241,12 +243,19 @@ class OpenChat:
         return httpx.AsyncClient(base_url=self._url, transport=transport, timeout=SECONDS)
 
 
-async def some_at_once(work: Iterable[Coroutine[None, None, Outcome]]) -> list[Outcome]:
-    """Run coroutines, max `MAX_REQUESTS` concurrently, and return their results in order."""
+async def some_at_once(
+    work: Iterable[Coroutine[None, None, Outcome]], on_count: Callable[[int], None] = lambda _: None
+) -> list[Outcome]:
+    """Run coroutines, max `MAX_REQUESTS` concurrently, and return their results in order. `on_count` receives how many
+    have ended.
+    """
     turn = asyncio.Semaphore(MAX_REQUESTS)
+    ended = itertools.count(1)
 
     async def one(coroutine: Coroutine[None, None, Outcome]) -> Outcome:
         async with turn:
-            return await coroutine
+            outcome = await coroutine
+        on_count(next(ended))
+        return outcome
 
     return await asyncio.gather(*(one(coroutine) for coroutine in work))

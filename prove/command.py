@@ -231,6 +231,7 @@ def _conclude(proof: Proof, options: Options, console: Console) -> int:
     for outcome in proof.outcomes:
         if outcome.remark:
             console.print(visible(f"{outcome.name}: {outcome.remark}"), soft_wrap=True)
+    console.print(visible(str(proof.load_average.update())), soft_wrap=True)
     if options.report:
         path = write(options.report, "prove", proof, report.page(proof))
         console.print(visible(f"Report: {path}"), soft_wrap=True)

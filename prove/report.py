@@ -13,20 +13,25 @@ WIDE = "body { max-width: 62rem } th { text-align: right; font-weight: 600 } th:
 
 
 def cells(outcome: Outcome) -> list[str]:
-    """Return the figures of one row of the table, without its name."""
+    """Return the figures of one row of the table, without its name. Without frames, most columns have no figures."""
     counts = (
         outcome.sent, outcome.acknowledged, outcome.lost, outcome.duplicated, outcome.out_of_order, outcome.phantom,
-        outcome.wrong, outcome.reconnects,
     )  # fmt: skip
-    return [*(f"{count:,}" for count in counts), f"{outcome.wait_p50:.2f} s", f"{outcome.wait_max:.2f} s"]
+    if not outcome.sent:
+        return [*(f"{count:,}" if count else "-" for count in counts), f"{outcome.wrong:,}", "-", "-", "-"]
+    return [
+        *(f"{count:,}" for count in (*counts, outcome.wrong, outcome.reconnects)),
+        f"{outcome.wait_p50:.2f} s", f"{outcome.wait_max:.2f} s",
+    ]  # fmt: skip
 
 
 def verdict(proof: Proof) -> str:
     """Return one sentence about the whole run."""
     acknowledged = sum(one.acknowledged for one in proof.outcomes)
+    phases = sum(one.sent > 0 for one in proof.outcomes)
     if proof.is_good:
         return (
-            f"{acknowledged:,} frames were answered in {len(proof.outcomes)} phases. "
+            f"{acknowledged:,} frames were answered in {'1 phase' if phases == 1 else f'{phases} phases'}. "
             "Nothing was lost, duplicated, out of order, phantom or wrong."
         )
     broken = [one.name for one in proof.outcomes if not one.is_good]
@@ -48,6 +53,7 @@ def page(proof: Proof) -> str:
             "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
             f"<title>openchat prove</title><style>{STYLE}{WIDE}</style><h1>openchat prove</h1>",
             f"<p>{time.strftime('%Y-%m-%d %H:%M')}: {escape(_circumstances(proof))}</p>",
+            f"<p>{escape(str(proof.load_average))}</p>",
             f"<p class='verdict {'good' if proof.is_good else 'bad'}'>{escape(verdict(proof))}</p>",
             _timeline(proof),
             "<h2>Faults</h2><table><tr>" + "".join(f"<th>{head}" for head in HEADS) + rows + "</table>",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import asyncpg
 import msgspec
 
+from loadtest.load_average import LoadAverage
 from loadtest.proxy import Proxy
 from loadtest.target import Unusable, some_at_once
 from protocol import client, server
@@ -103,6 +104,7 @@ class Proof(msgspec.Struct, kw_only=True):
     people: int
     rate: float
     where: str
+    load_average: LoadAverage = msgspec.field(default_factory=LoadAverage.begin)
     outcomes: list[Outcome] = []
     moments: list[Moment] = []
 

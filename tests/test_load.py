@@ -1,18 +1,25 @@
 """`openchat load`: its report on a correct server, and on a network that loses, repeats and reorders events."""
 
 import asyncio
+import io
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from loadtest.bystander import Comparison
+from loadtest.command import Screen
 from loadtest.connection import Connection, User
 from loadtest.crowd import Crowd
 from loadtest.histogram import Histogram
+from loadtest.load_average import LoadAverage
+from loadtest.machine import Machine
 from loadtest.plot import axis
 from loadtest.proxy import Proxy
 from loadtest.run import Result
@@ -90,6 +97,9 @@ async def test_load_reports_exactly_the_faults_of_the_network(cluster: Cluster, 
     assert "once and in order" in said
     assert result is not None
     assert (result.wrong, result.errors) == (0, {})
+    assert "6: first 1, then 5 in " in said
+    assert "creating conversations: 2 of 2" in said
+    assert str(result.load_average) in said
     tally = result.phases[-1].tally
     assert tally.sent == tally.answered > 0
     assert tally.delivered == 3 * tally.sent
@@ -191,6 +201,53 @@ def test_crowd_counts_refused_frames_by_code() -> None:
     connection.on_frame(encode(Error(re=1, code=ErrorCode.CONFLICT, message="It is closed.")), b"")
     connection.on_frame(encode(Error(code=ErrorCode.INVALID, message="It is no frame.")), b"")
     assert crowd.counters.errors == {"conflict": 1, "invalid": 1}
+
+
+BURN = """
+( i=0; while [ $i -lt 150000 ]; do i=$((i+1)); done; echo burnt; read line )
+echo ended; read line
+"""
+
+
+@pytest.mark.parametrize(("name", "kind"), [("worker", "server"), ("postgres", "PostgreSQL")])
+def test_cpu_time_of_an_ended_process_is_counted_once(name: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to("/bin/sh")
+    with subprocess.Popen(
+        [tmp_path / name, "-c", BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        machine = Machine([parent.pid])
+        before = machine.usage().cpu[kind]
+        assert parent.stdout.readline() == "burnt\n"
+        alive = machine.usage().cpu[kind] - before
+        parent.stdin.write("\n")
+        assert parent.stdout.readline() == "ended\n"
+        ended = machine.usage().cpu[kind] - before
+        again = machine.usage().cpu[kind] - before
+        parent.stdin.write("\n")
+        parent.wait()
+        gone = machine.usage().cpu[kind] - before
+    assert alive > 0.04
+    assert alive <= ended <= again <= gone < 1.5 * alive
+
+
+def test_load_average_names_a_machine_that_was_busy_at_the_start() -> None:
+    idle = LoadAverage(start=2.0, end=7.0, cores=2)
+    assert str(idle) == "Load average: 2.0 at the start, 7.0 at the end, 2 cores."
+    busy = LoadAverage(start=2.1, end=1.0, cores=2)
+    assert str(busy).endswith("2 cores. Other programs used the machine, so latencies cannot be compared with those of "
+                              "other runs.")  # fmt: skip
+    assert LoadAverage.begin().update().cores == os.cpu_count()
+
+
+def test_counts_outside_a_terminal_are_printed_now_and_then_and_at_the_end() -> None:
+    console = Console(file=io.StringIO())
+    screen = Screen(console)
+    for number in range(1, 1_001):
+        screen.count("creating conversations", number, 1_000)
+    printed = cast(io.StringIO, console.file).getvalue().splitlines()
+    assert printed == [f"creating conversations: {number} of 1,000 …" for number in ("1", "1,000")]
 
 
 def test_percentiles_have_the_documented_precision() -> None:

@@ -119,7 +119,7 @@ async def outcome_of(
             outcome = await run.phase(fault, 3.0)
             await run.stop()
         assert outcome.acknowledged > 75
-        assert ("phases" in report.verdict(proof)) == outcome.is_good == proof.is_good
+        assert ("frames were answered in 1 phase." in report.verdict(proof)) == outcome.is_good == proof.is_good
         return outcome
 
 
@@ -249,6 +249,18 @@ async def test_proxy_loses_the_last_bytes_and_never_reorders() -> None:
     assert heard == b"first sec"
 
 
+def test_phase_without_frames_has_no_figures_and_is_not_counted() -> None:
+    acted = Outcome(name="no fault", about="", sent=1_000, acknowledged=1_000, waits=[0.25])
+    left = Outcome(name="people leave", about="")
+    assert report.cells(acted) == ["1,000", "1,000", "0", "0", "0", "0", "0", "0", "0.25 s", "0.25 s"]
+    assert report.cells(left) == ["-", "-", "-", "-", "-", "-", "0", "-", "-", "-"]
+    proof = Proof(seed=1, people=1, rate=1, where="here", outcomes=[acted, left])
+    assert report.verdict(proof).startswith("1,000 frames were answered in 1 phase. ")
+    left.record("lost", 2, "two events")
+    assert report.cells(left)[2] == "2"
+    assert report.verdict(proof) == "Guarantees were violated in: people leave."
+
+
 def prove(*arguments: str) -> tuple[int, str]:
     """Run `openchat prove` and return its exit status and output."""
     command = [sys.executable, "-m", "server.cli.main", "prove", *arguments]
@@ -267,6 +279,7 @@ def test_prove_command_writes_its_report(tmp_path: Path) -> None:
     status, said = prove(*size, "--only", "worker killed", "--report", str(tmp_path))
     assert status == 0, said
     assert "Nothing was lost" in said
+    assert "Load average: " in said
     (written,) = tmp_path.glob("*.json")
     proof = msgspec.json.decode(written.read_bytes(), type=Proof)
     assert [one.name for one in proof.outcomes] == ["worker killed", "people leave", "check"]
