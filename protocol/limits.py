@@ -55,7 +55,7 @@ RULES = {
     LINES: "Control characters and invisible format characters are not allowed. Remove them.",
     WEB: "Give an http or https URL without spaces, quotation marks, `<`, `>`, backticks or backslashes.",
     ADDRESS: _NO_ADDRESS,
-    EMAIL: f"{_NO_ADDRESS} The domain `invalid` is not allowed.",
+    EMAIL: f"{_NO_ADDRESS} Addresses that end in `.invalid` are reserved.",
     ZONE: "Give an IANA name such as `Europe/London`.",
     HASHTAG: "Give a hashtag of letters, digits and `_` only, without `#`.",
     KEY: "Give the key in base64url, as browsers provide it.",

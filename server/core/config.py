@@ -104,7 +104,11 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
         "Max requests and new connections per second, per address and worker. Bursts: four times that. docs/limits.md "
         "has all limits.",
     ] = 500.0
-    frame_rate: Annotated[Rate, "Max frames per second, per connection. Bursts: four times that."] = 200.0
+    frame_rate: Annotated[
+        Rate,
+        "Max frames per second, per connection. Bursts: four times that. For this rate and those of users, `ready` "
+        "names three times.",
+    ] = 200.0
     write_rate: Annotated[Rate, "Max writing frames per second, per user at all workers. Bursts: four times that."] = (
         50.0
     )

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import selectors
 import shlex
 import shutil
@@ -301,7 +302,7 @@ class Supervisor:
         tell(f"  data       {named(self._settings)}")
         if self._valkey is not None and self._settings.database_url:
             tell(f"  Valkey     {self._settings.data_path}  (its own; REDIS_URL names another)")
-        tell(f"  workers    {len(self._workers)}")
+        tell(f"  workers    {len(self._workers)}  (kill -HUP {os.getpid()} replaces them)")
         if self._settings.registration == "closed":
             tell(f"  try next   {self._command('user create Ada ada@example.org --admin')}")
         else:
