@@ -339,6 +339,28 @@ def frequent_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("frequent_checks")
+async def test_end_of_a_full_disk_is_logged_once_and_the_next_one_is_a_new_state(
+    room: Room, world: World, lines: Lines
+) -> None:
+    """The job asks, because there may be no probes of `/readyz`."""
+    (job,) = (one.run for one in world.workers[0].app.background.jobs if one.run.__name__ == "check_storage")
+    for _ in range(2):
+        await world.db.execute(RAISE.format(table="server_key"))
+        await world.db.execute(RAISE.format(table="message"))
+        for _ in range(3):
+            await refusal(room.ada, message(room.group), Fault.FULL)
+        with pytest.raises(asyncpg.DiskFullError):
+            await job()
+        await world.db.execute("DROP TRIGGER fault ON message; DROP TRIGGER fault ON server_key")
+        for _ in range(3):
+            await job()
+        await sent(room.ada, room.group)
+    ended = "INFO PostgreSQL can store again"
+    failed = 'ERROR send failed, database full (53100): could not extend file "base/5/2619"'
+    assert told(lines, "") == [failed, ended, failed, ended]
+
+
+@pytest.mark.usefixtures("frequent_checks")
 async def test_worker_is_not_ready_until_it_can_write_again(room: Room, world: World) -> None:
     await world.db.execute(RAISE.format(table="server_key"))
     assert await is_ready(world), "nothing was written"

@@ -392,10 +392,11 @@ AGED = {
     "audit_entry": "forget_audit",
 }
 """Tables whose rows expire by age, and the job that deletes them."""
-NO_QUEUE = {"push_due", "tidy", "check_epoch"}
+NO_QUEUE = {"push_due", "tidy", "check_epoch", "check_storage"}
 """Jobs without a queue of rows.
 
-`push_due` empties a list in memory, `tidy` sorts new entries into an index, and `check_epoch` compares epochs.
+`push_due` empties a list in memory, `tidy` sorts new entries into an index, `check_epoch` compares epochs, and
+`check_storage` writes nothing.
 """
 
 

@@ -9,7 +9,7 @@ from server.auth.sessions import Sessions
 from server.core.config import Settings
 from server.core.metrics import Metrics
 from server.core.periodic import end, every
-from server.db.database import Database
+from server.db.database import WRITE_SECONDS, Database
 from server.domain.erasure import erase_due
 from server.domain.presence import Presence
 from server.hub.hub import Hub
@@ -71,6 +71,7 @@ class Background:
             Job(DUE_SECONDS, self.clear_remains),
             Job(TIDY_SECONDS, self.tidy),
             Job(EPOCH_SECONDS, database.check_epoch),
+            Job(WRITE_SECONDS, database.check_storage),
             Job(EXPIRE_SECONDS, presence.expire_statuses),
             Job(CLEAR_SECONDS, self.clear_expired),
             Job(CLEAR_SECONDS, self.mark_remains),

@@ -96,9 +96,10 @@ REFUSALS: dict[Fault, tuple[str, int]] = {
 
 ONCE, OVER = "once", "over"
 """Attributes of log records (core/log.py). `ONCE` is the name of a state, of whose records one per minute is logged.
-`OVER` names states that have ended.
+`OVER` is a part of the names of all states that have ended.
 """
 LOST_STATE = "a lost database"
+FULL_STATES = f"database {Fault.FULL}"
 
 
 def fault_of(error: BaseException) -> Fault | None:

@@ -52,7 +52,7 @@ def _ended(kind: type[BaseException], error: BaseException, trace: TracebackType
 
 class _Bound(logging.Filter):
     """Passes `MOST_ENTRIES` per place in the code and `WINDOW_SECONDS`, and logs how many more there were. Of records
-    with a key in `ONCE` it passes one, and another one after a record that has the key in `OVER`.
+    with a key in `ONCE` it passes one, and another one after a record whose `OVER` is a part of the key.
 
     A client can repeat a logged action as fast as the network allows, and the disk is shared by all.
     """
@@ -69,10 +69,11 @@ class _Bound(logging.Filter):
             return True
         now = self._clock()
         self._conclude(now)
-        for state in getattr(record, OVER, ()):
-            if (window := self._windows.get(state)) is not None and window.most < MOST_ENTRIES:
-                # The next record is of a new state, and is logged unless states change too often.
-                window.entries, window.most = window.most, window.most + 1
+        if (over := getattr(record, OVER, None)) is not None:
+            for state, ended in self._windows.items():
+                if isinstance(state, str) and over in state and ended.most < MOST_ENTRIES:
+                    # The next record is of a new state, and is logged unless states change too often.
+                    ended.entries, ended.most = ended.most, ended.most + 1
         key: str | None = getattr(record, ONCE, None)
         place = _place(record) if key is None else key
         if (window := self._windows.get(place)) is None:

@@ -15,7 +15,7 @@ from protocol.errors import ErrorCode, Refused
 from protocol.ids import SessionId, UserId
 from server.core.config import Settings
 from server.core.errors import Fatal
-from server.core.faults import ROLLED_BACK, Fault, RowHeld, fault_of
+from server.core.faults import FULL_STATES, OVER, ROLLED_BACK, Fault, RowHeld, fault_of
 from server.db.epoch import Epoch
 from server.db.hosts import CONNECT_SECONDS, REFUSED, Hosts
 from server.db.lock_timeouts import ATTEMPTS_SECONDS, FIRST_LOCK_MS, JOB_LOCK_MS, RETRY_LOCK_MS, begin, row_held
@@ -332,7 +332,13 @@ class Database:
             if is_in_doubt:
                 await write_nothing(db)
                 state.is_full, state.next_write = False, 0.0
+                log.info("PostgreSQL can store again", extra={OVER: FULL_STATES})
         return True
+
+    async def check_storage(self) -> None:
+        """Check whether PostgreSQL can store again after a `full` fault, because nobody may ask for `/readyz`."""
+        if self._state.is_full:
+            await self.is_ready()
 
     @property
     def epoch(self) -> Epoch:

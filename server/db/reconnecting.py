@@ -56,7 +56,7 @@ class Reconnecting:
         if self._away is not None:
             was, self._away = self._away.fault, None
             if was is Fault.LOST:
-                log.info("PostgreSQL can be reached again", extra={OVER: (LOST_STATE,)})
+                log.info("PostgreSQL can be reached again", extra={OVER: LOST_STATE})
         return connection
 
     def _failed(self, error: Exception, *, is_retry: bool) -> Away:
