@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -17,9 +18,9 @@ from protocol.errors import ErrorCode
 from protocol.ids import ConversationId
 from protocol.server import Error
 from prove.client import Client
-from server.app import app
+from server.app import app, background
 from server.core.config import Settings
-from server.core.faults import REFUSALS, Away, Exhausted, Fault, fault_of
+from server.core.faults import REFUSALS, Away, Exhausted, Fault, fault_of, log_fault
 from server.db import database, readiness
 from server.db.pool import Lease
 from tests.conftest import TEMPLATE, Lines, Servers
@@ -59,6 +60,11 @@ KINDS = (
 @pytest.mark.parametrize(("error", "kind"), KINDS)
 def test_each_error_has_one_kind(error: Exception, kind: Fault | None) -> None:
     assert fault_of(error) is kind
+
+
+def test_time_out_is_logged_as_a_sentence(lines: Lines) -> None:
+    log_fault(logging.getLogger("test"), "/readyz", TimeoutError())
+    assert told(lines, "/readyz") == ["WARNING /readyz failed, database lost (TimeoutError): it did not answer in time"]
 
 
 async def refusal(one: Client, frame: client.Frame, kind: Fault) -> None:
@@ -333,9 +339,10 @@ async def becomes(world: World, *, ready: bool) -> None:
 
 @pytest.fixture
 def frequent_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the database for each `/readyz`."""
+    """Check the database for each `/readyz`, and only then."""
     monkeypatch.setattr(readiness, "CHECK_SECONDS", 0.0)
     monkeypatch.setattr(database, "WRITE_SECONDS", 0.0)
+    monkeypatch.setattr(background, "WRITE_SECONDS", 36_000.0)
 
 
 @pytest.mark.usefixtures("frequent_checks")
