@@ -294,7 +294,7 @@ def differences(copy: Copy, truth: Copy) -> list[str]:
     if copy.version != truth.version:
         found.append(f"version {copy.version} is {truth.version}")
     if copy.conversation != truth.conversation:
-        found.append(f"{copy.conversation} is {truth.conversation}")
+        found.append(_difference(copy.conversation, truth.conversation))
     active = {user_id: one for user_id, one in copy.participants.items() if one.status == "active"}
     found += _unlike(active, truth.participants)
     found += _unlike(copy.messages, truth.messages)
@@ -333,4 +333,13 @@ def _participant(row: asyncpg.Record) -> Participant:
 def _unlike(copy: Mapping[Any, object], truth: Mapping[Any, object]) -> Iterable[str]:
     for one in copy.keys() | truth.keys():
         if copy.get(one) != truth.get(one):
-            yield f"{copy.get(one)} is {truth.get(one)}"
+            yield f"{one}: {_difference(copy.get(one), truth.get(one))}"
+
+
+def _difference(mine: object, theirs: object) -> str:
+    """Describe a difference by the fields that differ, because descriptions are cut (`MAX_CHARACTERS`)."""
+    if type(mine) is not type(theirs) or not isinstance(mine, msgspec.Struct):
+        return f"{mine} is {theirs}"
+    pairs = ((field, getattr(mine, field), getattr(theirs, field)) for field in mine.__struct_fields__)
+    fields = ", ".join(f"{field} {one!r} is {other!r}" for field, one, other in pairs if one != other)
+    return f"{type(mine).__name__}: {fields}"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -14,11 +15,14 @@ import pytest
 
 from loadtest.proxy import Proxy
 from loadtest.target import Unusable
-from protocol.ids import MessageId, uuid7
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.values import Conversation, Participant
 from prove import faults, pairs, report, run
 from prove.cluster import Cluster, OwnCluster
 from prove.faults import FAULTS, Fault
+from prove.mirror import Copy
 from prove.run import Outcome, Proof, Run
+from prove.truth import differences
 from server.core.config import Settings
 from server.hub import unsure
 from server.hub.comparisons import AFTER_END_SECONDS, COMPARE_USERS_SECONDS
@@ -259,6 +263,18 @@ def test_phase_without_frames_has_no_figures_and_is_not_counted() -> None:
     left.record("lost", 2, "two events")
     assert report.cells(left)[2] == "2"
     assert report.verdict(proof) == "Guarantees were violated in: people leave."
+
+
+def test_difference_names_only_the_fields_that_differ() -> None:
+    about, user = ConversationId(uuid7()), UserId(uuid7())
+    now = datetime.now(UTC)
+    chat = Conversation(id=about, type="group", created_by=user, participant_count=1, version=1, created_at=now)
+    member = Participant(conversation_id=about, user_id=user, role="member", joined_at=now, version=2)
+    promoted = msgspec.structs.replace(member, role="admin", version=3)
+    copy, rows = Copy(3, chat, {user: member}), Copy(3, chat, {user: promoted})
+    assert differences(copy, rows) == [f"{user}: Participant: role 'member' is 'admin', version 2 is 3"]
+    assert differences(copy, copy) == []
+    assert differences(copy, Copy(3, chat)) == [f"{user}: {member} is None"]
 
 
 def prove(*arguments: str) -> tuple[int, str]:
