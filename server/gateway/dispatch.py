@@ -170,7 +170,7 @@ class Dispatch:
             log_defect(log, what, error)
             refused = INTERNAL
         if isinstance(error, HeldTooLong | LockNotAvailableError):
-            context.database.faults[Fault.BUSY] += 1  # the database counts no attempts
+            context.services.database.faults[Fault.BUSY] += 1  # the database counts no attempts
         self._metrics.refusals[refused.code] += 1
         return refused
 
@@ -223,7 +223,7 @@ class Dispatch:
     async def _handle_once(self, route: Route, context: Context, frame: Frame) -> Result:
         """Run the handler of a frame. It is retried if PostgreSQL ends its transaction to break a deadlock."""
         try:
-            return await context.database.again(tag(type(frame)), partial(route.handler, context, frame))
+            return await context.services.database.again(tag(type(frame)), partial(route.handler, context, frame))
         except BaseException as error:
             if route.writes and may_have_committed(error):
                 where = getattr(frame, "to_conversation_id", None) or getattr(frame, "conversation_id", None)
