@@ -22,10 +22,9 @@ from server.core.faults import HeldTooLong, RowHeld
 from server.db.lock_timeouts import RETRY_LOCK_MS
 from server.fairness.lanes import HELD, Held, Lanes
 from server.fairness.lock_queue import MAX_PAUSE, PAUSE_DIVISOR, LockQueue, Place, Places, until_free
-from server.gateway.dispatch import Dispatch
 from server.routes import ROUTES
 from tests.test_lock_order import ConflictingWrites
-from tests.test_tried_again import TABLES
+from tests.test_tried_again import TABLES, dispatch_of
 from tests.world import World, http_client, message, sent, until
 
 LONGEST_WAIT = """
@@ -48,10 +47,7 @@ class Frames(ConflictingWrites):
     def ask(self, who: UserId, frame: Frame, *, worker: int = 0) -> "asyncio.Task[Any]":
         """Run a frame. Its result may be a refusal."""
         app = self.world.workers[worker].app
-        dispatch = Dispatch(
-            ROUTES, app._rate_limits, metrics=app.metrics, load_shedding=app.load_shedding,  # noqa: SLF001
-            lock_queue=app._lock_queue,  # noqa: SLF001
-        )  # fmt: skip
+        dispatch = dispatch_of(app)
         context = Context(
             services=app._services,  # noqa: SLF001
             user=User(id=who, name="User"),

@@ -22,7 +22,7 @@ from server.hub.hub import Hub
 from server.hub.redis_bus import RedisBus
 from server.queries import sending
 from server.queries.sending import Outgoing
-from tests.world import Worker, World, message, received_message, sent, session_of, until
+from tests.world import Worker, World, message, received_message, sent, session_of, until, without_bus
 
 BEAT = 0.1
 
@@ -131,23 +131,10 @@ async def test_losses_that_another_worker_reports_often_cause_few_comparisons(
 async def test_messages_of_a_worker_without_a_bus_are_delivered(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other worker's bus is up all the time. It compares again when the first one has reconnected."""
     monkeypatch.setattr(comparisons, "AFTER_END_SECONDS", (0.0,))
-    bus = pair.hubs[0].bus
-    assert isinstance(bus, RedisBus)
-    assert bus._transport is not None  # noqa: SLF001
-    connect = bus._connect  # noqa: SLF001
-    may_connect = asyncio.Event()
-
-    async def later() -> Any:
-        await may_connect.wait()
-        return await connect()
-
-    monkeypatch.setattr(bus, "_connect", later)
-    bus._transport.abort()  # noqa: SLF001
-    await until(lambda: not bus.is_up)
-    await until(lambda: len(pair.hubs[1].comparisons._peers) == 0)  # noqa: SLF001
-    await until(lambda: not pair.hubs[1].comparisons._topic_rounds._is_due)  # noqa: SLF001
-    message_id = await sent(pair.ada, pair.group)
-    may_connect.set()
+    async with without_bus(pair.hubs[0].bus):
+        await until(lambda: len(pair.hubs[1].comparisons._peers) == 0)  # noqa: SLF001
+        await until(lambda: not pair.hubs[1].comparisons._topic_rounds._is_due)  # noqa: SLF001
+        message_id = await sent(pair.ada, pair.group)
     await received_message(pair.charles, message_id)
     assert pair.hubs[1].topics.fetched == 1
 

@@ -5,7 +5,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -23,9 +22,8 @@ from server.core.config import Settings
 from server.handlers import receipts as receipt_handlers
 from server.hub import comparisons
 from server.hub.hub import Hub
-from server.hub.redis_bus import RedisBus
 from server.queries import presence, receipts
-from tests.world import UserSession, World, sent, until
+from tests.world import UserSession, World, sent, until, without_bus
 
 ROWS = """
 SELECT p.conversation_id, p.user_id, CASE WHEN p.last_read_message_id IS NULL THEN 0 ELSE p.last_read_version END,
@@ -109,28 +107,6 @@ class Devices:
         ]
 
 
-@asynccontextmanager
-async def without_bus(world: World, number: int) -> AsyncIterator[None]:
-    """Interrupt the bus of a worker, and let it reconnect at the end."""
-    bus = world.workers[number].app.hub.bus
-    assert isinstance(bus, RedisBus)
-    assert bus._transport is not None  # noqa: SLF001
-    connect = bus._connect  # noqa: SLF001
-    may_connect = asyncio.Event()
-
-    async def later() -> Any:
-        await may_connect.wait()
-        return await connect()
-
-    bus._connect = later  # type: ignore[method-assign]  # noqa: SLF001
-    bus._transport.abort()  # noqa: SLF001
-    await until(lambda: not bus.is_up)
-    yield
-    may_connect.set()
-    bus._connect = connect  # type: ignore[method-assign]  # noqa: SLF001
-    await until(lambda: bus.is_up)
-
-
 @pytest.fixture
 async def devices(world: World) -> Devices:
     """Two devices of Ada and two of Charles, one at each worker, who share two groups."""
@@ -153,7 +129,7 @@ async def test_every_device_has_the_stored_states_after_an_interruption_of_the_b
     ids = [(one, await sent(devices.clients[0], one, str(n))) for n in range(8) for one in devices.groups]
     for device in devices.clients:
         await device.call(client.UpdateProfile(name="Before"))
-    async with without_bus(devices.world, cut):
+    async with without_bus(devices.world.workers[cut].app.hub.bus):
         for place, (group, message_id) in enumerate(ids):
             at: dict[str, Any] = {"conversation_id": group, "message_id": message_id}
             frames: list[client.Frame] = [
@@ -213,7 +189,7 @@ async def test_after_a_loss_positions_reach_only_those_who_may_know_them(devices
     await eve.event(server.PresenceChanged, lambda event: event.presence.user_id == charles_id, start=seen)
     seen = len(eve.events)
     at: dict[str, Any] = {"conversation_id": group, "message_id": await sent(ada, group)}
-    async with without_bus(world, 1):
+    async with without_bus(world.workers[1].app.hub.bus):
         for one in (charles, ian):
             await one.call(client.Delivered(**at))
         await ian.call(client.SetPresence(status="invisible"))
@@ -237,7 +213,7 @@ async def test_after_a_loss_positions_in_a_large_conversation_reach_own_devices_
         monkeypatch.setattr(module, "MAX_SHARED_PARTICIPANTS", 1)
     (ada, *_, charles), group = devices.clients, devices.groups[0]
     at: dict[str, Any] = {"conversation_id": group, "message_id": await sent(ada, group)}
-    async with without_bus(devices.world, 1):
+    async with without_bus(devices.world.workers[1].app.hub.bus):
         await ada.call(client.Read(**at))
         await charles.call(client.Delivered(**at))
     for other, kind in ((devices.clients[1], server.MessageRead), (devices.clients[2], server.MessageDelivered)):

@@ -11,6 +11,7 @@ from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.server import Error
 from protocol.values import User
 from server.app import background
+from server.app.app import App
 from server.context import Context
 from server.core.config import Settings
 from server.gateway.dispatch import Dispatch
@@ -43,6 +44,14 @@ WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' AND relname <> 'sc
 VERSIONS = "SELECT id, version FROM conversation"
 
 
+def dispatch_of(app: App) -> Dispatch:
+    """Return a dispatch with the rate limits and queues of a worker."""
+    return Dispatch(
+        ROUTES, app._rate_limits, metrics=app.metrics, load_shedding=app.load_shedding,  # noqa: SLF001
+        lock_queue=app._lock_queue,  # noqa: SLF001
+    )  # fmt: skip
+
+
 class Published:
     """Counts the events that a worker publishes."""
 
@@ -68,10 +77,7 @@ async def test_frame_whose_first_attempt_is_aborted_is_published_once(
         await conflicting.begin()
         here = world.workers[0].app
         told = Published(here.hub, monkeypatch)
-        dispatch = Dispatch(
-            ROUTES, here._rate_limits, metrics=here.metrics, load_shedding=here.load_shedding,  # noqa: SLF001
-            lock_queue=here._lock_queue,  # noqa: SLF001
-        )  # fmt: skip
+        dispatch = dispatch_of(here)
         context = Context(
             services=here._services,  # noqa: SLF001
             user=User(id=conflicting.ada, name="Ada"),

@@ -5,8 +5,8 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,9 @@ from server.core.config import Settings
 from server.db.database import speak
 from server.http import openapi
 from server.http.openapi import BEFORE_ANY_PATH
+from server.hub.bus import Bus
 from server.hub.comparisons import AFTER_END_SECONDS, COMPARE_USERS_SECONDS
+from server.hub.redis_bus import RedisBus
 from server.jobs.scheduled import Scheduler
 from server.processes.worker import DrainingServer
 from server.queries import accounts, sessions
@@ -240,6 +242,27 @@ async def until(condition: Callable[[], bool], *, seconds: float = 15.0) -> None
 async def until_repaired(condition: Callable[[], bool]) -> None:
     """Wait until a condition holds that needs events which a killed worker committed and did not publish."""
     await until(condition, seconds=REPAIR_SECONDS)
+
+
+@asynccontextmanager
+async def without_bus(bus: Bus) -> AsyncIterator[None]:
+    """Interrupt the bus of a worker, and let it reconnect at the end."""
+    assert isinstance(bus, RedisBus)
+    assert bus._transport is not None  # noqa: SLF001
+    connect = bus._connect  # noqa: SLF001
+    may_connect = asyncio.Event()
+
+    async def later() -> Any:
+        await may_connect.wait()
+        return await connect()
+
+    bus._connect = later  # type: ignore[method-assign]  # noqa: SLF001
+    bus._transport.abort()  # noqa: SLF001
+    await until(lambda: not bus.is_up)
+    yield
+    may_connect.set()
+    bus._connect = connect  # type: ignore[method-assign]  # noqa: SLF001
+    await until(lambda: bus.is_up)
 
 
 class Room:
