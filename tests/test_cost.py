@@ -669,7 +669,7 @@ UPDATE conversation SET settings = '{"slow_mode_seconds": 1}';
 UPDATE conversation_participant SET role = 'member'
 """
 LISTS_PARTICIPANTS = {
-    "get", "resume, 10 missed", "resume, all missed", "participants", "delivered", "readers", "due for a push", "why",
+    "get", "resume, 10 missed", "resume, all missed", "participants", "delivered", "readers", "why",
 }  # fmt: skip
 """Statements that count or list the participants of a conversation."""
 
@@ -688,6 +688,55 @@ async def test_plans_of_an_empty_database_find_one_participant_of_many(
     after = {name: await explained(db, name, arguments) for name, (_, arguments) in statements.items()}
     grown = {name: (before[name].rows, plan.rows) for name, plan in after.items() if plan.rows > before[name].rows + 50}
     assert grown.keys() <= LISTS_PARTICIPANTS, grown
+
+
+ENDPOINTS = """
+WITH begun AS (
+    INSERT INTO session (user_id, token, expires_at)
+    SELECT u.id, u.id::text, 'infinity' FROM unnest($1::uuid[]) u (id) RETURNING id, user_id
+)
+INSERT INTO push_endpoint (user_id, session_id, endpoint, p256dh, auth)
+SELECT user_id, id, 'https://push.example/' || user_id, 'key', 'secret' FROM begun
+"""
+STRANGERS = "INSERT INTO \"user\" (name, email) SELECT 's', n || '@s' FROM generate_series(1, 300) n RETURNING id"
+
+
+async def test_finding_recipients_costs_in_proportion_to_the_smaller_of_participants_and_endpoints(
+    db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
+) -> None:
+    nobody = Place(ConversationId(uuid4()), UserId(uuid4()), SMALL)
+    await prepare(db, hot(nobody, {"new": uuid4(), "middle": uuid4()}))
+    crowd, alone = await filled(filler, "many", 20), await filled(filler, "alone", 20)
+    await filler.execute(CROWD, crowd.conversation_id, 2_000)
+    found = (
+        "SELECT user_id FROM conversation_participant WHERE conversation_id = $1 AND user_id <> $2 ORDER BY 1 LIMIT 5"
+    )
+    reachable = [row[0] for row in await db.fetch(found, crowd.conversation_id, crowd.user_id)]
+    await filler.execute(ENDPOINTS, reachable)
+
+    async def due(place: Place) -> tuple[set[UserId], int]:
+        """Return the recipients of the first message in small pages, and the rows that one large page reads."""
+        said = await db.fetchval("SELECT id FROM message WHERE conversation_id = $1 LIMIT 1", place.conversation_id)
+        pages, recipients = [push.PushPage(place.conversation_id, push.FIRST, (said,))], list[UserId]()
+        for page in pages:
+            posts, following = await push.due(db, [page], 2)
+            recipients += [post.user_id for post in posts]
+            pages += [page._replace(after=after) for after in following.values()]
+        assert len(recipients) == len(set(recipients)), "no user is found twice"
+        plan = await explained(db, "due for a push", ([place.conversation_id], [push.FIRST], [said], 1_000))
+        return set(recipients), plan.rows
+
+    recipients, rows = await due(crowd)
+    assert recipients == set(reachable)
+    assert rows < 300, "five endpoints on the server, and 2,000 participants"
+    strangers = [row[0] for row in await db.fetch(STRANGERS)]
+    await filler.execute(ENDPOINTS, strangers)
+    again, rows_of_all = await due(crowd)
+    assert again == recipients
+    assert rows_of_all < rows + 10 * len(strangers)
+    recipients, rows = await due(alone)
+    assert recipients == set()
+    assert rows < 100, "one participant, and 305 endpoints on the server"
 
 
 PAST_AND_CURRENT = """

@@ -69,7 +69,7 @@ def test_large_conversation_delays_no_other_and_pauses(desk: Desk) -> None:
     desk.due.done(third, None, limit=NEXT_PAGE, seconds=0.1)
     desk.add(crowd, user())
     assert desk.begin() == [], "a large conversation pauses after a pass"
-    desk.now += push_due.PAUSE_PER_PARTICIPANT * (FIRST_PAGE + NEXT_PAGE) + 0.001
+    desk.now += push_due.PAUSE_PER_CANDIDATE * (FIRST_PAGE + NEXT_PAGE) + 0.001
     assert [one.conversation_id for one in desk.begin()] == [crowd]
 
 

@@ -269,13 +269,13 @@ async def test_only_new_endpoints_of_a_user_are_rate_limited(room: Room) -> None
 async def test_participants_on_every_page_get_the_latest_message_that_concerns_them(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pages have two participants.
+    """Pages have two users with an endpoint.
 
     The first pages of all conversations are read before the next ones, one at a time.
     """
     monkeypatch.setattr(push, "FIRST_PAGE", 2)
     monkeypatch.setattr(push, "NEXT_PAGE", 2)
-    monkeypatch.setattr(push_due, "PAUSE_PER_PARTICIPANT", 0.0)
+    monkeypatch.setattr(push_due, "PAUSE_PER_CANDIDATE", 0.0)
     for worker in world.workers:
         worker.app.web_push._after_seconds = 60.0  # noqa: SLF001
     people = await world.users(*(f"P{number}" for number in range(6)))

@@ -57,6 +57,7 @@ WHY = {
         ),
         "bounds.THREADS": "thread_follow(user_id)",
         "pins.PINNED": "message(conversation_id)",
+        "push.DUE": "push_endpoint(user_id)",
         "push.REGISTER": "push_endpoint(user_id) cut 1",
         "relationships.PAGE": "user_relationship(from_user_id) cut 1; user_relationship(to_user_id) cut 1",
         "scheduled.WAITING": "scheduled_message(sender_id)",
@@ -105,11 +106,6 @@ WHY = {
         "receipts.READERS": (
             "conversation_participant(conversation_id); user_relationship(from_user_id); user_relationship(to_user_id)"
         ),
-    },
-    "participants of a conversation, read once to count or notify them": {
-        "push.DUE": "conversation_participant() cut 1; conversation_participant(conversation_id) cut 1; "
-        "push_endpoint(user_id)",
-        "push.NOTICES": "conversation_participant()",
     },
     "parts of one message: 1,000 edits, emoji, votes and reports of its participants": {
         "edits.COUNT": "message_edit(message_id)",
@@ -178,8 +174,8 @@ LIMITS = {
     "moderation.ALL_REPORTS": 2,
     "moderation.REPORTS": 2,
     "participants.HEIR": 3,
-    "push.DUE": 3,
-    "push.NOTICES": 1,
+    "push.DUE": 5,
+    "push.NOTICES": 2,
     "receipts.READ": 2,
     "receipts.READERS": 4,
     "receipts.MARK_UNREAD": 2,

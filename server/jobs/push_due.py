@@ -1,8 +1,9 @@
 """Messages whose notifications are due. Conversations take turns, so that no conversation delays another.
 
-A pass finds the participants of a conversation who receive notifications for its due messages, page by page. One
-statement reads the first pages of several conversations. Further pages, of large conversations, and failed pages are
-read one at a time, with pauses in between. A large conversation also pauses before its next pass.
+A pass finds the participants of a conversation who receive notifications for its due messages, page by page. A page has
+candidates, users with an endpoint, and the statement finds those who take part. One statement reads the first pages of
+several conversations. Further pages, of large conversations, and failed pages are read one at a time, with pauses in
+between. A large conversation also pauses before its next pass.
 
 Messages stay here until their pass has ended, so one limit covers them all.
 """
@@ -29,15 +30,15 @@ MAX_CONVERSATIONS = 20
 MAX_MESSAGES = 200
 """Max messages in one statement, unless one conversation has more."""
 FIRST_PAGE = 100
-"""Participants of each conversation in a first page."""
+"""Candidates for each conversation in a first page."""
 NEXT_PAGE = 500
-"""Participants in a further page."""
+"""Candidates in a further page."""
 PAGE_PAUSE_FACTOR = 3
 """Pause after a further page, as a multiple of its duration. So large conversations do not occupy a connection all the
 time.
 """
-PAUSE_PER_PARTICIPANT = 0.000_5
-"""Pause of a conversation after a pass, per participant in it, in seconds."""
+PAUSE_PER_CANDIDATE = 0.000_5
+"""Pause of a conversation after a pass, per candidate in it, in seconds."""
 MAX_PAUSE = 10.0
 """Max pause of a conversation after a pass, and max pause after a page, in seconds."""
 MAX_TRIES = 3
@@ -52,7 +53,7 @@ class _Waiting(NamedTuple):
 
 
 class _Pass:
-    """The messages of a conversation's current pass, and the last participant of it so far."""
+    """The messages of a conversation's current pass, and its last candidate so far."""
 
     def __init__(self, message_ids: list[MessageId]) -> None:
         self.message_ids = message_ids
@@ -141,7 +142,7 @@ class DueMessages:
         return max(0.0, self._further_at - self._clock()) if self._further else None
 
     def done(self, page: PushPage, after: UserId | None, *, limit: int, seconds: float) -> None:
-        """Record that a page of `limit` participants was read within `seconds`. `after` is the last one of it, or None
+        """Record that a page of `limit` candidates was read within `seconds`. `after` is the last one of it, or None
         at the end.
         """
         one = self._conversations[page.conversation_id].now
@@ -206,7 +207,7 @@ class DueMessages:
         self._conversations[conversation_id] = conversation
         for message_id in one.message_ids:
             self._remove(conversation_id, message_id)
-        conversation.ready_at = self._clock() + min(MAX_PAUSE, PAUSE_PER_PARTICIPANT * one.asked)
+        conversation.ready_at = self._clock() + min(MAX_PAUSE, PAUSE_PER_CANDIDATE * one.asked)
         if not one.asked and not conversation.messages:
             del self._conversations[conversation_id]
 

@@ -129,53 +129,65 @@ _IS_NEWS = """NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_messag
         OR NOT said.is_in_conversation AND m.thread_order > coalesce(t.last_read_order, 0)
             AND m.sent_version > p.last_read_version)"""
 # The recipient does not silence the sender. A notification contains the sender's name. If the sender has left, it is
-# for recipients who may see the name.
+# for recipients who may see the name. The planner may hash all rows of an EXISTS below OR, so these are scalars.
 _SENDER_IS_SHOWN = f"""NOT {SILENCES.format(me="p.user_id", them="m.sender_id")}
-    AND (EXISTS (
-        SELECT FROM conversation_participant s
-        WHERE s.conversation_id = m.conversation_id AND s.user_id = m.sender_id AND s.status = 'active'
-    ) OR may('see_face', p.user_id, m.sender_id))
-    AND NOT EXISTS (
-        SELECT FROM user_relationship r
-        WHERE r.from_user_id = p.user_id AND r.to_user_id = m.sender_id AND NOT r.notifications_enabled
-    )"""  # noqa: S608 - SILENCES is a constant
-# For each conversation, the next participants. For those with an endpoint, the latest message that is news. Silenced
-# senders are checked per sender, not per message. A last row without an endpoint marks the end of a full page.
+    AND ((
+        SELECT s.status = 'active' FROM conversation_participant s
+        WHERE s.conversation_id = m.conversation_id AND s.user_id = m.sender_id
+    ) IS TRUE OR may('see_face', p.user_id, m.sender_id))
+    AND (
+        SELECT true FROM user_relationship r
+        WHERE r.from_user_id = p.user_id AND r.to_user_id = m.sender_id AND NOT r.notifications_enabled LIMIT 1
+    ) IS NULL"""  # noqa: S608 - SILENCES is a constant
+# Finds the participants who have endpoints, by a merge of two indexes in the order of user ids. Each step takes the
+# next user with an endpoint, the candidate, and the next participant from that user on. The step after that begins at
+# this participant. So there is at most one step per user with an endpoint, and at most two per participant. For each
+# participant found, returns the latest message that is news. Silenced senders are checked per sender, not per message.
+# A last row without an endpoint marks the end of a full page.
 DUE = f"""
-WITH asked AS (
-    SELECT * FROM unnest($1::uuid[], $2::uuid[]) AS asked (conversation_id, after)
-), page AS MATERIALIZED (
-    SELECT one.* FROM asked CROSS JOIN LATERAL (
-        SELECT p.conversation_id, p.user_id, row_number() OVER (ORDER BY p.user_id) AS place
-        FROM conversation_participant p
-        WHERE p.conversation_id = asked.conversation_id AND p.user_id > asked.after ORDER BY p.user_id LIMIT $4
-    ) one
+WITH RECURSIVE step AS (
+    SELECT asked.conversation_id, asked.after AS candidate_id, asked.after AS participant_id, 0 AS place
+    FROM unnest($1::uuid[], $2::uuid[]) AS asked (conversation_id, after)
+    UNION ALL
+    SELECT step.conversation_id, next.candidate_id, next.participant_id, step.place + 1
+    FROM step CROSS JOIN LATERAL (
+        SELECT e.user_id AS candidate_id, (
+            SELECT p.user_id FROM conversation_participant p
+            WHERE p.conversation_id = step.conversation_id AND p.user_id >= e.user_id ORDER BY p.user_id LIMIT 1
+        ) AS participant_id
+        FROM push_endpoint e WHERE e.user_id > step.candidate_id AND e.user_id >= step.participant_id
+        ORDER BY e.user_id LIMIT 1
+    ) next
+    WHERE step.place < $4
 ), sent AS MATERIALIZED (
     SELECT m.* FROM unnest($3::uuid[]) AS due (id) JOIN message m ON m.id = due.id
 )
-SELECT p.user_id, e.endpoint, p.conversation_id, latest.id
+SELECT reached.candidate_id, e.endpoint, reached.conversation_id, news.id
 FROM (
-    SELECT page.conversation_id, page.user_id FROM page
-    WHERE EXISTS (SELECT FROM push_endpoint e WHERE e.user_id = page.user_id) OFFSET 0
+    SELECT step.conversation_id, step.candidate_id FROM step
+    WHERE step.place > 0 AND step.candidate_id = step.participant_id OFFSET 0
 ) reached
-JOIN conversation_participant p ON p.conversation_id = reached.conversation_id AND p.user_id = reached.user_id
-{_RECIPIENT}
 CROSS JOIN LATERAL (
-    SELECT m.id FROM (
-        SELECT DISTINCT ON (m.sender_id) m.id, m.conversation_id, m.sender_id, m.sent_version
-        FROM sent m
-        {_MESSAGE}
-        WHERE m.conversation_id = p.conversation_id AND {_IS_NEWS}
-        ORDER BY m.sender_id, m.sent_version DESC
-    ) m
-    WHERE {_SENDER_IS_SHOWN}
-    ORDER BY m.sent_version DESC LIMIT 1
-) latest
-JOIN push_endpoint e ON e.user_id = p.user_id
+    SELECT latest.id FROM conversation_participant p
+    {_RECIPIENT}
+    CROSS JOIN LATERAL (
+        SELECT m.id FROM (
+            SELECT DISTINCT ON (m.sender_id) m.id, m.conversation_id, m.sender_id, m.sent_version
+            FROM sent m
+            {_MESSAGE}
+            WHERE m.conversation_id = p.conversation_id AND {_IS_NEWS}
+            ORDER BY m.sender_id, m.sent_version DESC
+        ) m
+        WHERE {_SENDER_IS_SHOWN}
+        ORDER BY m.sent_version DESC LIMIT 1
+    ) latest
+    WHERE p.conversation_id = reached.conversation_id AND p.user_id = reached.candidate_id AND {_MAY_BE_TOLD} OFFSET 0
+) news
+JOIN push_endpoint e ON e.user_id = reached.candidate_id
 JOIN session s ON s.id = e.session_id AND s.expires_at > now()
-WHERE {_MAY_BE_TOLD}
 UNION ALL
-SELECT page.user_id, NULL, page.conversation_id, NULL FROM page WHERE page.place = $4
+SELECT step.candidate_id, NULL, step.conversation_id, NULL FROM step
+WHERE step.place = $4 AND step.participant_id IS NOT NULL
 """  # noqa: S608 - constants
 NOTICES = f"""
 SELECT due.user_id, due.endpoint, m.conversation_id, m.id, e.p256dh, e.auth, {FACE}, c.title, said.is_mention,
@@ -198,7 +210,9 @@ async def is_anybody_there(db: Db) -> bool:
 
 
 class PushPage(NamedTuple):
-    """A page of participants of a conversation, after a user id, and the messages to check for them."""
+    """A page of users with an endpoint, after a user id: the candidates. The messages of the conversation are checked
+    for those who take part in it.
+    """
 
     conversation_id: ConversationId
     after: UserId
@@ -210,7 +224,7 @@ FIRST = UserId(UUID(int=0))
 
 
 class DuePushes(NamedTuple):
-    """The posts for endpoints, one per conversation and endpoint, and the last user of each page that has a
+    """The posts for endpoints, one per conversation and endpoint, and the last candidate of each page that has a
     next one.
     """
 
@@ -220,7 +234,7 @@ class DuePushes(NamedTuple):
 
 async def due(db: Db, pages: Sequence[PushPage], limit: int) -> DuePushes:
     """Return the endpoints for which messages are news, with the latest message of each conversation, for at most
-    `limit` participants per conversation. Raises TimeoutError after `DUE_SECONDS`.
+    `limit` candidates per conversation. Raises TimeoutError after `DUE_SECONDS`.
     """
     ids = [message_id for page in pages for message_id in page.message_ids]
     found = DuePushes([], {})
