@@ -77,7 +77,6 @@ async def resume(context: Context, frame: Resume) -> Resumed:
         for some in _batches(await _attach(context, near, there), there):
             await _catch_up(context, some, done=done)
             done += len(some)
-            await connection.drained()
     else:
         await _start_all_over(context, known, "other_epoch")
     await _join(context, there.keys() - frame.versions.keys() - set(connection.attached))
@@ -138,8 +137,7 @@ async def _say_own(context: Context, user_news: UserNews | None = None) -> None:
             is_whole = False
             continue
         # Meanwhile the worker may have sent events that are in `news`, and later ones.
-        for event in [one for one in news if one.user_version > connection.user_version]:
-            connection.say(event)
+        connection.say(*[one for one in news if one.user_version > connection.user_version])
         connection.user_version = max(connection.user_version, version)
         done += OWN_PAGE
         if not is_whole:
@@ -171,8 +169,7 @@ async def _follow(context: Context, views: list[ConversationView], frames: list[
     connection = context.connection
     await connection.open([view.conversation.id for view in views])
     # From here to the last `attach` no other task runs, so the frames precede the events that follow them.
-    for frame in frames:
-        connection.say(frame)
+    connection.say(*frames)
     behind = [view for view in views if not connection.attach(view.conversation.id, view.version)]
     await _catch_up(context, {view.conversation.id: view.version for view in behind})
 
@@ -220,12 +217,14 @@ async def _catch_up(context: Context, versions: Mapping[ConversationId, int], *,
     while behind:
         count = len(behind)
         behind = await _say_changes(context, behind, done)
+        await context.connection.drained()
         if 1 < count == len(behind):
             break
     for one, version in behind.items():
         alone = {one: version}
         while alone:
             alone = await _say_changes(context, alone, done)
+            await context.connection.drained()
 
 
 async def _say_changes(

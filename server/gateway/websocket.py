@@ -363,14 +363,14 @@ class WebSocket(WebSocketsSansIOProtocol):
         self.writable = _NOBODYS_EVENT
 
     def write_asked(self, data: bytes) -> None:
-        """Write a reply, which does not count the peer as slow, however large it is. The caller awaits `drained` before
-        the next one, so that one waits at a time.
+        """Write a reply or a part of one, which does not count the peer as slow, however large it is. The caller awaits
+        `drained` after each part, so that one waits at a time.
         """
-        if len(data) > self._outbox_bytes // 4:
-            waiting = self.transport.get_write_buffer_size()
+        waiting = self.transport.get_write_buffer_size()
+        if waiting + len(data) > self._outbox_bytes // 4:
             self.transport.set_write_buffer_limits(high=waiting + len(data) + self._outbox_bytes)
             self._is_wide = True
-            # The peer read most of the reply before, so its time starts again with the bytes that wait now.
+            # The peer read most of what was written before, so its time starts again with the bytes that wait now.
             if self._stalled is not None:
                 self._stalled.cancel()
             self._stalled = self.loop.call_later(STALL_SECONDS, self._is_stalled, waiting + len(data))
@@ -398,9 +398,14 @@ class WebSocket(WebSocketsSansIOProtocol):
         )
 
     async def drained(self) -> None:
-        """Return when the peer has read most of its replies, or is gone."""
-        while self.is_behind:  # noqa: ASYNC110 - the transport does not report progress of writing
-            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        """Return when the peer has read most of its replies, or is gone. A peer that reads is not silent, although the
+        pings that it has to answer wait behind the replies.
+        """
+        while self.is_behind:
+            waiting = self.transport.get_write_buffer_size()
+            await asyncio.sleep(DRAIN_POLL_SECONDS)  # the transport does not report progress of writing
+            if self.transport.get_write_buffer_size() < waiting:
+                self.heard_at = self.loop.time()
         if self._is_wide and not self.transport.is_closing():
             self.transport.set_write_buffer_limits(high=self._outbox_bytes)
             self._is_wide = False

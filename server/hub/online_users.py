@@ -11,7 +11,6 @@ from typing import Protocol
 
 from protocol.errors import CloseCode
 from protocol.ids import ConversationId, SessionId, UserId
-from protocol.server import ServerFrame
 from server.context import UserNews
 from server.core.errors import log_failure
 from server.hub.bus import Bus
@@ -45,9 +44,6 @@ class Socket(Protocol):
     attached: set[ConversationId]
     watched: dict[UserId, Sight]
     write: Callable[[bytes], None]
-
-    def say(self, frame: ServerFrame) -> None:
-        """Send a frame to this socket alone."""
 
     def refresh(self, user_news: UserNews) -> None:
         """Make the socket send the changes of its user's rows."""

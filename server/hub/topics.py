@@ -282,7 +282,7 @@ class Topics:
             topic.behind.pop(socket, None)  # the socket checks again whether its user may read
             if topic.id in socket.attached:
                 self.detach(socket, topic.id)
-                socket.say(ConversationLeft(conversation_id=topic.id))
+                socket.write(text_frame(encode(ConversationLeft(conversation_id=topic.id))))
                 self._doubt(socket.user_id, topic.id)
 
     # -------------------------------------------------------------------------------- changes read from PostgreSQL

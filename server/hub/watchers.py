@@ -6,6 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from protocol.codec import encode, text_frame
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.limits import MAX_WATCHED
@@ -326,12 +327,12 @@ class Watchers:
                 continue
             if before is Sight.ALL and sight is not Sight.ALL:
                 hidden = Presence(user_id=pair.watched, status="offline", revision=answer.revision)
-                socket.say(PresenceChanged(presence=hidden))
+                socket.write(text_frame(encode(PresenceChanged(presence=hidden))))
             elif answer.presence is not None and (is_missed or before is not sight is Sight.ALL):
                 # A watcher who may not see the presence receives `offline`, as for a user who is.
-                socket.say(PresenceChanged(presence=answer.presence))
+                socket.write(text_frame(encode(PresenceChanged(presence=answer.presence))))
             if answer.found is not None and (is_missed or before is Sight.NOTHING):
-                socket.say(UserUpdated(user=answer.found.face))
+                socket.write(text_frame(encode(UserUpdated(user=answer.found.face))))
             socket.watched[pair.watched] = sight
             for is_face, held in frames.items():
                 if sight >= (Sight.FACE if is_face else Sight.ALL):
