@@ -106,11 +106,15 @@ class Resume(Frame, tag="resume", kw_only=True):
     that carried one, or else from that `ready`. With `user_version`, the server also sends changes that concern only
     the user. The server sends conversations that are not in `versions` in full, unless this connection already follows
     them.
+
+    A client may name its conversations in several frames. With `is_last` false, the server sends no conversation that
+    is not in `versions`, because a later frame may name it. Put `user_version` into the first one only.
     """
 
     epoch: Annotated[str, Meta(max_length=128)]
     user_version: Version | None = None
     versions: Versions
+    is_last: bool = True
 
     def __post_init__(self) -> None:
         try:

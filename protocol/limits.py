@@ -290,6 +290,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     participants_named: int = MAX_PARTICIPANTS_NAMED
     watched_users: int = MAX_WATCHED
     resumed_conversations: int = MAX_RESUMED
+    """Max conversations per `resume`. Name more of them in further frames."""
     changes_before_start_over: int = MAX_CHANGES
     changes_bytes_before_start_over: int = MAX_CHANGES_BYTES
     frames: RateLimit

@@ -442,8 +442,9 @@ class Pong(_Tagged, tag="pong", frozen=True, kw_only=True):
 
 class Resumed(_Tagged, tag="resumed", frozen=True, kw_only=True):
     """All missed events were sent, and live events follow. `read_positions` are the user's own, and `read_revisions`
-    their revisions, as in `message_read`. Use `user_version` in the next `resume`, unless a later event carries a
-    higher one.
+    their revisions, as in `message_read`. After a `resume` with `is_last` false, all of this is about the conversations
+    in its `versions`. `conversations` is the number of all. Use `user_version` in the next `resume`, unless a later
+    event carries a higher one.
     """
 
     conversations: int

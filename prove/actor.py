@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Protocol
@@ -16,6 +16,7 @@ from protocol import client, server
 from protocol.client import Frame
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, EditId, MessageId, UserId, uuid7
+from protocol.limits import MAX_RESUMED
 from protocol.payloads import Poll
 from protocol.values import PresenceStatus
 from prove.client import Answer, Client
@@ -143,12 +144,8 @@ class Actor:
                     fresh.ready = ready = await fresh.event(server.Ready)
                     self._received_at = time.monotonic()
                     self.client = fresh
-                    frame = client.Resume(
-                        epoch=self.mirror.epoch,
-                        versions=self.mirror.versions,
-                        user_version=self.mirror.user_version,
-                    )
-                    await self._until_done(fresh, frame)
+                    for frame in self._resumes():
+                        await self._until_done(fresh, frame)
                     self.mirror.epoch = ready.epoch
                     self._is_behind = False
                     await self._watch(fresh)
@@ -169,6 +166,22 @@ class Actor:
                 continue
             self.tally.reconnects += 1
             return
+
+    def _resumes(self) -> Iterator[client.Resume]:
+        """Yield the frames of a `resume`. Each names the versions that the client has when the frame is sent."""
+        every = list(self.mirror.versions)
+        size = self._random.choice((1, 3, MAX_RESUMED))
+        user_version: int | None = self.mirror.user_version
+        for start in range(0, max(1, len(every)), size):
+            versions = self.mirror.versions
+            named = {one: versions[one] for one in every[start : start + size] if one in versions}
+            yield client.Resume(
+                epoch=self.mirror.epoch,
+                versions=named,
+                user_version=user_version,
+                is_last=start + size >= len(every),
+            )
+            user_version = None
 
     async def leave(self) -> None:
         """Disconnect with a close handshake."""

@@ -81,6 +81,8 @@ class Subscriber(Protocol):
 
     user_version: int
     """The user version that the connection was last sent."""
+    is_partly_resumed: bool
+    """Whether the client will name further conversations, so that the others are sent to it later."""
 
     @property
     def attached(self) -> Collection[ConversationId]:

@@ -17,7 +17,7 @@ from websockets.typing import Subprotocol
 from protocol import SUBPROTOCOL, client, server
 from protocol.client import Frame
 from protocol.codec import encode
-from protocol.errors import CloseCode
+from protocol.errors import CloseCode, ErrorCode
 from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.limits import MAX_CHANGES, MAX_CHANGES_BYTES, MAX_PAGE_BYTES, MAX_RESUMED, MAX_SENT_BYTES
 from protocol.payloads import Poll
@@ -31,7 +31,7 @@ from server.domain import sync
 from server.gateway.connection import Connection
 from server.hub import backlog, topics
 from server.queries.changes import missed, since
-from tests.world import UserSession, World, message, sent, until
+from tests.world import UserSession, World, message, refused, sent, until
 
 
 class Away:
@@ -355,6 +355,61 @@ async def test_resume_on_an_open_connection(away: Away) -> None:
     await sent(away.ada, away.group, "Three")
     event = await away.ada.event(server.MessageSent, lambda event: event.message.content == "Three")
     assert event.version == 6
+
+
+async def test_resume_may_name_its_conversations_in_several_frames(away: Away) -> None:
+    """Conversations that no frame has named are sent with the last one, also if something happens in between."""
+    first, second = away.group, await away.world.group(away.ada, away.who)
+    await away.world.db.execute("UPDATE conversation_participant SET last_read_message_id = $1", uuid7())
+    await sent(away.ada, first, "One")
+    await sent(away.ada, second, "Two")
+    phone = await away.world.connect(away.who, 1, query="?resume=1")
+
+    async def name(versions: dict[ConversationId, int], **fields: Any) -> tuple[list[ServerFrame], server.Resumed]:
+        seen = len(phone.events)
+        done = await phone.call(client.Resume(epoch=away.epoch, versions=versions, **fields), server.Resumed)
+        return phone.events[seen:], done
+
+    events, done = await name({first: away.version}, user_version=0, is_last=False)
+    assert [(event.conversation_id, event.version) for event in events if isinstance(event, Changes)] == [(first, 4)]
+    assert not [event for event in events if isinstance(event, server.ConversationJoined)]
+    assert (done.conversations, {*done.read_positions}, {*done.read_revisions}) == (2, {first}, {first})
+    # A new conversation, and the end of one that was named. Nothing is said about the one that a later frame names.
+    third = await away.world.group(away.ada, away.who)
+    await away.ada.call(client.RemoveParticipant(conversation_id=first, user_id=away.who.id))
+    await phone.event(server.ConversationLeft, lambda event: event.conversation_id == first)
+    await sent(away.ada, second, "Three")
+    await phone.synced()
+    assert not [event for event in phone.events if isinstance(event, server.ConversationJoined)]
+    events, done = await name({second: 3})
+    assert [(event.conversation_id, event.version) for event in events if isinstance(event, Changes)] == [(second, 5)]
+    joined = [event.view.conversation.id for event in events if isinstance(event, server.ConversationJoined)]
+    assert (joined, done.conversations, {*done.read_positions}) == ([third], 2, {second})
+    fourth = await away.world.group(away.ada, away.who)
+    await phone.event(server.ConversationJoined, lambda event: event.view.conversation.id == fourth)
+
+
+async def test_watch_before_the_last_frame_of_a_resume_follows_all_conversations(away: Away) -> None:
+    """Otherwise the user would go on to see people after the end of a conversation with them."""
+    phone = await away.world.connect(away.who, 1, query="?resume=1")
+    frame = client.Resume(epoch=away.epoch, versions={}, is_last=False)
+    await phone.call(frame, server.Resumed)
+    assert phone.events[1:] == []
+    await phone.call(client.Watch(user_ids=[away.ada.ready.user.id]))
+    joined = await phone.event(server.ConversationJoined)
+    assert joined.view.conversation.id == away.group
+
+
+async def test_resume_names_any_number_of_conversations(away: Away) -> None:
+    left = [ConversationId(uuid7()) for _ in range(MAX_RESUMED + 1)]
+    phone = await away.world.connect(away.who, 1, query="?resume=1")
+    with refused(ErrorCode.INVALID, "versions"):
+        await phone.call(client.Resume(epoch=away.epoch, versions=dict.fromkeys(left, 1)))
+    for some, is_last in ((left[:-1], False), (left[-1:], True)):
+        frame = client.Resume(epoch=away.epoch, versions=dict.fromkeys(some, 1), is_last=is_last)
+        assert (await phone.call(frame, server.Resumed)).conversations == 1
+    assert {event.conversation_id for event in phone.events if isinstance(event, server.ConversationLeft)} == set(left)
+    await phone.event(server.ConversationJoined)
 
 
 async def test_heartbeats_have_the_versions_of_active_conversations(settings: Settings) -> None:

@@ -59,8 +59,8 @@ async def start(context: Context) -> None:
 
 
 async def resume(context: Context, frame: Resume) -> Resumed:
-    """Send the difference to `frame.versions`, and everything that the client does not have. Follow all
-    conversations.
+    """Send the difference to `frame.versions`, and follow these conversations. With the last frame, also send and
+    follow those that the client does not have.
     """
     connection = context.connection
     there = await context.services.memberships.submit(context.user_id)
@@ -79,18 +79,21 @@ async def resume(context: Context, frame: Resume) -> Resumed:
             done += len(some)
     else:
         await _start_all_over(context, known, "other_epoch")
-    await _join(context, there.keys() - frame.versions.keys() - set(connection.attached))
+    if frame.is_last:
+        await _join(context, there.keys() - frame.versions.keys() - set(connection.attached))
+    connection.is_partly_resumed = not frame.is_last
     if frame.user_version is not None:
         if is_same_epoch:
             connection.user_version = frame.user_version
         else:
             _start_own_over(context, "other_epoch")
         await _say_own(context)
+    told = there if frame.is_last else {one: there[one] for one in known}
     return Resumed(
         conversations=len(there),
         user_version=connection.user_version,
-        read_positions={one: here.last_read for one, here in there.items() if here.last_read is not None},
-        read_revisions={one: here.revision for one, here in there.items() if here.last_read is not None},
+        read_positions={one: here.last_read for one, here in told.items() if here.last_read is not None},
+        read_revisions={one: here.revision for one, here in told.items() if here.last_read is not None},
     )
 
 
@@ -111,7 +114,8 @@ async def _compare(context: Context, there: Mapping[ConversationId, Membership])
     for _, some in _pages(one for one in connection.attached if one not in there):
         # Other tasks run between pages, and may have sent some of these.
         await _say_left(context, [one for one in some if one in connection.attached])
-    await _join(context, [one for one in there if one not in connection.attached])
+    if not connection.is_partly_resumed:
+        await _join(context, [one for one in there if one not in connection.attached])
 
 
 async def join(context: Context, view: ConversationView) -> None:

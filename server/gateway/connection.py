@@ -83,8 +83,8 @@ class Connection:
     __slots__ = (
         "_deps", "_entering", "_frames", "_gone", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed",
         "_is_counted", "_is_resuming", "_last", "_said", "_slot", "_strikes", "_todo", "_user_news", "_whole",
-        "_worker", "attached", "closed_with", "context", "expires_at", "session_id", "socket", "user_id",
-        "user_version", "watched", "write",
+        "_worker", "attached", "closed_with", "context", "expires_at", "is_partly_resumed", "session_id", "socket",
+        "user_id", "user_version", "watched", "write",
     )  # fmt: skip
 
     def __init__(
@@ -118,6 +118,7 @@ class Connection:
         self._is_closed = False
         self._last: tuple[GoingAway, CloseCode] | None = None
         self._is_resuming = False
+        self.is_partly_resumed = False
         self._has_to_refresh = False
         # The newest sources for the next refresh: own rows, and memberships.
         self._user_news: UserNews | None = None
@@ -266,8 +267,9 @@ class Connection:
 
     async def watch(self, user_ids: Collection[UserId]) -> Mapping[UserId, Presence]:
         """Deliver the presence and the faces of users. Return their presences."""
-        if self._is_resuming and not self.attached:
+        if (self._is_resuming and not self.attached) or self.is_partly_resumed:
             # Otherwise the connection would not notice the end of a conversation through which it sees them.
+            self.is_partly_resumed = False
             self.refresh()
         return {} if self._is_closed else await self._deps.hub.watchers.watch(self, user_ids)
 
