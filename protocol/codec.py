@@ -164,6 +164,11 @@ def is_text_frame(data: bytes) -> bool:
     return len(data) >= size and data[:size] == _header(len(data) - size)
 
 
+def payload(frame: bytes) -> bytes:
+    """Return the payload of a frame that `text_frame` made."""
+    return frame[2 if frame[1] < _SHORT else 4 if frame[1] == _SHORT else 10 :]
+
+
 def _header(size: int) -> bytes:
     if size < _SHORT:
         return bytes((0x81, size))

@@ -387,12 +387,17 @@ class Changes(_Tagged, tag="changes", frozen=True, kw_only=True):
     `receipts` are the read positions, in conversations that share them. `last_read_revision` is that of the user's own
     position, as in `message_read`. Changes that exceed one frame come in several: each starts where the previous one
     ended.
+
+    With `is_partial`, which only large conversations have, changes of other participants are left out. The last
+    `participant_changed` or `participant_left` has the current `participant_count`. To show the participants, request
+    `list_participants` again.
     """
 
     conversation_id: ConversationId
     since: int
     version: int
     events: list[DurableEvent]
+    is_partial: bool = False
     receipts: list[Receipt] = []
     unread_count: int | None = None
     last_read_message_id: MessageId | None = None

@@ -316,8 +316,9 @@ class ConversationSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defau
     """Settings of a conversation.
 
     `history` is what new participants see of earlier messages. `send_role` is the lowest role that may send. In slow
-    mode, members wait `slow_mode_seconds` after each message. With `system_messages`, the server posts joins,
-    departures and changes of settings. New messages expire after `expire_after_seconds`.
+    mode, members wait `slow_mode_seconds` after each message. With `system_messages`, the server posts changes of
+    settings and, in conversations of up to 100 participants, joins and departures. New messages expire after
+    `expire_after_seconds`.
 
     Senders may edit a message for `edit_window_seconds` (0 means never). `edits_visible_to` is who may see earlier
     contents, besides the sender. `custom` is free for clients.

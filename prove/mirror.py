@@ -37,6 +37,8 @@ class Copy:
     """Versions at which users left, so that an older page of participants does not add them again."""
     messages: dict[MessageId, Message] = field(default_factory=dict)
     ignored: list[DurableEvent] = field(default_factory=list)
+    is_partial: bool = False
+    """Whether changes of participants were left out since the copy became incomplete, perhaps during its load."""
     missing: set[int] = field(default_factory=set)
 
 
@@ -219,9 +221,14 @@ class Mirror:
             self._receive_state(PresenceChanged(presence=one))
 
     def loaded(self, conversation_id: ConversationId) -> None:
-        """Mark a conversation as complete, after its history and participants were loaded."""
-        self.unloaded.discard(conversation_id)
-        self.copies[conversation_id].ignored.clear()
+        """Mark a conversation as complete, after its history and participants were loaded. It stays incomplete if
+        changes of participants were left out meanwhile.
+        """
+        copy = self.copies[conversation_id]
+        if not copy.is_partial:
+            self.unloaded.discard(conversation_id)
+            copy.ignored.clear()
+        copy.is_partial = False
 
     def is_behind(self, beat: server.Heartbeat) -> bool:
         """Return whether a heartbeat reveals a lost event."""
@@ -260,6 +267,10 @@ class Mirror:
         for event in frame.events:
             self._apply(copy, event)
         copy.version = frame.version
+        if frame.is_partial:
+            copy.is_partial = frame.conversation_id in self.unloaded
+            copy.participants.clear()
+            self.unloaded.add(frame.conversation_id)
 
     def _receive_event(self, copy: Copy, event: DurableEvent) -> None:
         if event.version > copy.version:

@@ -106,6 +106,9 @@ class Subscriber(Protocol):
     def detach(self, conversation_id: ConversationId) -> None:
         """Stop delivering events of a conversation."""
 
+    def is_crowd(self, conversation_id: ConversationId) -> bool:
+        """Whether the worker leaves out changes of a conversation, because it reaches very many users."""
+
     def say(self, *frames: ServerFrame) -> None:
         """Send frames to this connection alone, in one write. Frames from a handler take tokens as its reply does."""
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from protocol.client import AddParticipants, Invite
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, UserId
-from protocol.limits import MAX_INVITATIONS_SENT
+from protocol.limits import MAX_INVITATIONS_SENT, MAX_SHARED_PARTICIPANTS
 from protocol.roles import Act, may
 from protocol.server import MessageSent
 from protocol.values import Conversation, Message, Participant
@@ -37,6 +37,14 @@ class MembershipChange:
         """Collect the changes of users who joined or were invited."""
         self._entered.update(change.participant.user_id for change in changes)
         self.changes += changes
+
+    async def post_own_move(self, message: SystemMessage) -> None:
+        """Post that the caller joined or left, unless the conversation is large. There, these messages would hide all
+        others.
+        """
+        counts = (self._conversation.participant_count, self.changes[0].participant_count)
+        if max(counts) <= MAX_SHARED_PARTICIPANTS:
+            await self.post_system_message(message)
 
     async def post_system_message(self, message: SystemMessage) -> None:
         """Post a system message about an action of the caller, unless the conversation's settings disable these."""

@@ -266,6 +266,8 @@ async def _say_changes(
 async def _say_difference(context: Context, difference: Difference, reading: Reading, done: int) -> int | None:
     """Send changes, and return the version that they lead to. Return None if the whole conversation was sent."""
     conversation_id = difference.changes.conversation_id
+    if context.connection.is_crowd(conversation_id):
+        difference = difference.of_crowd(context.user_id)
     parts = difference.parts(MAX_PAGE_BYTES) if difference.is_whole else None
     if difference.is_whole and difference.changes.since > difference.current_version:
         await _start_over(context, [conversation_id], "ahead_of_server", done=done)

@@ -265,6 +265,10 @@ class Connection:
         """Stop delivering events of a conversation."""
         self._deps.hub.topics.detach(self, conversation_id)
 
+    def is_crowd(self, conversation_id: ConversationId) -> bool:
+        """Whether the worker leaves out changes of a conversation."""
+        return self._deps.hub.topics.is_crowd(conversation_id)
+
     async def watch(self, user_ids: Collection[UserId]) -> Mapping[UserId, Presence]:
         """Deliver the presence and the faces of users. Return their presences."""
         if (self._is_resuming and not self.attached) or self.is_partly_resumed:

@@ -44,7 +44,7 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
             membership_change.enter(await participants.add(db, conversation.id, [context.user_id], "member", None))
             if frame.invite_code is not None:
                 await invite_codes.use(db, conversation.id)
-            await membership_change.post_system_message(SystemMessage("join", "joined"))
+            await membership_change.post_own_move(SystemMessage("join", "joined"))
             if before is not None:  # The row has another status, or lost its mark.
                 await participants.stamp(db, conversation.id, [context.user_id])
                 await bounds.require_memberships(db, [context.user_id], path)
@@ -103,7 +103,7 @@ async def leave(context: Context, frame: client.Leave) -> Done:
         membership_change = MembershipChange(context, db, conversation)
         membership_change.changes += await participants.leave(db, me)
         if membership_change.changes[0].participant_count:
-            await membership_change.post_system_message(SystemMessage("leave", "left"))
+            await membership_change.post_own_move(SystemMessage("leave", "left"))
     membership_change.tell()
     return Done()
 

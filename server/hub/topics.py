@@ -3,6 +3,9 @@
 A durable event is delivered once, in the order of its conversation's versions. An early one is held until the events
 before it arrive or are fetched. Events of this worker's handlers, of the bus and of PostgreSQL all pass through
 `accept`.
+
+In a crowd, changes of participants, reactions and votes are gathered, and leave together once a second
+(`server/core/crowds.py`). Messages do not wait. The gathered changes precede them.
 """
 
 import asyncio
@@ -13,15 +16,18 @@ from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
-from protocol.codec import encode, text_frame
+from protocol.codec import encode, payload, text_frame
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import EVERYONE, ConversationId, UserId
-from protocol.server import ConversationLeft, ServerFrame
+from protocol.limits import MAX_SHARED_PARTICIPANTS
+from protocol.server import Changes, ConversationLeft
+from server.core.crowds import Change
 from server.core.errors import log_failure
 from server.hub.backlog import Backlog
 from server.hub.bus import Bus
 from server.hub.delivery_times import DeliveryTimes
 from server.hub.entries import NOBODY
+from server.hub.gathered import Gathered
 from server.hub.online_users import OnlineUsers, Socket
 from server.hub.rounds import follow_up
 
@@ -35,8 +41,10 @@ MAX_EARLY = 256
 """Max early events that are kept, per conversation. Others are fetched."""
 LINGER_SECONDS = 30.0
 """Time for which the worker follows a conversation without sockets, in seconds."""
-CROWD, WRITE_PAUSE_FACTOR = 50, 2.0
-"""With at least `CROWD` sockets, a busy conversation pauses after a write for `WRITE_PAUSE_FACTOR` times its duration.
+CROWD_SECONDS = 1.0
+"""Min interval between deliveries of changes that are gathered, per crowd, in seconds."""
+MANY_SOCKETS, WRITE_PAUSE_FACTOR = 50, 2.0
+"""With at least `MANY_SOCKETS`, a busy conversation pauses after a write for `WRITE_PAUSE_FACTOR` times its duration.
 """
 
 log = logging.getLogger(__name__)
@@ -45,7 +53,7 @@ log = logging.getLogger(__name__)
 class Fetched(NamedTuple):
     """A `changes` event, the version that it leads to, and the users who left by it."""
 
-    changes: ServerFrame
+    changes: Changes
     version: int
     gone: Sequence[UserId]
 
@@ -64,8 +72,8 @@ class Topic:
     """A conversation that this worker follows."""
 
     __slots__ = (
-        "behind", "changed_at", "channel", "delivered", "delivery_times", "early", "fetch", "id", "joining", "opening",
-        "pending", "quiet_at", "rests_until", "sockets",
+        "behind", "changed_at", "channel", "delivered", "delivery_times", "early", "fetch", "gathered", "gathers_until",
+        "id", "joining", "opening", "pending", "quiet_at", "release", "rests_until", "sockets",
     )  # fmt: skip
 
     def __init__(self, conversation_id: ConversationId) -> None:
@@ -73,12 +81,16 @@ class Topic:
         self.channel = channel(conversation_id)
         self.delivered = 0
         self.sockets: dict[Socket, Callable[[bytes], None]] = {}
-        # Sockets that were sent a version which is not delivered yet. They receive later events only.
+        # Sockets that were sent a version which is not written to the others yet. They receive later events only.
         self.joining: dict[Socket, int] = {}
         # Sockets that are reading a version which may be outdated by then, with the events delivered meanwhile.
         self.behind: dict[Socket, Backlog] = {}
         self.early: dict[int, tuple[bytes, bytes]] = {}
         self.pending: list[bytes] = []
+        # Delivered changes of a crowd that are not written yet. They are later than `pending`.
+        self.gathered: Gathered | None = None
+        self.gathers_until = 0.0
+        self.release: asyncio.TimerHandle | None = None
         self.delivery_times: DeliveryTimes | None = None
         self.fetch: asyncio.Task[None] | None = None
         self.opening: asyncio.Task[None] | None = None
@@ -181,8 +193,8 @@ class Topics:
         if missed:
             self.delivered += len(missed)
             socket.write(b"".join(missed))
-        if topic.delivered < version:
-            topic.joining[socket] = version
+        if topic.delivered < version or topic.gathered is not None:
+            topic.joining[socket] = max(topic.delivered, version)
         else:
             topic.sockets[socket] = socket.write
         return True
@@ -217,7 +229,16 @@ class Topics:
         topics = [self._topics[conversation_id] for conversation_id in conversation_ids]
         for topic in topics:
             self._flush(topic)  # a delivered version that is not written yet must not look lost
-        return {topic.id: topic.delivered for topic in topics if topic.changed_at > since}
+        return {
+            topic.id: topic.delivered if topic.gathered is None else topic.gathered.since
+            for topic in topics
+            if topic.changed_at > since
+        }
+
+    def is_crowd(self, conversation_id: ConversationId) -> bool:
+        """Whether a conversation is a crowd at this worker."""
+        topic = self._topics.get(conversation_id)
+        return topic is not None and _is_crowd(topic)
 
     # ---------------------------------------------------------------------------------------- order of versions
 
@@ -251,13 +272,27 @@ class Topics:
             self._fetch_soon(topic, GAP_SECONDS)
 
     def _deliver(self, topic: Topic, version: int, frame: bytes, gone: bytes) -> None:
-        self._advance(topic, version, frame)
+        self._advance(topic, version, frame, map(payload, (frame,)))
         if gone != NOBODY:
             self._drop(topic, UserId(UUID(bytes=gone)))
 
-    def _advance(self, topic: Topic, version: int, frame: bytes) -> None:
+    def _advance(self, topic: Topic, version: int, frame: bytes, events: Iterable[bytes]) -> None:
+        """Deliver a WebSocket frame that leads to `version`. `events` are its durable events, as JSON."""
+        since = topic.delivered
         for backlog in topic.behind.values():
-            backlog.add(topic.delivered, version, frame)
+            backlog.add(since, version, frame)
+        if topic.delivery_times is None:
+            topic.delivery_times = DeliveryTimes(since)
+        topic.delivery_times.add(version, time.time())
+        topic.delivered = version
+        topic.changed_at = self._loop.time()
+        is_large = len(topic.sockets) + len(topic.joining) > MAX_SHARED_PARTICIPANTS
+        if not is_large or not self._gather(topic, since, events):
+            self._write(topic, version, frame)
+
+    def _write(self, topic: Topic, version: int, frame: bytes) -> None:
+        """Write a frame that leads to `version` with the next flush."""
+        self._release(topic)
         ready = [socket for socket, since in topic.joining.items() if since < version]
         if ready:
             # Pending frames are older than the versions of these sockets.
@@ -265,12 +300,53 @@ class Topics:
             for socket in ready:
                 del topic.joining[socket]
                 topic.sockets[socket] = socket.write
-        if topic.delivery_times is None:
-            topic.delivery_times = DeliveryTimes(topic.delivered)
-        topic.delivery_times.add(version, time.time())
-        topic.delivered = version
-        topic.changed_at = self._loop.time()
         self._enqueue(topic, frame)
+
+    def _gather(self, topic: Topic, since: int, events: Iterable[bytes]) -> bool:
+        """Gather the events after the version `since`, if the conversation is a crowd. Return False if they have to be
+        written as they are: messages, and changes after `CROWD_SECONDS` without one.
+        """
+        now = self._loop.time()
+        changes = [(Change.of(event), event) for event in events]
+        can_wait = all(change.subject is not None for change, _ in changes)
+        if len(changes) != 1:
+            self._release(topic)  # together they might not fit into a frame
+        elif not can_wait:
+            return False
+        elif topic.gathered is None and now >= topic.gathers_until:
+            topic.gathers_until = now + CROWD_SECONDS
+            return False
+        if topic.gathered is None:
+            if not _is_crowd(topic):
+                return False
+            topic.gathered = Gathered(topic.id, since)
+        topic.gathered.add(topic.delivered, changes)
+        if not can_wait or topic.gathered.is_full or now >= topic.gathers_until:
+            self._release(topic)
+        elif topic.release is None:
+            topic.release = self._loop.call_later(topic.gathers_until - now, self._release, topic)
+        return True
+
+    def _release(self, topic: Topic) -> None:
+        """Write the gathered changes. Sockets that have some of them already receive the others."""
+        gathered, topic.gathered = topic.gathered, None
+        if topic.release is not None:
+            topic.release.cancel()
+            topic.release = None
+        if gathered is None:
+            return
+        self._flush(topic)
+        topic.gathers_until = self._loop.time() + CROWD_SECONDS
+        for socket, write in topic.sockets.items():
+            write(gathered.frame(socket.user_id, gathered.since))
+        self.delivered += len(topic.sockets)
+        for socket, since in list(topic.joining.items()):
+            if since <= gathered.version:
+                del topic.joining[socket]
+                topic.sockets[socket] = socket.write
+            if since < gathered.version:
+                self.delivered += 1
+                socket.write(gathered.frame(socket.user_id, since))
 
     def _drop(self, topic: Topic, user_id: UserId) -> None:
         sockets = (
@@ -317,7 +393,8 @@ class Topics:
             if fetched is None or fetched.version <= since:
                 return False
             self.fetched += 1
-            self._advance(topic, fetched.version, text_frame(encode(fetched.changes)))
+            frame = text_frame(encode(fetched.changes))
+            self._advance(topic, fetched.version, frame, map(encode, fetched.changes.events))
             for user_id in fetched.gone:
                 self._drop(topic, user_id)
             self._drain(topic)
@@ -363,7 +440,7 @@ class Topics:
     def close(self) -> None:
         """Cancel fetches and openings."""
         for topic in self._topics.values():
-            for task in (topic.fetch, topic.opening):
+            for task in (topic.fetch, topic.opening, topic.release):
                 if task is not None:
                     task.cancel()
 
@@ -376,8 +453,9 @@ class Topics:
     def _close(self, topic: Topic) -> None:
         if self._topics.pop(topic.id, None) is not None:
             self._bus.unsubscribe(topic.channel)
-        if topic.fetch is not None:
-            topic.fetch.cancel()
+        for task in (topic.fetch, topic.release):
+            if task is not None:
+                task.cancel()
 
     # --------------------------------------------------------------------------------------- writes to sockets
 
@@ -407,9 +485,14 @@ class Topics:
         for write in topic.sockets.values():
             write(data)
         ended = time.monotonic()
-        if len(pending) > 1 and len(topic.sockets) >= CROWD:
+        if len(pending) > 1 and len(topic.sockets) >= MANY_SOCKETS:
             # The conversation is busy. Events during the pause leave in one write per socket, and other tasks run.
             topic.rests_until = ended + WRITE_PAUSE_FACTOR * (ended - began)
+
+
+def _is_crowd(topic: Topic) -> bool:
+    """Whether a topic has sockets of more than `MAX_SHARED_PARTICIPANTS` users. All of them are participants."""
+    return len({socket.user_id for socket in (*topic.sockets, *topic.joining)}) > MAX_SHARED_PARTICIPANTS
 
 
 def channel(conversation_id: ConversationId) -> bytes:

@@ -13,6 +13,7 @@ from protocol.ids import EVERYONE, ConversationId, MessageId, UserId
 from protocol.limits import MAX_CHANGES_BYTES
 from protocol.server import Changes, DurableEvent
 from protocol.values import Receipt
+from server.core.crowds import Change, Crowd
 from server.db.database import Db
 from server.db.rows import Reader, Undecoded
 from server.queries.presence import UNSEEN
@@ -175,6 +176,13 @@ class Difference(NamedTuple):
             msgspec.structs.replace(self.changes, since=start, version=end, events=part)
             for start, end, part in zip(starts, ends, parts, strict=False)
         ]
+
+    def of_crowd(self, user_id: UserId) -> "Difference":
+        """Return what a user receives of the changes of a crowd."""
+        events = self.changes.events
+        places, is_partial = Crowd([Change.of(encode(event)) for event in events]).delivered(user_id)
+        some = msgspec.structs.replace(self.changes, events=[events[place] for place in places], is_partial=is_partial)
+        return self._replace(changes=some)
 
     @property
     def is_whole(self) -> bool:
