@@ -500,17 +500,32 @@ CREATE TABLE push_endpoint (
 CREATE INDEX push_endpoint_user_idx ON push_endpoint (user_id);
 CREATE INDEX push_endpoint_session_idx ON push_endpoint (session_id);
 
--- The words of each message that has words, for search. The statement that writes the message writes them. They have
--- their own table, so that reactions and replies, which update the message's row, do not update the index of words.
+-- The words of each message that has words, for search. A job adds them after the send (search_queue). The statement
+-- that edits, hides or deletes a message changes them immediately. They have their own table, so that reactions and
+-- replies, which update the message's row, do not update the index of words.
 CREATE TABLE message_search (
     message_id uuid CONSTRAINT message_search_pkey PRIMARY KEY,
     conversation_id uuid NOT NULL,
     created_at timestamptz NOT NULL,
     words tsvector NOT NULL
 );
--- GIN collects new entries in a pending list. The sender who fills it merges it while holding the lock of a
--- conversation. So the list is large, and a job merges it (server/queries/search_index.py).
+-- GIN collects new entries in a pending list. The statement that fills it merges it while it holds the locks of
+-- messages. So the list is large, and a job merges it (server/queries/search_index.py).
 CREATE INDEX message_search_words_idx ON message_search USING gin (words) WITH (gin_pending_list_limit = 32768);
+
+-- Messages that wait for a job to add their words, one row per statement that sent some. The transaction that adds the
+-- words deletes the row.
+CREATE TABLE search_queue (
+    -- A transaction id after that of the row's own transaction. So a job that has read all rows does not read those
+    -- again that it deleted, even while an old snapshot keeps them (server/queries/search_index.py).
+    before_xid xid8 NOT NULL DEFAULT pg_snapshot_xmax(pg_current_snapshot()),
+    message_ids uuid[] NOT NULL
+)
+-- Its rows live for less than a second.
+WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
+CREATE INDEX search_queue_idx ON search_queue (before_xid);
+-- It has no key, and logical replication needs to identify deleted rows.
+ALTER TABLE search_queue REPLICA IDENTITY FULL;
 
 CREATE TABLE attachment (
     id uuid CONSTRAINT attachment_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
@@ -1171,27 +1186,25 @@ CREATE FUNCTION send_messages(input json, passes_held boolean, patience text) RE
 #variable_conflict use_column
 DECLARE
     items outgoing_message[];
-    words tsvector[];
+    candidates boolean[];
     asked uuid[];
     locked uuid[];
     taken uuid[];
     judged send_outcome[];
     has_replies boolean;
     has_slow boolean;
+    has_mentions boolean;
     root_ids uuid[];
     reply_counts integer[];
     thread_orders integer[];
 BEGIN
-    -- 1. Words. They take up to 6 ms, so under the lock everyone in the conversation would wait for them. Messages of
-    --    users who may not send get none. Their conversations are not locked, so they delay nobody (0065).
-    SELECT array_agg(i), array_agg(
-            CASE WHEN p.is_candidate
-                THEN search_words(i.conversation_id, i.content, i.payload, i.mentions, i.loud_mentions, i.hashtags) END
-        ), array_agg(i.message_id)
-    INTO items, words, taken
+    -- 1. Users who may send. The conversations of others are not locked, so they delay nobody (0065).
+    SELECT array_agg(i), array_agg(coalesce(p.is_candidate, false)), array_agg(i.message_id),
+        bool_or(i.mentions <> '{}')
+    INTO items, candidates, taken, has_mentions
     FROM json_populate_recordset(NULL::outgoing_message, input) i
     LEFT JOIN LATERAL sender_part(i.conversation_id, i.sender_id) p ON true;
-    asked := ARRAY(SELECT i.conversation_id FROM unnest(words, items) i (words) WHERE i.words IS NOT NULL);
+    asked := ARRAY(SELECT i.conversation_id FROM unnest(candidates, items) i (is_candidate) WHERE i.is_candidate);
 
     -- 2. Locks. Changes of roles, settings and blocks take the same ones. So the results of the next step stay true
     --    until the commit.
@@ -1224,14 +1237,14 @@ BEGIN
                     WHEN i.forwarded_from_id IS NOT NULL AND NOT may_forward_now(i.sender_id, i.forwarded_from_id,
                         i.source_conversation_id, i.source_edited_at) THEN 'source_changed'
                     WHEN p.wait_ms > 0 THEN 'slow'
-                    WHEN i.words IS NULL OR (p.obstacle = 'slow' AND EXISTS (
+                    WHEN NOT i.is_candidate OR (p.obstacle = 'slow' AND EXISTS (
                         SELECT FROM unnest(items) o
                         WHERE o.conversation_id = i.conversation_id AND o.sender_id = i.sender_id AND o.place < i.place
                     )) THEN 'changed'
                     WHEN i.conversation_id <> ALL(locked) THEN 'held'
                     ELSE 'stored'
                 END AS outcome
-            FROM unnest(words, items) i (words)
+            FROM unnest(candidates, items) i (is_candidate)
             LEFT JOIN LATERAL sender_part(i.conversation_id, i.sender_id) p ON true
             LEFT JOIN LATERAL message_in(i.conversation_id, i.parent_message_id) parent
                 ON NOT parent.is_deleted AND parent.sent_version > p.visible_after
@@ -1282,7 +1295,8 @@ BEGIN
         INTO root_ids, reply_counts, thread_orders FROM roots r;
     END IF;
 
-    -- 6. The messages, and their words for search.
+    -- 6. The messages, which wait for a job to add their words. Words take up to 6 ms. The feed and the badge find
+    --    mentioned users by the search index, so these are added here.
     INSERT INTO message (id, conversation_id, sender_id, content, content_type, payload, formatted_content, mentions,
         loud_mentions, hashtags, metadata, parent_message_id, thread_root_id, thread_order, also_in_conversation,
         quoted_message_id, forwarded_from_id, forwarded_sender_id, poll_counts, expires_at, sent_version, version,
@@ -1295,9 +1309,14 @@ BEGIN
     FROM unnest(items, judged) s
     LEFT JOIN unnest(root_ids, thread_orders) r (id, thread_order) ON r.id = s.root_id
     WHERE s.outcome = 'stored';
-    INSERT INTO message_search (message_id, conversation_id, created_at, words)
-    SELECT s.message_id, s.conversation_id, s.created_at, s.words FROM unnest(words, items, judged) s (words)
-    WHERE s.outcome = 'stored';
+    INSERT INTO search_queue (message_ids)
+    SELECT array_agg(s.message_id) FROM unnest(items, judged) s WHERE s.outcome = 'stored' HAVING count(*) > 0;
+    IF has_mentions THEN
+        INSERT INTO message_search (message_id, conversation_id, created_at, words)
+        SELECT s.message_id, s.conversation_id, s.created_at,
+            search_words(s.conversation_id, '', NULL, s.mentions, '{}', '{}')
+        FROM unnest(items, judged) s WHERE s.outcome = 'stored' AND s.mentions <> '{}';
+    END IF;
 
     RETURN QUERY SELECT s.place, s.outcome, s.wait_ms, s.version, s.created_at, s.expires_at, s.root_id, r.reply_count,
         coalesce(r.thread_order - s.from_last + 1, 0)::integer
@@ -1638,7 +1657,6 @@ BEGIN
 
     -- 4. The copies. A message that a user deleted loses its expiry, too.
     DELETE FROM message_edit e WHERE e.message_id = ANY(gone) AND (e.conversation_id = ANY(locked)) IS TRUE;
-    DELETE FROM message_search s WHERE s.message_id = ANY(gone) AND (s.conversation_id = ANY(locked)) IS TRUE;
     UPDATE scheduled_message s SET words = '{"content": ""}'
     WHERE s.id = ANY(gone) AND (s.conversation_id = ANY(locked)) IS TRUE;
     UPDATE message m SET expires_at = NULL
@@ -1672,6 +1690,10 @@ BEGIN
         WHERE o.root = d.thread_root_id AND o.version > d.version
     )::integer, d.is_from_before
     FROM deleted d ORDER BY d.conversation_id, d.version;
+
+    -- 6. Their words, after the messages. The job that adds words locks a message until it commits, so what it added
+    --    before is seen here, and it adds none to a deleted message.
+    DELETE FROM message_search s WHERE s.message_id = ANY(gone) AND (s.conversation_id = ANY(locked)) IS TRUE;
 
     RETURN QUERY SELECT a.id, NULL::json, NULL::integer, NULL::boolean FROM unnest(conversations) a (id)
     WHERE a.id <> ALL(locked);
@@ -1944,6 +1966,7 @@ ALTER TABLE draft ENABLE ROW LEVEL SECURITY;
 ALTER TABLE scheduled_message ENABLE ROW LEVEL SECURITY;
 ALTER TABLE push_endpoint ENABLE ROW LEVEL SECURITY;
 ALTER TABLE message_search ENABLE ROW LEVEL SECURITY;
+ALTER TABLE search_queue ENABLE ROW LEVEL SECURITY;
 ALTER TABLE server_key ENABLE ROW LEVEL SECURITY;
 ALTER TABLE attachment ENABLE ROW LEVEL SECURITY;
 ALTER TABLE user_relationship ENABLE ROW LEVEL SECURITY;

@@ -60,6 +60,7 @@ SELECT 'votes of ' || m.id FROM message m WHERE m.poll_counts IS NOT NULL AND (
 UNION ALL
 SELECT 'search words of ' || m.id FROM message m LEFT JOIN message_search s ON s.message_id = m.id
 WHERE (s.message_id IS NOT NULL) <> (NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message)
+    AND (s.message_id IS NOT NULL OR m.id NOT IN (SELECT unnest(q.message_ids) FROM search_queue q))
 UNION ALL
 SELECT 'reactions to ' || m.id FROM message m WHERE reactions <> coalesce((
     SELECT jsonb_object_agg(emoji, n) FROM (

@@ -187,6 +187,8 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     """Pushes a message to users who have not read it after some seconds."""
     previews: AfterSend
     """Fetches the preview of a message's link."""
+    search_indexer: AfterSend
+    """Adds the words of a message to the search index."""
     writes: Tokens
     """The write limit, for frames whose handler knows their cost."""
     new_endpoints: Tokens

@@ -202,14 +202,14 @@ async def test_message_whose_id_is_taken_concurrently_causes_one_statement_for_t
         assert await stage.statements(good) == 1
 
 
-# Finding the words of one message waits for an advisory lock.
+# Storing one message waits for an advisory lock.
 SLOW = """
-ALTER FUNCTION search_words RENAME TO words_of;
-CREATE FUNCTION search_words(uuid, text, jsonb, uuid[], text[], text[]) RETURNS tsvector LANGUAGE plpgsql AS $$
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    IF $2 = 'Slow' THEN PERFORM pg_advisory_xact_lock_shared(64); END IF;
-    RETURN words_of($1, $2, $3, $4, $5, $6);
-END $$
+    PERFORM pg_advisory_xact_lock_shared(64);
+    RETURN new;
+END $$;
+CREATE TRIGGER slow BEFORE INSERT ON message FOR EACH ROW WHEN (new.content = 'Slow') EXECUTE FUNCTION slow()
 """
 
 

@@ -16,6 +16,7 @@ SELECT user_id, id, 'https://push.example.org/' || id, '', '' FROM session
 
 async def count_results(world: World, one: Client, me: UserSession, message_id: MessageId) -> dict[str, int]:
     """Return the number of results of each frame about all conversations of a user, and of notifications."""
+    await world.indexed()
     lists: dict[str, tuple[client.Frame, type[Any], str]] = {
         "search": (client.Search(text="engine"), server.SearchPage, "hits"),
         "search, mentions": (client.Search(mentions_me=True), server.SearchPage, "hits"),

@@ -243,12 +243,12 @@ WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lo
 async def test_words_of_a_message_are_found_before_its_conversation_is_locked(room: Room, world: World) -> None:
     """Words are found only once, since they take longer than the rest for a large message."""
     said = await sent(room.charles, room.group, "Hello")
+    await world.indexed()
     place: Any = {"conversation_id": room.group, "message_id": said}
     frames: tuple[tuple[Client, client.Frame], ...] = (
         (room.charles, client.Edit(**place, content="Hello engine")),
         (room.ada, client.Moderate(**place, reason="Rude")),
         (room.ada, client.Unmoderate(**place)),
-        (room.ada, message(room.group, content="Hello")),
     )
     await world.db.execute(COUNT_CALLS)
     counts = []
@@ -262,8 +262,7 @@ async def test_words_of_a_message_are_found_before_its_conversation_is_locked(ro
             before = await world.db.fetchval(FOUND)
         await asked
         counts.append((before, await world.db.fetchval(FOUND)))
-    # A message to a locked conversation is first tried without waiting.
-    assert counts == [(1, 1), (1, 1), (2, 2), (4, 4)]
+    assert counts == [(1, 1), (1, 1), (2, 2)]
     for words in ("engine", "hello"):
         found = await room.ada.call(client.Search(text=words), server.SearchPage)
         assert said in [hit.message.id for hit in found.hits], words

@@ -57,6 +57,7 @@ NEEDED_BY = {
     "report_conversation_idx": "moderation.REPORTS",
     "report_open_idx": "moderation.DISMISS",
     "report_reporter_idx": "erasure.CLEAR_REPORTS",
+    "search_queue_idx": "search_index.WAITING",
     "scheduled_message_over_idx": "scheduled.FORGET",
     "scheduled_message_sender_idx": "erasure.FORGET_SCHEDULED",
     "scheduled_message_turn_idx": "scheduled.WALK",

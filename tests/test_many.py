@@ -331,6 +331,7 @@ async def test_search_and_feed_read_the_latest_conversations(room: Room, world: 
     there = {one: await sent(room.charles, one, "Found @everyone") for one in (old, new)}
     named = await sent(room.charles, old, "Hello @Ada")
     await world.db.execute("UPDATE conversation SET last_activity_at = '2020-01-01' WHERE id = $1", old)
+    await world.indexed()
     found = await ada.call(client.Search(text="found"), server.SearchPage)
     assert ([hit.message.id for hit in found.hits], found.is_partial) == ([there[new]], True)
     found = await ada.call(client.Search(text="found", conversation_id=old), server.SearchPage)

@@ -116,6 +116,7 @@ WHY = {
         "messages.REPLIES": "message_reaction(message_id, user_id)",
     },
     "a job, page by page": {
+        "search_index.WAITING": "search_queue()",
         "invitations.END": "conversation_participant(conversation_id)",
         "erasure.TAKES_PART": "conversation_participant(user_id)",
         "audit.FORGET": "audit_entry(chain)",

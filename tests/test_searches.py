@@ -29,9 +29,10 @@ async def found(one: Client, text: str | None = None, **fields: Any) -> list[str
     return [hit.message.content for hit in page.hits]
 
 
-async def test_search_finds_words_and_prefixes(room: Room) -> None:
+async def test_search_finds_words_and_prefixes(room: Room, world: World) -> None:
     for content in ("The Analytical Engine", "An engine of difference", "Looms"):
         await sent(room.ada, room.group, content)
+    await world.indexed()
     assert await found(room.charles, "engine") == ["An engine of difference", "The Analytical Engine"]
     assert await found(room.charles, "ENG anal") == ["The Analytical Engine"]
     assert await found(room.charles, "gine") == []
@@ -45,6 +46,7 @@ async def test_search_finds_words_and_prefixes(room: Room) -> None:
 async def test_search_finds_only_visible_messages(room: Room, world: World) -> None:
     message_id = await sent(room.ada, room.group, "Secret engine")
     stranger = await world.connect(await world.user("Stranger"))
+    await world.indexed()
     assert await found(stranger, "engine") == []
     assert await found(stranger, "engine", conversation_id=room.group) == []
     await world.moderate_as_owner(client.Moderate(**room.at(message_id), reason="Rude"))
@@ -61,6 +63,7 @@ async def test_search_finds_only_visible_messages(room: Room, world: World) -> N
     await sent(room.ada, about, "Before he came: engine")
     await room.charles.call(client.Join(conversation_id=about))
     await sent(room.ada, about, "After he came: engine")
+    await world.indexed()
     assert await found(room.charles, "engine") == ["After he came: engine"]
 
 
@@ -75,6 +78,7 @@ async def test_each_filter_restricts_the_results(room: Room, world: World) -> No
     await room.ada.call(client.Pin(**room.at(root)))
     charles = room.users[1].id
     here: dict[str, Any] = {"conversation_id": room.group}
+    await world.indexed()
     assert await found(room.ada, "engine", conversation_id=other) == ["engine elsewhere"]
     assert await found(room.ada, "engine", sender_id=charles, **here) == ["engine poll", "engine @ada", "engine reply"]
     assert await found(room.ada, "engine", content_type="poll") == ["engine poll"]
@@ -95,9 +99,10 @@ async def test_each_filter_restricts_the_results(room: Room, world: World) -> No
 
 
 @pytest.mark.parametrize("order", ["newest", "relevance"])
-async def test_pages_do_not_shift_when_messages_are_added(room: Room, order: str) -> None:
+async def test_pages_do_not_shift_when_messages_are_added(room: Room, world: World, order: str) -> None:
     for number in range(7):
         await sent(room.ada, room.group, "engine " * (1 + number % 3) + str(number))
+    await world.indexed()
     everything = await found(room.charles, "engine", order=order)
     assert len(everything) == 7
     if order == "relevance":
@@ -115,8 +120,9 @@ async def test_pages_do_not_shift_when_messages_are_added(room: Room, order: str
     assert (seen, after) == (everything, None)
 
 
-async def test_matches_are_highlighted(room: Room) -> None:
+async def test_matches_are_highlighted(room: Room, world: World) -> None:
     await sent(room.ada, room.group, "Before \x02 it, the engine; after it, engines")
+    await world.indexed()
     page = await room.charles.call(client.Search(text="engine"), server.SearchPage)
     (hit,) = page.hits
     assert hit.snippet[1::2] == ["engine", "engines"]
@@ -132,8 +138,9 @@ class TestInEnglish:
     def settings(self, settings: Settings) -> Settings:
         return msgspec.structs.replace(settings, search_language="english")
 
-    async def test_words_with_the_same_stem_match(self, room: Room) -> None:
+    async def test_words_with_the_same_stem_match(self, room: Room, world: World) -> None:
         await sent(room.ada, room.group, "They were weaving")
+        await world.indexed()
         assert await found(room.charles, "weaves") == ["They were weaving"]
         assert await found(room.charles, "the weaver") == []
         assert await found(room.charles, "the") == [], "a stop word matches nothing"
@@ -247,44 +254,51 @@ async def test_user_with_slow_searches_waits_between_them(settings: Settings) ->
             await third.call(client.Search(text="engine"))
 
 
-async def test_word_of_two_letters_is_not_a_prefix(room: Room) -> None:
+async def test_word_of_two_letters_is_not_a_prefix(room: Room, world: World) -> None:
     await sent(room.ada, room.group, "An engine")
+    await world.indexed()
     assert await found(room.charles, "an engi") == ["An engine"]
     assert await found(room.charles, "en") == []
     await sent(room.ada, room.group, "日本語")
+    await world.indexed()
     assert await found(room.charles, "日") == ["日本語"]
 
 
-async def test_snippet_of_a_long_message_contains_the_match(room: Room) -> None:
+async def test_snippet_of_a_long_message_contains_the_match(room: Room, world: World) -> None:
     await sent(room.ada, room.group, "loom " * 1_500 + "the Engine " + "loom " * 400)
+    await world.indexed()
     page = await room.charles.call(client.Search(text="engi"), server.SearchPage)
     assert "Engine" in page.hits[0].snippet[1::2]
 
 
-async def test_words_are_found_between_any_punctuation(room: Room) -> None:
+async def test_words_are_found_between_any_punctuation(room: Room, world: World) -> None:
     said = "See report-v2.pdf, ada@example.org, src/engines/loom_card.py; <b>3.14</b>"
     await sent(room.ada, room.group, said)
     for text in ("pdf", "report v2", "report-v2.pdf", "example.org", "ada@example.org", "loom_card.py", "3.14"):
+        await world.indexed()
         assert await found(room.charles, text) == [said], text
 
 
-async def test_queries_and_messages_are_split_into_the_same_words(room: Room) -> None:
+async def test_queries_and_messages_are_split_into_the_same_words(room: Room, world: World) -> None:
     """Accents, vowel signs and joiners are part of words; a superscript is not."""
     for said in ("e\u0301tude", "हिन्दी भाषा", "می\u200cخو", "กินข้าว", "x²y", "loom_card_a"):
         await sent(room.ada, room.group, said)
+        await world.indexed()
         assert await found(room.charles, said) == [said], said
 
 
-async def test_word_with_underscores_is_split(room: Room) -> None:
+async def test_word_with_underscores_is_split(room: Room, world: World) -> None:
     """Otherwise 255 characters could hold more than `MAX_WORDS` words, and prefixes of one letter."""
     await sent(room.ada, room.group, "apple banana")
+    await world.indexed()
     assert await found(room.charles, "a_b") == []
     assert search_text.query("a_b_" * 60, prefix=3) == " & ".join("ab" * 5)
 
 
-async def test_snippet_keeps_punctuation_and_highlights_words(room: Room) -> None:
+async def test_snippet_keeps_punctuation_and_highlights_words(room: Room, world: World) -> None:
     said = "<b>See</b> report-v2.pdf \x01& ada@example.org/loom_card &amp; <!-- the rest --> \\1 \\\\& it's"
     await sent(room.ada, room.group, said)
+    await world.indexed()
     page = await room.charles.call(client.Search(text="see pdf card it"), server.SearchPage)
     assert "".join(page.hits[0].snippet) == said.replace("\x01", "").removeprefix("<b>").removesuffix("'s")
     assert page.hits[0].snippet[1::2] == ["See", "pdf", "card", "it"]

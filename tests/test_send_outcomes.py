@@ -154,7 +154,8 @@ STORED = """
 SELECT json_agg(to_jsonb(m) - '{created_at,updated_at,expires_at}'::text[] ORDER BY m.id),
     (SELECT json_agg(ARRAY[c.id::text, c.version::text, c.message_count::text] ORDER BY c.id) FROM conversation c),
     (SELECT json_agg(to_jsonb(t) - '{updated_at}'::text[] ORDER BY t.root_id, t.user_id) FROM thread_follow t),
-    (SELECT json_agg(ARRAY[s.message_id::text, s.words::text] ORDER BY s.message_id) FROM message_search s)
+    (SELECT json_agg(ARRAY[s.message_id::text, s.words::text] ORDER BY s.message_id) FROM message_search s),
+    (SELECT json_agg(i ORDER BY i) FROM search_queue q CROSS JOIN unnest(q.message_ids) i)
 FROM message m
 """
 
@@ -163,6 +164,7 @@ FROM message m
 async def test_batch_stores_the_same_as_single_messages(stage: Stage, seed: int) -> None:
     dice = random.Random(seed)
     db = stage.world.db
+    await stage.world.indexed()
     makers = [make for _, make in WAYS]
     for _ in range(8):
         batch = [make(stage) for make in dice.choices(makers, k=dice.randint(1, 24))]
@@ -257,20 +259,20 @@ async def test_right_granted_before_the_lock_is_found_on_retry(stage: Stage) -> 
     await db.execute(PROMOTE)
     (outcome,) = await sending.send(db, [stage.out(stage.announcements)])
     assert reason(outcome) == "role"
-    batch = [stage.out(stage.announcements), stage.out(stage.announcements, stage.ada, content="Promote")]
+    batch = [stage.out(stage.announcements), stage.out(stage.announcements, stage.ada)]
     assert [reason(one) for one in await sending.send(db, batch)] == ["changed", "stored"]
     assert [reason(one) for one in await sending.send(db, batch)] == ["stored", "duplicate"]
 
 
 PROMOTE = """
-ALTER FUNCTION search_words RENAME TO words_of;
-CREATE FUNCTION search_words(uuid, text, jsonb, uuid[], text[], text[]) RETURNS tsvector LANGUAGE plpgsql AS $$
+ALTER FUNCTION lock_conversations RENAME TO locked_of;
+CREATE FUNCTION lock_conversations(uuid[], boolean) RETURNS uuid[] LANGUAGE plpgsql AS $$
 BEGIN
-    IF $2 = 'Promote' THEN UPDATE public.conversation_participant SET role = 'admin' WHERE conversation_id = $1; END IF;
-    RETURN words_of($1, $2, $3, $4, $5, $6);
+    UPDATE public.conversation_participant SET role = 'admin' WHERE conversation_id = ANY($1);
+    RETURN public.locked_of($1, $2);
 END $$
 """
-"""A replacement of `search_words()` that changes roles."""
+"""A replacement of `lock_conversations()` that changes roles."""
 
 
 async def test_unknown_sender_has_no_access(stage: Stage) -> None:

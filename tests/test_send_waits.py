@@ -13,7 +13,7 @@ from server.db.database import speak
 from server.ops.progress import Progress
 from server.ops.reindex import rebuild_search_index
 from server.queries import batches, sending
-from server.queries.sending import Outgoing, Source
+from server.queries.sending import Derived, Outgoing, Source
 from tests.world import World, are_stored, message, refused, sent
 
 OTHERS = 40
@@ -34,6 +34,7 @@ HOLD = {
     "message_search": {
         "id": "INSERT INTO message_search (message_id, conversation_id, created_at, words) VALUES ($7, $1, now(), '')"
     },
+    "search_queue": {},  # messages insert rows, which no other transaction can hold
     "thread_follow": {
         "author": "UPDATE thread_follow SET is_following = false WHERE root_id = $2 AND user_id = $3",
         "sender": "UPDATE thread_follow SET is_following = false WHERE root_id = $2 AND user_id = $4",
@@ -72,7 +73,8 @@ class Stage:
         if is_followed:
             await sent(self.sender, self.group, "First", parent_message_id=root)
         frame = message(self.group, "Reply", parent_message_id=root, quoted_message_id=quoted)
-        out = Outgoing(self.charles.id, frame, source=Source(self.group, quoted, self.jane.id, None))
+        derived = Derived(mentions=[self.ada.id])
+        out = Outgoing(self.charles.id, frame, derived, Source(self.group, quoted, self.jane.id, None))
         return out, [self.group, root, self.ada.id, self.charles.id, self.jane.id, quoted, frame.message_id]
 
 

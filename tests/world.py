@@ -34,7 +34,7 @@ from server.hub.comparisons import AFTER_END_SECONDS, COMPARE_USERS_SECONDS
 from server.hub.redis_bus import RedisBus
 from server.jobs.scheduled import Scheduler
 from server.processes.worker import DrainingServer
-from server.queries import accounts, sessions
+from server.queries import accounts, search_index, sessions
 from server.queries.sending import Stored
 
 ON_LOOPBACK = ("127.0.0.1", 0)
@@ -142,6 +142,11 @@ class World:
         )
         made = await owner.call(frame, OneConversation)
         return made.view.conversation.id
+
+    async def indexed(self) -> None:
+        """Add all messages to the search index that were sent so far."""
+        while await self.db.fetchval("SELECT EXISTS (SELECT FROM search_queue)"):
+            await search_index.waiting(self.db, search_index.FIRST)
 
     async def moderate_as_owner(self, frame: Moderate | Unmoderate) -> None:
         """Send a frame about an owner's message as a second owner, added by SQL, since no other role may send it."""

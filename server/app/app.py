@@ -54,6 +54,7 @@ from server.jobs.previews import Previews
 from server.jobs.push import WebPush, new_key
 from server.jobs.safe_http import SafeHttp
 from server.jobs.scheduled import Scheduler
+from server.jobs.search_index import SearchIndexer
 from server.limits.admission import Admission
 from server.limits.advertised import advertised
 from server.limits.load_shedding import LoadShedding
@@ -71,8 +72,7 @@ MAX_BATCH_CHARACTERS = 32_000
 """Max characters of messages with their payloads in one statement. A single message may have more.
 
 The statement holds the locks of all their conversations. 64 messages of the max size would hold them for a second.
-Messages with more than 2,000 characters are stored in statements of their own. Parsing the words of one with 10,000
-takes ten times as long as everything else (docs/performance.md).
+Messages with more than 2,000 characters are stored in statements of their own.
 """
 MAX_BATCH_CHANGES = 64
 """Max reactions that one statement changes, or votes."""
@@ -166,6 +166,7 @@ class App:
             after_seconds=settings.push_after_seconds,
         )
         self.previews = Previews(database, self.hub, self._safe_http, are_on=settings.link_previews)
+        self.search_indexer = SearchIndexer(database)
 
         rates = {
             Rate.WRITE: settings.write_rate,
@@ -173,9 +174,11 @@ class App:
             Rate.EPHEMERAL: settings.ephemeral_rate,
             Rate.SEARCH: settings.search_rate,
         }
-        others = None if isinstance(self.hub.bus, Alone) else self._redis
         self._rate_limits = {
-            one: SharedRateLimit(one.value, rate, others, installation=installation) for one, rate in rates.items()
+            one: SharedRateLimit(
+                one.value, rate, None if isinstance(self.hub.bus, Alone) else self._redis, installation=installation
+            )
+            for one, rate in rates.items()
         }
         services = Services(
             database=database,
@@ -188,6 +191,7 @@ class App:
             unconfirmed=Unconfirmed(),
             web_push=self.web_push,
             previews=self.previews,
+            search_indexer=self.search_indexer,
             writes=self._rate_limits[Rate.WRITE],
             new_endpoints=TokenBuckets("new push endpoints", ENDPOINT_RATE, burst=ENDPOINT_BURST),
             push_key=self.web_push.public_key,
@@ -322,6 +326,7 @@ class App:
         app._tasks = [
             asyncio.create_task(every(METRICS_SECONDS, app.metrics.write)),
             asyncio.create_task(app.previews.work()),
+            asyncio.create_task(app.search_indexer.work()),
             asyncio.create_task(app.load_shedding.watch()),
         ]
         return app

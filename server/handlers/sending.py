@@ -192,9 +192,14 @@ def _published(context: Context, out: Outgoing, stored: Stored) -> Sent:
             root_reply_count=stored.root_reply_count,
         )
     )
-    context.services.web_push.enqueue(message)
-    context.services.previews.enqueue(message)
+    _enqueue(context, message)
     return _sent(out, stored.version, stored.created_at)
+
+
+def _enqueue(context: Context, message: Message) -> None:
+    """Enqueue the work that follows a send."""
+    for work in (context.services.web_push, context.services.previews, context.services.search_indexer):
+        work.enqueue(message)
 
 
 async def _first_reply(context: Context, out: Outgoing, note: Note | None) -> Sent:
@@ -218,9 +223,7 @@ async def _earlier_reply(context: Context, out: Outgoing) -> Sent | None:
         return None
     if context.services.unconfirmed.settle(out.frame.message_id, earlier.created_at):
         # The comparison of positions delivers the event, but nothing else enqueues these.
-        message = _message(out, Stored(earlier.version, earlier.created_at, None, None, None, 0))
-        context.services.web_push.enqueue(message)
-        context.services.previews.enqueue(message)
+        _enqueue(context, _message(out, Stored(earlier.version, earlier.created_at, None, None, None, 0)))
     return _sent(out, earlier.version, earlier.created_at)
 
 

@@ -184,12 +184,14 @@ CHECKS = (
         SELECT coalesce(m.id, s.message_id) FROM message m FULL JOIN message_search s ON s.message_id = m.id
         WHERE (s.message_id IS NOT NULL AND m.id IS NOT NULL) IS DISTINCT FROM
                 coalesce(NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message, true)
+                AND (s.message_id IS NOT NULL OR m.id NOT IN (SELECT unnest(q.message_ids) FROM search_queue q))
             OR s.conversation_id <> m.conversation_id
     """),
     Check("the search index matches the messages (one in a hundred)", """
         SELECT m.id FROM message m TABLESAMPLE system (1) JOIN message_search s ON s.message_id = m.id
         WHERE s.words IS DISTINCT FROM search_words(m.conversation_id, m.content, m.payload, m.mentions,
             m.loud_mentions, m.hashtags) AND NOT m.is_deleted AND NOT m.is_moderated
+            AND m.id NOT IN (SELECT unnest(q.message_ids) FROM search_queue q)
     """),
     Check("ended conversations have no participants", """
         SELECT p.id FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id
