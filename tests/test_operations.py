@@ -1,6 +1,7 @@
 """Health, readiness, metrics and generated documents."""
 
 import asyncio
+import gc
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from server.core.config import Settings
 from server.core.proxies import Proxies
 from server.gateway import http_protocol
 from server.http.endpoints import FORWARDING
-from tests.world import World, http_client, sent
+from tests.world import World, http_client, sent, until
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,6 +87,24 @@ async def test_every_worker_reports_the_metrics_of_all(world: World) -> None:
     assert found["openchat_refusals_total", ("code", "bad_frame"), ("worker", "1")] == 1
     assert found["openchat_deliveries_total", ("worker", "1")] >= 1
     assert found["openchat_frame_seconds_count", ("worker", "1")] >= 3
+
+
+async def test_metrics_show_the_garbage_collector_tasks_and_waits_for_connections(world: World) -> None:
+    app = world.workers[0].app
+    before = app.metrics.collector.values()
+    gc.collect()
+    after = app.metrics.collector.values()
+    assert after["gc_collections"] > before["gc_collections"]
+    assert after["gc_seconds"] > before["gc_seconds"]
+    pool = app._database._state.sending  # noqa: SLF001
+    taken = [await pool.take() for _ in range(pool._most)]  # noqa: SLF001
+    waiting = asyncio.create_task(pool.take())
+    await until(lambda: app._values()["database_waiting"] == 1)  # noqa: SLF001
+    assert app._values()["tasks"] >= len({waiting, asyncio.current_task()})  # noqa: SLF001
+    for one in taken:
+        pool.give(one, is_usable=True)
+    pool.give(await waiting, is_usable=True)
+    assert app._values()["database_waiting"] == 0  # noqa: SLF001
 
 
 async def test_metrics_are_for_loopback_and_not_for_clients_of_a_proxy(world: World) -> None:

@@ -323,6 +323,7 @@ class App:
         await app.presence.start()
         app.connections.start()
         app.background.start()
+        app.metrics.collector.start()
         app._tasks = [
             asyncio.create_task(every(METRICS_SECONDS, app.metrics.write)),
             asyncio.create_task(app.previews.work()),
@@ -348,6 +349,7 @@ class App:
 
     async def close(self) -> None:
         """Finish frames in progress, stop all jobs, and close all connections."""
+        self.metrics.collector.stop()
         await self.finish()
         await self.background.close()
         await end(self._tasks)
@@ -415,6 +417,8 @@ class App:
             "conversations": len(self.hub.topics),
             "bus_up": int(self.hub.bus.is_up),
             "database_connections": self._database.size,
+            "database_waiting": self._database.waiting,
+            "tasks": len(asyncio.all_tasks()),
             "deadlocks": self._database.deadlocks,
             "deliveries": self.hub.topics.delivered,
             "fetches": self.hub.topics.fetched,

@@ -14,7 +14,9 @@ import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+from prometheus_client.registry import Collector as Registered
+
+from server.core.collector import Collector
 
 STALE_SECONDS = 10.0
 """Max age of a file, in seconds. An older one belongs to a worker that has ended."""
@@ -36,6 +38,8 @@ GAUGES = {
     "conversations": "Conversations that the worker follows.",
     "bus_up": "Whether the bus between workers is connected, 1 or 0.",
     "database_connections": "Connections to PostgreSQL.",
+    "database_waiting": "Statements and transactions that wait for a connection to PostgreSQL.",
+    "tasks": "Tasks of the worker's event loop.",
     "shedding": "Number of kinds of frames that are refused because the worker is behind: typing, presence, receipts.",
 }
 COUNTERS = {
@@ -49,6 +53,9 @@ COUNTERS = {
     "turned_away": "Connections that were told to retry later because too many clients were connecting.",
     "sockets_shed": "Connections closed or refused because descriptors ran out.",
     "sockets_timed_out": "Connections closed because a request did not arrive in time.",
+    "gc_collections": "Runs of Python's garbage collector.",
+    "gc_collected": "Objects in reference cycles that the garbage collector deleted.",
+    "gc_seconds": "Time of the garbage collector, in seconds. The worker does nothing else meanwhile.",
 }
 
 
@@ -116,6 +123,7 @@ class Metrics:
         self.faults: Counter[str] = Counter()
         """Statements that failed because of a fault of the database, by its kind."""
         self.values: Callable[[], dict[str, float]] = dict
+        self.collector = Collector()
         self._latency = [0] * (len(BUCKETS) + 1)
         self._latency_seconds = 0.0
         self._page = b""
@@ -134,7 +142,7 @@ class Metrics:
     def write_once(self) -> None:
         """Write this worker's numbers."""
         snapshot = Snapshot(
-            values=self.values(),
+            values=self.values() | self.collector.values(),
             frames=dict(self.frames),
             refusals=dict(self.refusals),
             push_dropped=dict(self.push_dropped),
@@ -170,7 +178,7 @@ class Metrics:
         return found
 
 
-class _Collected(Collector):
+class _Collected(Registered):
     """The snapshots as metric families of Prometheus' client library."""
 
     def __init__(self, snapshots: dict[str, Snapshot]) -> None:

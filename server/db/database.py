@@ -314,6 +314,11 @@ class Database:
         """The number of open connections."""
         return len(self._state.pool) + len(self._state.sending) + len(self._state.ready)
 
+    @property
+    def waiting(self) -> int:
+        """The number of statements and transactions that wait for a connection."""
+        return self._state.pool.waiting + self._state.sending.waiting + self._state.ready.waiting
+
     async def is_ready(self) -> bool:
         """Whether the database answers, has exactly the schema of this program, and can be written.
 

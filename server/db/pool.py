@@ -50,6 +50,8 @@ class Pool:
         self._free: list[Connection] = []
         self._taken: set[Connection] = set()
         self._opening = 0
+        self.waiting = 0
+        """The number of callers that wait for a connection."""
         self._is_closed = False
         self._waiting: FairQueue[Hashable, asyncio.Future[Connection | None]] = FairQueue(is_over=asyncio.Future.done)
         self._turns: Turns[Client] = Turns(max(1, most // USER_SHARE), patience=patience)
@@ -110,6 +112,7 @@ class Pool:
         turn: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
         line: Hashable = turn if client is None else client
         self._waiting.put(line, turn)
+        self.waiting += 1
         try:
             async with asyncio.timeout(self._patience):
                 return await turn
@@ -123,6 +126,8 @@ class Pool:
             if isinstance(error, TimeoutError):
                 raise Exhausted("no connection became free in time") from None
             raise
+        finally:
+            self.waiting -= 1
 
     def give(self, connection: Connection, *, is_usable: bool) -> None:
         """Return a connection to the pool. It is closed if a statement may still be in progress on it."""

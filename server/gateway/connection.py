@@ -313,6 +313,8 @@ class Connection:
             if self._worker is not None:
                 self._deps.working.discard(self._worker)
             self._worker = None
+            if self._is_closed:
+                self._forget_context()
         if self._last is not None:
             self._go(*self._last)
 
@@ -418,3 +420,11 @@ class Connection:
         self._todo.clear()
         self._deps.hub.remove(self)
         self._deps.left(self)
+        if self._worker is None:
+            self._forget_context()
+
+    def _forget_context(self) -> None:
+        """Delete the context of a closed connection, to which it refers. Otherwise both would stay until the next
+        garbage collection.
+        """
+        del self.context

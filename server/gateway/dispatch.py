@@ -156,12 +156,20 @@ class Dispatch:
             else:
                 result = await self._handle(route, context, frame)
         except Exception as error:  # noqa: BLE001 - any error becomes a reply
-            refused = self._refusal(context, error, "a frame" if frame is None else tag(type(frame)))
-            if refused.retry_after_ms is not None:
-                refused = self._in_turn(context.user_id, data, frame, refused, refused.retry_after_ms)
-            return error_frame(refused, re=label(data) if frame is None else frame.id)
+            return self._error(context, data, frame, error)
         self._metrics.answered(tag(type(frame)), time.perf_counter() - began)
         return Reply(re=frame.id, result=result)
+
+    def _error(self, context: Context, data: bytes, frame: Frame | None, error: Exception) -> Error:
+        """Return the reply to a frame that failed.
+
+        `run` has no variable for the refusal, whose traceback may refer to the variables of `run`. Such a cycle would
+        stay until the next garbage collection.
+        """
+        refused = self._refusal(context, error, "a frame" if frame is None else tag(type(frame)))
+        if refused.retry_after_ms is not None:
+            refused = self._in_turn(context.user_id, data, frame, refused, refused.retry_after_ms)
+        return error_frame(refused, re=label(data) if frame is None else frame.id)
 
     def _refusal(self, context: Context, error: Exception, what: str) -> Refused:
         """Return the refusal for an error, which is counted and, unless the frame is to blame, logged."""

@@ -121,6 +121,7 @@ class Http(HttpToolsProtocol):
         if self._key is not None:
             self._sockets.leave(self._key)
             self._key = None
+        self._forget()
 
     def data_received(self, data: bytes) -> None:  # noqa: D102
         if self._is_new:
@@ -177,11 +178,14 @@ class Http(HttpToolsProtocol):
         if isinstance(upgraded, WebSocket) and not upgraded.handshake_initiated:
             # websockets accepts fewer and shorter headers than HTTP does, and no body. It closes without a response.
             upgraded.disarm()
+            upgraded.forget_conn()
             self.transport.set_protocol(self)
             self.connections.discard(upgraded)
             self.connections.add(self)
             self._key = key
             self._refuse(NO_HANDSHAKE, status=400)
+        else:
+            self._forget()
 
     # -------------------------------------------------------------------------------------- calls by the parser
 
@@ -278,7 +282,7 @@ class Http(HttpToolsProtocol):
             self.transport.write(data)
 
     def on_response_complete(self) -> None:  # noqa: D102
-        if self._is_lingering:
+        if self._is_lingering or self.cycle is None:  # nothing more can be written
             self.server_state.total_requests += 1
             return
         answered = self._running
@@ -330,7 +334,10 @@ class Http(HttpToolsProtocol):
         """Refuse the request, and raise Refused through the parser, which then drops the rest of the read bytes."""
         if not self._is_over:
             self._refuse(refused, status=status)
-        raise refused
+        try:
+            raise refused
+        finally:
+            del refused  # its traceback refers to the variables of this call
 
     def _refuse(self, refused: Refused, *, status: int | None = None) -> None:
         """Respond in place of the application, and close."""
@@ -403,6 +410,10 @@ class Http(HttpToolsProtocol):
         if self._is_of_proxy and self._key is not None and self._key != key:
             self._sockets.move(self._key, key)
             self._key = key
+
+    def _forget(self) -> None:
+        """Delete what refers to this object. Otherwise it would stay until the next garbage collection."""
+        self.parser = self.scope = self.cycle = self._running = None  # type: ignore[assignment]
 
     def _arm(self, seconds: float, then: Callable[[], None]) -> None:
         self._disarm()

@@ -292,6 +292,7 @@ class WebSocket(WebSocketsSansIOProtocol):
             self._key = None
         self._sockets.works(self)
         self._leave()
+        self.forget_conn()
 
     def pause_writing(self) -> None:  # noqa: D102
         super().pause_writing()
@@ -357,10 +358,21 @@ class WebSocket(WebSocketsSansIOProtocol):
             self._deadline = None
 
     def _forget_handshake(self) -> None:
-        """Delete the state of the handshake and of ASGI, which is half the memory of an idle connection."""
-        del self.scope, self.request, self.response
+        """Delete the state of the handshake and of ASGI, which is half the memory of an idle connection. `scope` refers
+        to this object, which would otherwise stay after its end until the next garbage collection.
+        """
+        self.scope = self.request = self.response = None  # type: ignore[assignment]
         self.queue = _NOBODYS_QUEUE
         self.writable = _NOBODYS_EVENT
+
+    def forget_conn(self) -> None:
+        """Delete what refers to `conn`: its generator, and the tracebacks of its errors. Otherwise it would stay until
+        the next garbage collection.
+        """
+        self.conn.parser.close()
+        for error in (self.conn.parser_exc, self.conn.handshake_exc):
+            if error is not None:
+                error.__traceback__ = error.__context__ = error.__cause__ = None
 
     def write_asked(self, data: bytes) -> None:
         """Write a reply or a part of one, which does not count the peer as slow, however large it is. The caller awaits
@@ -503,3 +515,4 @@ class WebSocket(WebSocketsSansIOProtocol):
             self.send_500_response()
         if self.receiver is None and self.close_timer is None:
             self.transport.close()
+        self._forget_handshake()

@@ -49,7 +49,9 @@ NEAR = [ipaddress.ip_network(one) for one in ("192.0.0.0/24", "192.88.99.0/24", 
 class Unreachable(Exception):  # noqa: N818 - an answer, not a fault
     """The address cannot be reached, or may not be. `url` is the last address of the request."""
 
-    url = ""
+    def __init__(self, reason: str, *, url: str = "") -> None:
+        super().__init__(reason)
+        self.url = url
 
 
 class HttpAnswer(NamedTuple):
@@ -189,9 +191,7 @@ class SafeHttp:
                 )
                 return await share.run(self._exchange(request, url, most, _Cost(share, stopwatch, limit, most=most)))
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError, ValueError) as error:
-            unreachable = Unreachable(str(error) or type(error).__name__)
-            unreachable.url = url
-            raise unreachable from error
+            raise Unreachable(str(error) or type(error).__name__, url=url) from error
 
     async def _exchange(self, request: httpx.Request, url: str, most: int, cost: _Cost) -> HttpAnswer:
         token = _COST.set(cost)
