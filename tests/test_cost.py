@@ -19,6 +19,7 @@ from server.db.database import SESSION
 from server.queries import (
     accounts,
     audit,
+    badge,
     bounds,
     changes,
     conversation_views,
@@ -30,6 +31,7 @@ from server.queries import (
     expiry,
     feed,
     invitations,
+    latest,
     locks,
     memberships,
     messages,
@@ -372,7 +374,8 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "mark unread": (receipts.MARK_UNREAD, (ids["middle"], user, about)),
         "delivered": (receipts.DELIVERED, (ids["middle"], user, about, 100)),
         "readers": (receipts.READERS, (ids["middle"], user, about, 100)),
-        "badge": (unread.BADGE, ([user],)),
+        "badge": (badge.READ, (user,)),
+        "badges": (unread.BADGES, ([user],)),
         "draft": (drafts.SET, (about, user, "I thi")),
         "drafts": (drafts.LIST, (user, None, None)),
         "schedule": (scheduled.PUT, (ids["new"], user, about, "{}", "2030-01-01")),
@@ -484,7 +487,7 @@ async def test_cost_does_not_grow_with_the_length_of_a_thread(
             "thread": (threads.GET, (root, user, about)),
             "threads": (threads.LIST, (user, "false", None, None)),
             "unread threads": (threads.LIST, (user, "true", None, None)),
-            "feed": (feed.ROWS, (user, ["reply"], None, None, "2020-01-01", 21, None, [], [], [], [])),
+            "feed": (feed.ROWS, (user, ["reply"], None, None, "2020-01-01", 21, *[[]] * 7)),
             "history": (messages.TIMELINE, (about, user, None, messages.NEWEST, 21, 0)),
             "unread": (conversation_views.GET, (user, [about])),
         }
@@ -583,6 +586,7 @@ READS_ALL = {
     "taken part",
     "delivered",
     "badge",
+    "badges",
     "news",
     "relationships",
 }
@@ -804,8 +808,21 @@ CREATE FUNCTION pg_temp.place(user_id uuid, n bigint) RETURNS uuid LANGUAGE sql 
 """
 
 
-async def test_cost_of_the_feed_does_not_grow_with_its_entries(
-    db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
+MUTE_ALL = """
+INSERT INTO user_relationship (from_user_id, to_user_id, type, status)
+SELECT $1, o.id, 'mute', 'active' FROM (
+    SELECT sender_id AS id FROM message WHERE sender_id <> $1
+    UNION SELECT user_id FROM message_reaction
+    UNION SELECT from_user_id FROM user_relationship WHERE to_user_id = $1
+) o
+"""
+
+
+@pytest.mark.parametrize("is_silenced", [False, True], ids=["entries", "messages of silenced users"])
+async def test_cost_of_the_feed_does_not_grow_with(
+    db: "asyncpg.Connection[asyncpg.Record]",
+    filler: "asyncpg.Connection[asyncpg.Record]",
+    is_silenced: bool,  # noqa: FBT001
 ) -> None:
     """Mentions by name are excluded, since the index of words is not ordered by time."""
     await filler.execute(PLACE)
@@ -819,8 +836,11 @@ async def test_cost_of_the_feed_does_not_grow_with_its_entries(
         )
         for statement in MUCH:
             await filler.execute(statement.replace("place(", "pg_temp.place("), user, much)
+        if is_silenced:
+            await filler.execute(MUTE_ALL, user)
+        there = (await latest.newest(db, user)).columns
         plans[much] = {
-            name: await explained(db, name, (user, kinds, None, None, "2020-01-01", most, None, [], [], [], []))
+            name: await explained(db, name, (user, kinds, None, None, "2020-01-01", most, *there, [], [], [], []))
             for name, (_, kinds, most) in asked.items()
         }
     await db.close()

@@ -13,7 +13,7 @@ from protocol.client import ListFeed, Search
 from protocol.ids import UserId
 from protocol.values import FeedEntry, FeedKind
 from server.db.database import SEARCHING, SESSION
-from server.queries import feed, latest, search
+from server.queries import badge, feed, latest, search
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 ME = 0
@@ -94,7 +94,7 @@ async def fill(db: "asyncpg.Connection[asyncpg.Record]", chance: random.Random) 
     rows += [
         (uid(3, MESSAGES + n), uid(2, 0), uid(1, 3), [], [], False, False, uid(3, MESSAGES) if n else None, n,
          at(2_000 + n), 2_000 + n)
-        for n in range(feed.REPLIES + 20)
+        for n in range(feed.NEWEST + 20)
     ]  # fmt: skip
     await db.executemany(MESSAGE, rows)
     await db.execute(INDEX)
@@ -157,7 +157,7 @@ async def expected_entries(
         is_looked_at = sum(
             1 for one in messages.values()
             if one["thread_root_id"] == row["thread_root_id"] and one["thread_order"] > row["thread_order"]
-        ) < feed.REPLIES  # fmt: skip
+        ) < feed.NEWEST  # fmt: skip
         return "reply" if row["thread_root_id"] in followed and is_looked_at else None
 
     entries = [(kind, row["created_at"], row["id"]) for row in messages.values() if (kind := kind_of(row))]
@@ -209,10 +209,10 @@ async def test_feed_equals_that_of_a_simple_slow_query(db: "asyncpg.Connection[a
         expected = await expected_entries(db, kinds)
         assert len(expected) > 2, kinds
         assert await listed(db, kinds, chance.choice([7, 20, 99])) == expected, kinds
-    assert await feed.count_unseen(db, UserId(uid(1, ME))) == 100
+    assert (await badge.of(db, UserId(uid(1, ME)))).feed == 100
     seen = expected[17][1]
     await db.execute('UPDATE "user" SET feed_seen_at = $2 WHERE id = $1', uid(1, ME), seen)
-    assert await feed.count_unseen(db, UserId(uid(1, ME))) == sum(1 for one in expected if one[1] > seen)
+    assert (await badge.of(db, UserId(uid(1, ME)))).feed == sum(1 for one in expected if one[1] > seen)
 
 
 MENTIONED = """

@@ -6,7 +6,7 @@ from protocol.errors import ErrorCode, Refused
 from protocol.server import Badge, Done, FeedPage, PushKey
 from server.context import Context
 from server.domain.push_keys import require_keys
-from server.queries import feed, push, unread, users
+from server.queries import badge, feed, push, users
 
 
 async def list_feed(context: Context, frame: client.ListFeed) -> FeedPage:
@@ -27,10 +27,8 @@ async def see_feed(context: Context, frame: client.SeeFeed) -> Done:
 
 async def get_badge(context: Context, frame: client.GetBadge) -> Badge:  # noqa: ARG001 - the table's shape
     """Return the number of unread messages, and the number of unseen entries of the feed."""
-    async with context.database.connection() as db:
-        messages = await unread.badge(db, context.user_id)
     async with context.database.counting() as db:
-        return Badge(messages=messages, feed=await feed.count_unseen(db, context.user_id))
+        return await badge.of(db, context.user_id)
 
 
 async def get_push_key(context: Context, frame: client.GetPushKey) -> PushKey:  # noqa: ARG001 - as above

@@ -15,7 +15,7 @@ from server.db.lock_timeouts import BRIEFLY
 from server.db.rows import Reader, Undecoded
 from server.queries import latest
 from server.queries.cursor import moment_of, not_a_cursor
-from server.queries.latest import LATEST
+from server.queries.latest import Latest
 from server.queries.moment import MOMENT
 from server.queries.unread import SILENCES
 from server.queries.users import decoded_me
@@ -27,8 +27,14 @@ THREADS = 500
 """Max threads whose replies are in the feed. They are those with the newest roots among the threads that the user
 follows.
 """
-REPLIES = 100
-"""Max replies per thread that the feed reads, the newest first."""
+NEWEST = 100
+"""Max mentions of everyone per conversation, and max replies per thread, that a page considers, the newest first."""
+PROBED = 20
+"""Max of these among which a page looks for one that the user sees, before it considers the others. Otherwise silenced
+users could make each page read `NEWEST` messages of each conversation.
+"""
+CONSIDERED = 500
+"""Max reactions, friend requests and invitations that a page considers, the newest first."""
 
 # Read by key for each row. A join would compare all of the user's conversations with each row.
 _SEEN_AFTER = """
@@ -41,39 +47,70 @@ _BEFORE = """{at} > $5 AND ({at}, {key}) < (coalesce($3::timestamptz, 'infinity'
 """After the time $5 and before the end of the previous page, by an index on both columns."""
 _FOR_ME = f"""n.sender_id <> $1 AND NOT $1 = ANY(n.mentions) AND NOT n.is_deleted AND NOT n.is_moderated
             AND n.sent_version > l.after AND NOT {SILENCES.format(me="$1", them="n.sender_id")}"""
-# Messages of each place, latest first.
+# Up to `depth` messages of a place `l` are read, and those for the user returned, latest first.
 _LOUD = f"""
-        SELECT n.created_at, n.id, n.sender_id FROM message n
-        WHERE n.conversation_id = l.conversation_id AND n.loud_mentions <> '{{}}'
-            AND ('everyone' = ANY(n.loud_mentions) OR l.role = ANY(n.loud_mentions))
-            AND {_BEFORE.format(at="n.created_at", key="n.id")} AND {_FOR_ME}
+        SELECT n.created_at, n.id, n.sender_id FROM (
+            SELECT * FROM message n
+            WHERE n.conversation_id = l.conversation_id AND n.loud_mentions <> '{{{{}}}}'
+                AND {_BEFORE.format(at="n.created_at", key="n.id")}
+            ORDER BY n.created_at DESC, n.id DESC LIMIT {{depth}}
+        ) n
+        WHERE ('everyone' = ANY(n.loud_mentions) OR l.role = ANY(n.loud_mentions)) AND {_FOR_ME}
         ORDER BY n.created_at DESC, n.id DESC
 """  # noqa: S608 - constants are put in
 _REPLIES = f"""
         SELECT n.created_at, n.id, n.sender_id FROM (
-            SELECT * FROM message n
-            WHERE n.thread_root_id = l.root_id AND (n.conversation_id = l.conversation_id) IS TRUE
-            ORDER BY n.thread_order DESC LIMIT {REPLIES}
+            SELECT * FROM (
+                SELECT * FROM message n
+                WHERE n.thread_root_id = l.root_id AND (n.conversation_id = l.conversation_id) IS TRUE
+                ORDER BY n.thread_order DESC LIMIT {NEWEST}
+            ) n
+            WHERE {_BEFORE.format(at="n.created_at", key="n.id")} ORDER BY n.thread_order DESC LIMIT {{depth}}
         ) n
-        WHERE {_BEFORE.format(at="n.created_at", key="n.id")} AND {_FOR_ME}
-        ORDER BY n.thread_order DESC
+        WHERE {_FOR_ME} ORDER BY n.thread_order DESC
 """  # noqa: S608 - constants are put in
-# The latest message of each place decides which places are read further, at most as many as the page has entries.
-_OF_PLACES = """
-    (SELECT {kind}, n.created_at, n.id, n.sender_id, l.conversation_id, NULL::text
-    FROM (
-        SELECT l.* FROM ({places}) l CROSS JOIN LATERAL ({messages} LIMIT 1) n
-        ORDER BY n.created_at DESC, n.id DESC LIMIT $6
-    ) l CROSS JOIN LATERAL ({messages} LIMIT $6) n
-    ORDER BY n.created_at DESC, n.id DESC LIMIT $6)
+_MENTIONS_AT = """
+        SELECT * FROM unnest($7::uuid[], $8::text[], $9::bigint[]) AS l (conversation_id, role, after)
+        WHERE 'mention' = ANY($2)
 """
+# A thread whose newest reply is too old is not read further.
 _THREADS = f"""
         SELECT t.root_id, t.conversation_id, there.after FROM (
             SELECT t.root_id, t.conversation_id FROM thread_follow t
             WHERE 'reply' = ANY($2) AND t.user_id = $1 AND t.is_following ORDER BY t.root_id DESC LIMIT {THREADS}
-        ) t CROSS JOIN LATERAL ({_SEEN_AFTER.format(at="t.conversation_id")}) there
+        ) t CROSS JOIN LATERAL (
+            SELECT FROM (
+                SELECT n.created_at FROM message n
+                WHERE n.thread_root_id = t.root_id AND (n.conversation_id = t.conversation_id) IS TRUE
+                ORDER BY n.thread_order DESC LIMIT 1
+            ) n WHERE n.created_at > $5 OFFSET 0
+        ) recent CROSS JOIN LATERAL ({_SEEN_AFTER.format(at="t.conversation_id")}) there
 """  # noqa: S608 - constants are put in
-_LATEST = LATEST.format(user="$1", also="AND 'mention' = ANY($2)", since="$7::timestamptz")
+# The latest message of each place decides which places are read further, at most as many as the page has entries.
+_LISTED = """
+    (SELECT {kind}, n.created_at, n.id, n.sender_id, l.conversation_id, NULL::text
+    FROM (
+        SELECT l.* FROM ({places}) l CROSS JOIN LATERAL ({probed} LIMIT 1) n
+        ORDER BY n.created_at DESC, n.id DESC LIMIT $6
+    ) l CROSS JOIN LATERAL ({newest} LIMIT $6) n
+    ORDER BY n.created_at DESC, n.id DESC LIMIT $6)
+"""
+# A count needs no order, so it ends when there are enough.
+_COUNTED = """
+    (SELECT {kind}, n.created_at, n.id, n.sender_id, l.conversation_id, NULL::text
+    FROM (
+        SELECT l.* FROM ({places}) l CROSS JOIN LATERAL ({probed} LIMIT 1) n OFFSET 0
+    ) l CROSS JOIN LATERAL ({newest} LIMIT $6) n
+    LIMIT $6)
+"""
+
+
+def _of_places(query: str, kind: FeedKind, places: str, messages: str) -> str:
+    """Return a branch of `_entries`, about messages of conversations or threads."""
+    probed, newest = messages.format(depth=PROBED), messages.format(depth=NEWEST)
+    return query.format(kind=f"'{kind}'", places=places, probed=probed, newest=newest)
+
+
 # Mentions of the user $1 by name. Only this uses the search index, which has no order.
 NAMED = f"""
 SELECT s.created_at, s.message_id, seen.sender_id, s.conversation_id
@@ -96,25 +133,28 @@ CROSS JOIN LATERAL (
 WHERE 'mention' = ANY($2)
 ORDER BY s.created_at DESC, s.message_id DESC LIMIT $6
 """  # noqa: S608 - constants are put in
+
+
 # $1 is the user, and $2 the kinds. The previous page ended at $3 and $4. The min time is $5, and the limit is $6. The
-# oldest conversation that counts was last active at $7. The result of NAMED is in $8 to $11. Each branch reads an
-# index, latest first, and stops at the limit. A branch without its kind in $2 reads nothing. A message that mentions
-# the user is not also a reply. The end of a page could not distinguish two entries with equal time and id.
-ROWS = f"""
-SELECT DISTINCT ON (at, key, user_id, emoji) * FROM (
+# conversations whose mentions of everyone count are in $7 to $9. The result of NAMED is in $10 to $13. Each branch
+# reads an index, latest first, and stops at the limit. A branch without its kind in $2 reads nothing. A message that
+# mentions the user is not also a reply. The end of a page could not distinguish two entries with equal time and id.
+def _entries(of_places: str) -> str:
+    """Return a query for entries of all kinds, of which two may be equal. `of_places` is for `_of_places`."""
+    return f"""
     (SELECT 'mention' AS kind, n.at, n.key, n.user_id, n.conversation_id, NULL::text AS emoji
-    FROM unnest($8::timestamptz[], $9::uuid[], $10::uuid[], $11::uuid[]) AS n (at, key, user_id, conversation_id))
+    FROM unnest($10::timestamptz[], $11::uuid[], $12::uuid[], $13::uuid[]) AS n (at, key, user_id, conversation_id))
     UNION ALL
-    {_OF_PLACES.format(kind="'mention'", places=_LATEST, messages=_LOUD)}
+    {_of_places(of_places, "mention", _MENTIONS_AT, _LOUD)}
     UNION ALL
-    {_OF_PLACES.format(kind="'reply'", places=_THREADS, messages=_REPLIES)}
+    {_of_places(of_places, "reply", _THREADS, _REPLIES)}
     UNION ALL
     (SELECT 'reaction', r.created_at, r.message_id, r.user_id, r.conversation_id, r.emoji
     FROM (
         SELECT r.created_at, r.message_id, r.user_id, r.conversation_id, r.emoji FROM message_reaction r
         WHERE 'reaction' = ANY($2) AND r.author_id = $1 AND NOT r.is_removed AND r.user_id <> $1
             AND {_BEFORE.format(at="r.created_at", key="r.message_id")}
-        ORDER BY r.created_at DESC, r.message_id DESC
+        ORDER BY r.created_at DESC, r.message_id DESC LIMIT {CONSIDERED}
     ) r
     CROSS JOIN LATERAL ({_SEEN_AFTER.format(at="r.conversation_id")}) there
     CROSS JOIN LATERAL (
@@ -125,10 +165,13 @@ SELECT DISTINCT ON (at, key, user_id, emoji) * FROM (
     ORDER BY r.created_at DESC, r.message_id DESC LIMIT $6)
     UNION ALL
     (SELECT 'friend_request', r.updated_at, r.id, r.from_user_id, NULL, NULL
-    FROM user_relationship r
-    WHERE 'friend_request' = ANY($2) AND r.to_user_id = $1 AND r.type = 'friend' AND r.status = 'pending'
-        AND {_BEFORE.format(at="r.updated_at", key="r.id")}
-        AND NOT {SILENCES.format(me="$1", them="r.from_user_id")}
+    FROM (
+        SELECT r.updated_at, r.id, r.from_user_id FROM user_relationship r
+        WHERE 'friend_request' = ANY($2) AND r.to_user_id = $1 AND r.type = 'friend' AND r.status = 'pending'
+            AND {_BEFORE.format(at="r.updated_at", key="r.id")}
+        ORDER BY r.updated_at DESC, r.id DESC LIMIT {CONSIDERED}
+    ) r
+    WHERE NOT {SILENCES.format(me="$1", them="r.from_user_id")}
     ORDER BY r.updated_at DESC, r.id DESC LIMIT $6)
     UNION ALL
     (SELECT 'invitation', p.joined_at, p.conversation_id, coalesce(p.invited_by, p.user_id), p.conversation_id, NULL
@@ -136,16 +179,25 @@ SELECT DISTINCT ON (at, key, user_id, emoji) * FROM (
         SELECT p.conversation_id, p.user_id, p.invited_by, p.joined_at FROM conversation_participant p
         WHERE 'invitation' = ANY($2) AND p.user_id = $1 AND p.status = 'invited'
             AND {_BEFORE.format(at="p.joined_at", key="p.conversation_id")}
-        ORDER BY p.joined_at DESC, p.conversation_id DESC
+        ORDER BY p.joined_at DESC, p.conversation_id DESC LIMIT {CONSIDERED}
     ) p
     CROSS JOIN LATERAL (
         SELECT FROM conversation c WHERE c.id = p.conversation_id AND c.is_active AND NOT c.is_deleted OFFSET 0
     ) there
     WHERE NOT {SILENCES.format(me="$1", them="p.invited_by")}
     ORDER BY p.joined_at DESC, p.conversation_id DESC LIMIT $6)
-) every_kind
+    """  # noqa: S608 - only constants are put in
+
+
+ROWS = f"""
+SELECT DISTINCT ON (at, key, user_id, emoji) * FROM ({_entries(_LISTED)}) every_kind
 ORDER BY at DESC, key DESC, user_id, emoji, kind LIMIT $6
-"""  # noqa: S608 - only constants are put in
+"""  # noqa: S608 - as above
+COUNT = f"""
+SELECT count(*) FROM (
+    SELECT DISTINCT at, key, user_id, emoji FROM ({_entries(_COUNTED)}) every_kind LIMIT $6
+) e
+"""  # noqa: S608 - as above
 _AT = MOMENT.format(at="e.at")
 PAGE = f"""
 SELECT json_build_object('kind', e.kind, 'at', e.at, 'user_id', e.user_id,
@@ -157,7 +209,6 @@ SELECT json_build_object('kind', e.kind, 'at', e.at, 'user_id', e.user_id,
     )), {_AT}, e.key
 FROM ({ROWS}) e ORDER BY e.at DESC, e.key DESC
 """  # noqa: S608 - as above
-COUNT = f"SELECT count(*) FROM ({ROWS}) e"  # noqa: S608 - as above
 SEEN_AT = """SELECT coalesce(u.feed_seen_at, '-infinity') FROM "user" u WHERE u.id = $1"""
 
 
@@ -204,29 +255,32 @@ async def page(db: Db, user_id: UserId, frame: ListFeed) -> Undecoded[FeedPage]:
     """Return a page of entries, latest first, and the number of unseen ones. Requires a transaction for searches."""
     kinds, before = frame.kinds or KINDS, FeedPosition.read(frame.after)
     at, key, since = before or (None, None, None)
-    if before is None and "mention" in kinds:
-        since = await latest.since(db, user_id)
     asked = FeedQuery(user_id, list(kinds), at, key, _EVER, frame.limit + 1)
     unseen = await _unseen(db, user_id)
+    newest = covered = await latest.newest(db, user_id)
+    if before is None and "mention" in kinds:
+        since = newest.since
+    elif since is not None:
+        covered = await latest.again(db, user_id, since)
     named, named_unseen = await _named(db, asked), await _named(db, unseen)
     await db.execute(IN_ORDER)
-    rows = await db.fetch(PAGE, *asked, since, *named)
+    rows = await db.fetch(PAGE, *asked, *covered.columns, *named)
 
     def after(columns: Any) -> str | None:  # noqa: ANN401 - a row has no type
         return None if columns[1] is None else str(FeedPosition(columns[1], UUID(int=columns[2].int), since))
 
-    count = await db.fetchval(COUNT, *unseen, None, *named_unseen)
+    count = await db.fetchval(COUNT, *unseen, *newest.columns, *named_unseen)
     return _entry_decoder.page(rows, frame.limit, after).then(
         lambda page: FeedPage(entries=page.rows, unread_count=count, after=page.after, is_partial=since is not None)
     )
 
 
-async def count_unseen(db: Db, user_id: UserId) -> int:
+async def count_unseen(db: Db, user_id: UserId, newest: Latest) -> int:
     """Return the number of entries that the user has not seen, up to 100. Requires a transaction for searches."""
     asked = await _unseen(db, user_id)
     named = await _named(db, asked)
     await db.execute(IN_ORDER)
-    return int(await db.fetchval(COUNT, *asked, None, *named))
+    return int(await db.fetchval(COUNT, *asked, *newest.columns, *named))
 
 
 _EVER = datetime.fromisoformat("0001-01-02T00:00:00+00:00")

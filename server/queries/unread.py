@@ -57,30 +57,36 @@ notification.
 """
 
 # Conversations without changes since the read position need no counting.
-BADGE = f"""
-SELECT who.user_id, (
+IS_COUNTED = """NOT me.is_hidden AND NOT (me.is_muted AND (me.muted_until IS NULL OR me.muted_until > now()))
+    AND c.version > coalesce(me.unread_from_version - 1, me.last_read_version)"""
+"""Whether the badge counts the conversation `c` of the participant `me`."""
+
+
+def of_conversations(conversations: str, order: str) -> str:
+    """Return a query for the number of unread messages in the first `MAX_IN_BADGE` conversations of a query."""
+    return f"""
     SELECT {_COUNTED.format(me="newest")}::integer FROM (
         SELECT me.user_id, newest.* FROM (
-            SELECT me.* FROM conversation_participant me
-            JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
-            WHERE me.user_id = who.user_id AND me.status = 'active' AND NOT me.is_hidden
-                AND NOT (me.is_muted AND (me.muted_until IS NULL OR me.muted_until > now()))
-                AND c.version > coalesce(me.unread_from_version - 1, me.last_read_version)
-            ORDER BY c.last_activity_at DESC, c.id DESC LIMIT {MAX_IN_BADGE}
+            {conversations} ORDER BY {order} LIMIT {MAX_IN_BADGE}
         ) me CROSS JOIN LATERAL ({_UNREAD.format(me="me")}) newest LIMIT {MAX_BADGE}
     ) newest
-)
+    """  # noqa: S608 - numbers and the name of a participant are put in
+
+
+_CONVERSATIONS = f"""
+    SELECT me.* FROM conversation_participant me
+    JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
+    WHERE me.user_id = who.user_id AND me.status = 'active' AND {IS_COUNTED}
+"""  # noqa: S608 - a constant is put in
+BADGES = f"""
+SELECT who.user_id, ({of_conversations(_CONVERSATIONS, "c.last_activity_at DESC, c.id DESC")})
 FROM unnest($1::uuid[]) AS who (user_id)
-"""  # noqa: S608 - numbers and the name of a participant are put in
-
-
-async def badge(db: Db, user_id: UserId) -> int:
-    """Return the number of unread messages in up to 100 conversations of a user, those with changes and the latest
-    activity. Muted and hidden ones do not count. Counting stops after `MAX_BADGE` messages.
-    """
-    return (await badges(db, {user_id})).get(user_id, 0)
+"""  # noqa: S608 - as above
 
 
 async def badges(db: Db, user_ids: Collection[UserId]) -> dict[UserId, int]:
-    """Return the badges of several users. Users without unread messages may be missing."""
-    return {row[0]: row[1] for row in await db.fetch(BADGE, list(user_ids))}
+    """Return the numbers of unread messages in up to 100 conversations of each user, those with changes and the latest
+    activity. Muted and hidden ones do not count. Counting stops after `MAX_BADGE` messages. Users without unread
+    messages may be missing.
+    """
+    return {row[0]: row[1] for row in await db.fetch(BADGES, list(user_ids))}
