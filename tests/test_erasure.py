@@ -20,6 +20,7 @@ from server.db import database
 from server.db.database import Db, Single, speak
 from server.domain.erasure import Result, erase
 from server.ops.check import run_checks
+from server.ops.progress import Progress
 from server.queries import sending
 from server.queries.checks import CHECKS
 from server.queries.checks import run as ask
@@ -39,7 +40,7 @@ def publish_nothing(_: ParticipantChange) -> None:
 
 async def failed_checks(world: World) -> list[str]:
     """Return the failed checks of `openchat check`."""
-    lines = [line async for line in run_checks(world.db, begins=lambda _: None)]
+    lines = [line async for line in run_checks(world.db, progress=Progress(is_on=False))]
     return [f"{line.name}: {line.found}" for line in lines if not line.is_good]
 
 

@@ -134,8 +134,6 @@ WHY = {
         "audit.BROKEN": "audit_entry(chain) cut 1",
         "conversation_cards.LIST": "conversation_participant(user_id) cut 1",
         "checks.SOMEBODY": "conversation() cut 2; conversation_participant() cut 1; user() cut 2",
-        "checks.EXPECTED": "message(conversation_id)",
-        "checks.SEEN": "message(conversation_id)",
         "export.HEAD": (
             "account(user_id); conversation_participant(user_id); message_star(user_id); push_endpoint(user_id); "
             "report(reporter_id); session(user_id); thread_follow(user_id); user_relationship(from_user_id)"

@@ -91,7 +91,7 @@ async def _check(db: Db, place: Place, *, is_json: bool) -> int:
     progress = Progress(is_on=not is_json)
     progress.line(f"Checking {place.name}.")
     lines = []
-    async for line in run_checks(db, begins=progress.begins, grace=place.grace):
+    async for line in run_checks(db, progress=progress, grace=place.grace):
         lines.append(line)
         state = "-" if line.found is None else "ok" if line.is_good else "WRONG"
         progress.line(f"{state:<5} {line.seconds:>6.1f} s  {line.name}")

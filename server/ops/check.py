@@ -1,11 +1,13 @@
 """`openchat check` verifies the stored data while the server runs, without locks."""
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple
 
 from server.db.database import Db
+from server.ops.progress import Progress
 from server.queries import checks
 from server.queries.checks import CHECKS, Violations
 
@@ -29,17 +31,17 @@ class CheckLine(NamedTuple):
 
 
 async def run_checks(
-    db: Db, *, begins: Callable[[str], None], grace: timedelta = checks.GRACE
+    db: Db, *, progress: Progress, grace: timedelta = checks.GRACE
 ) -> AsyncIterator[CheckLine]:
-    """Run all checks, one after the other. `begins` is called with the name of each before it runs. `grace` is passed
-    to `checks.run`.
-    """
+    """Run all checks, one after the other, and show the progress. `grace` is passed to `checks.run`."""
     for check in CHECKS:
-        begins(check.name)
+        progress.begins(check.name)
         began = time.monotonic()
         found = await checks.run(db, check, grace=grace)
         yield CheckLine(check.name, time.monotonic() - began, found)
-    begins(NO_LEAKS)
+    progress.begins(NO_LEAKS)
     began = time.monotonic()
-    leaks = await checks.leaks(db, many=PAIRS) if await checks.may_make_roles(db) else None
+    leaks = None
+    if await checks.may_make_roles(db):
+        leaks = await checks.leaks(db, many=PAIRS, counts=partial(progress.counts, NO_LEAKS))
     yield CheckLine(NO_LEAKS, time.monotonic() - began, leaks)

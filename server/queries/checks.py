@@ -4,6 +4,7 @@ Each statement finds violations, and reads the database as of one moment. So not
 is on both sides of a comparison or on neither.
 """
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -278,6 +279,8 @@ PREPARE = (
 ERASE_AFTER = "SELECT set_config('openchat.erase_after', $1, true)"
 GRACE = timedelta(days=30)
 FOUND_SHOWN = 3
+MESSAGES_IN_A_ROW = 20
+"""Messages before each chosen version that are compared."""
 
 
 class Violations(NamedTuple):
@@ -315,15 +318,26 @@ WITH chosen AS MATERIALIZED (
 )
 SELECT user_id, conversation_id FROM chosen UNION SELECT user_id, conversation_id FROM there
 """
+# Messages of a conversation: the newest, those around the user's last join, and those after random versions. Each with
+# whether the rules show it to the user.
 EXPECTED = """
-SELECT count(*) FROM message m
-JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
-JOIN conversation_participant p ON p.conversation_id = c.id AND p.user_id = $1 AND p.status = 'active'
-WHERE m.conversation_id = $2
+SELECT m.id, p.user_id IS NOT NULL AND NOT c.is_deleted
     AND (coalesce(c.settings ->> 'history', '') <> 'from_joining' OR m.sent_version > p.joined_version)
     AND (NOT m.is_moderated OR m.sender_id = $1 OR p.role IN ('moderator', 'admin', 'owner') OR p.can_delete_messages)
+FROM conversation c
+LEFT JOIN conversation_participant p ON p.conversation_id = c.id AND p.user_id = $1 AND p.status = 'active'
+CROSS JOIN LATERAL (
+    SELECT c.version AS version
+    UNION SELECT p.joined_version + $3 / 2
+    UNION SELECT (c.version * random())::bigint FROM generate_series(1, 8)
+) at
+CROSS JOIN LATERAL (
+    SELECT m.* FROM message m WHERE m.conversation_id = c.id AND m.sent_version <= at.version
+    ORDER BY m.sent_version DESC LIMIT $3
+) m
+WHERE c.id = $2
 """
-SEEN = "SELECT count(*) FROM message WHERE conversation_id = $1"
+SEEN = "SELECT id FROM message WHERE id = ANY($1)"
 BECOME = "SELECT set_config('openchat.user_id', $1, true), set_config('role', 'openchat_check', true)"
 BE_ONESELF = "SELECT set_config('role', 'none', true)"
 
@@ -333,23 +347,25 @@ async def may_make_roles(db: Db) -> bool:
     return bool(await db.fetchval(MAY_MAKE_ROLES))
 
 
-async def leaks(db: Db, *, many: int) -> Violations:
-    """Compare the messages that the policies show with those of the rules, for a random sample of users and
-    conversations. Return the differences. The transaction is rolled back.
+async def leaks(db: Db, *, many: int, counts: Callable[[int], None]) -> Violations:
+    """Compare the messages that the policies show with those of the rules, for a random sample of users, conversations
+    and messages. Return the differences. `counts` is called with the number of compared messages. The transaction is
+    rolled back.
     """
-    found = []
+    found, count = [], 0
     transaction = db.transaction()
     await transaction.start()
     try:
         for STATEMENT in AS_READER:  # noqa: N806 - a constant
             await db.execute(STATEMENT)
         for user_id, conversation_id in await db.fetch(SOMEBODY, many):
-            expected = await db.fetchval(EXPECTED, user_id, conversation_id)
+            expected = dict(await db.fetch(EXPECTED, user_id, conversation_id, MESSAGES_IN_A_ROW))
             await db.execute(BECOME, str(user_id))
-            seen = await db.fetchval(SEEN, conversation_id)
+            seen = {row[0] for row in await db.fetch(SEEN, list(expected))}
             await db.execute(BE_ONESELF)
-            if seen != expected:
+            if seen != {message_id for message_id, is_expected in expected.items() if is_expected}:
                 found.append(f"{user_id} in {conversation_id}")
+            counts(count := count + len(expected))
     finally:
         await transaction.rollback()
     return Violations(len(found), found[:FOUND_SHOWN])
