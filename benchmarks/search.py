@@ -30,6 +30,7 @@ from server.db import migrate
 from server.db.database import SESSION, Database
 from server.domain import search_text
 from server.ops.check import run_checks
+from server.ops.progress import Progress
 from server.ops.reindex import FIRST
 from server.processes.embedded.folder import DataFolder
 from server.processes.embedded.postgres import Postgres
@@ -232,7 +233,7 @@ async def check(url: str) -> None:
     for column in ("check", "s", ""):
         table.add_column(column, justify="right" if column == "s" else "left")
     seconds = 0.0
-    async for line in run_checks(db, begins=lambda _: None):
+    async for line in run_checks(db, progress=Progress(is_on=False)):
         table.add_row(line.name, f"{line.seconds:.1f}", "ok" if line.is_good else "WRONG")
         seconds += line.seconds
     table.add_row("total", f"{seconds:.1f}", "")

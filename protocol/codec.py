@@ -153,9 +153,12 @@ def tag(frame: type[msgspec.Struct]) -> str:
     return str(frame.__struct_config__.tag)
 
 
-def text_frame(payload: bytes) -> bytes:
-    """Return `payload` as one unmasked, final WebSocket text frame (RFC 6455, section 5.2)."""
-    return _header(len(payload)) + payload
+def text_frame(payload: bytes, *, is_compressed: bool = False) -> bytes:
+    """Return `payload` as one unmasked, final WebSocket text frame (RFC 6455, section 5.2). With `is_compressed`, mark
+    it as compressed (RFC 7692, section 6).
+    """
+    header = _header(len(payload))
+    return (b"\xc1" + header[1:] if is_compressed else header) + payload
 
 
 def is_text_frame(data: bytes) -> bool:

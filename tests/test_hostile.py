@@ -123,20 +123,6 @@ async def test_server_responds_to_any_bytes_instead_of_a_handshake_or_closes(
     await idle(world)
 
 
-async def test_compression_is_not_negotiated(worker: tuple[World, UserSession]) -> None:
-    world, ada = worker
-    reader, writer = await asyncio.open_connection(*_address(world))
-    writer.write(
-        HEAD + b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Extensions: permessage-deflate\r\n"
-        b"Authorization: Bearer " + ada.token.encode() + b"\r\n\r\n"
-    )
-    head = await reader.readuntil(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 101")
-    assert b"permessage-deflate" not in head.lower()
-    writer.close()
-
-
 async def test_arbitrary_bytes_leak_no_objects(worker: tuple[World, UserSession]) -> None:
     """Count objects of each type after hostile connections. One more per connection is a leak.
 

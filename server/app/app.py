@@ -140,6 +140,7 @@ class App:
             proxies=settings.proxies,
             frames=Pace.of(settings.frame_rate),
             outbox_bytes=settings.outbox_bytes,
+            compresses=settings.compression,
         )
         self.load_shedding = LoadShedding()
         self.admission = Admission()
@@ -266,6 +267,7 @@ class App:
             addresses=addresses,
             connects=self._connects,
             admission=self.admission,
+            compresses=settings.compression,
         )
         routes = [*Endpoints(deps).routes(), *self.accounts.routes()]
         paths = frozenset(route.path for route in routes if isinstance(route, (Route, WebSocketRoute)))

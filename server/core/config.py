@@ -91,6 +91,11 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
         Meta(ge=65_536, le=1_073_741_824),
         "Max bytes that wait for a slow reader, per connection. Beyond that it is closed (4008).",
     ] = 1024 * 1024
+    compression: Annotated[
+        bool,
+        "Compress frames and answers of at least 1 KiB for clients that accept it. SECURITY.md says what their sizes "
+        "can reveal to an observer of the network.",
+    ] = True
     connections_per_user: Annotated[
         int,
         Meta(ge=1, le=1_000_000),

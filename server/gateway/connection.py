@@ -10,7 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 from protocol import PROTOCOL_VERSION
-from protocol.codec import encode, label, now, text_frame
+from protocol.codec import encode, label, now
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_FRAME_BYTES, Limits
@@ -198,7 +198,7 @@ class Connection:
         if not self._is_closed:
             encoded = [encode(frame) for frame in frames]
             self._said += sum(map(len, encoded))
-            self.socket.write_asked(b"".join([text_frame(one) for one in encoded]))
+            self.socket.write_asked(b"".join(map(self.socket.frame, encoded)))
 
     def close(self, code: CloseCode) -> None:
         """Close the connection."""

@@ -49,10 +49,13 @@ class Sockets:
     current request, from the end of the header until the response. In between it counts for nobody.
     """
 
-    def __init__(self, *, most: int, per_address: int, proxies: Proxies, frames: Pace, outbox_bytes: int) -> None:
+    def __init__(
+        self, *, most: int, per_address: int, proxies: Proxies, frames: Pace, outbox_bytes: int, compresses: bool = True
+    ) -> None:
         """`frames` is the rate of WebSocket control frames and fragments, per connection. `outbox_bytes` is the max
-        number of bytes that wait for a slow WebSocket peer.
+        number of bytes that wait for a slow WebSocket peer. `compresses` allows compression of frames.
         """
+        self.compresses = compresses
         self._most = most
         # A few more than are admitted, because a client can always read a refusal that answers its request, unlike one
         # before that. One address alone never takes the last eighth.

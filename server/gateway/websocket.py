@@ -18,8 +18,10 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.exceptions import InvalidState
 from websockets.speedups import apply_mask
 
+from protocol.codec import text_frame
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import UserId
+from server.gateway import compression
 from server.gateway.sockets import FREE_BYTES, LINGER_BYTES, Sockets
 from server.limits.token_bucket import TokenBucket
 
@@ -46,7 +48,8 @@ MAX_FRAGMENTS = 128
 
 KERNEL_BYTES = 128 * 1024
 """Max bytes for a slow peer in the kernel's buffer, in addition to `outbox_bytes` in ours."""
-_WHOLE_TEXT, _PING, _PONG, _MASKED, _MASK_BYTES = 0x81, 0x89, 0x8A, 0x80, 4
+_WHOLE_TEXT, _COMPRESSED_TEXT = 0x81, 0xC1
+_PING, _PONG, _MASKED, _MASK_BYTES = 0x89, 0x8A, 0x80, 4
 _FIN, _OPCODE, _CONTROL, _CONTINUATION, _CLOSE, _MAX_CONTROL = 0x80, 0x0F, 0x08, 0, 8, 125
 _MEDIUM, _LARGE = 126, 127
 """Bits and lengths of RFC 6455, section 5.2."""
@@ -89,6 +92,8 @@ class WebSocket(WebSocketsSansIOProtocol):
     _fragments = 0
     # Limits control frames and fragments. The receiver limits whole messages.
     _bucket: TokenBucket | None = None
+    # Whether the client accepts compressed frames.
+    compresses = False
     # The newest unanswered ping.
     _ping: bytes | None = None
     _deadline: asyncio.TimerHandle | None = None
@@ -107,6 +112,8 @@ class WebSocket(WebSocketsSansIOProtocol):
         # The client for whom `_held` is counted: the address, or the user after `take_over`.
         self._client: str | UserId = key or ""
         self.conn.max_message_size = MAX_EARLY_BYTES
+        if sockets.compresses:
+            self.conn.available_extensions = [compression.EXTENSION]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:  # noqa: D102 - as asyncio.Protocol has it
         super().connection_made(transport)
@@ -238,9 +245,8 @@ class WebSocket(WebSocketsSansIOProtocol):
         if is_legal and end > len(data):
             self._wanted = end - at
             return 0
-        is_whole = is_legal and data[at] == _WHOLE_TEXT and self.conn.current_size is None
-        if is_whole and self.receiver is not None and not self.close_sent:
-            self.receiver.received(apply_mask(data[first:end], data[mask:first]), is_text=True)
+        is_text = is_legal and data[at] in {_WHOLE_TEXT, _COMPRESSED_TEXT}
+        if is_text and self._receive_text(data[at], data[first:end], data[mask:first]):
             return end
         if is_legal and data[at] in {_PING, _PONG} and size <= _MAX_CONTROL:
             if self._is_allowed(data[at]) and data[at] == _PING:
@@ -251,6 +257,24 @@ class WebSocket(WebSocketsSansIOProtocol):
             end = end if is_legal else len(data)
             super().data_received(data[at:end])
         return len(data) if self._is_lingering else end
+
+    def _receive_text(self, head: int, masked: bytes, mask: bytes) -> bool:
+        """Pass a whole text message to the receiver. Return False if the library websockets has to handle the frame, as
+        it does if the message cannot be decompressed within the limit.
+        """
+        if self.receiver is None or self.close_sent or self.conn.current_size is not None:
+            return False
+        text: bytes | None = apply_mask(masked, mask)
+        if text is not None and head == _COMPRESSED_TEXT:
+            text = compression.inflated(text, self._most_bytes) if self.compresses else None
+        if text is None:
+            return False
+        self.receiver.received(text, is_text=True)
+        return True
+
+    def frame(self, payload: bytes) -> bytes:
+        """Return a payload as a frame for this client, compressed if it is large and the client accepts that."""
+        return compression.compressed_frame(payload) if self.compresses else text_frame(payload)
 
     def _is_allowed(self, head: int) -> bool:
         """Count a frame other than a whole text message, or a frame after the close frame. Close if there are too many.
@@ -342,6 +366,7 @@ class WebSocket(WebSocketsSansIOProtocol):
             if event["type"] == "websocket.receive":
                 receiver.received(event.get("bytes") or b"", is_text=self.is_first_text)
         self._most_bytes = self.conn.max_message_size = self.config.ws_max_size
+        self.compresses = bool(self.conn.extensions)
         self._forget_handshake()
         self._release()
         self._client = receiver.user_id

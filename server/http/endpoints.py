@@ -28,6 +28,7 @@ from server.core.metrics import Metrics
 from server.core.proxies import Network, is_within
 from server.db.readiness import Readiness
 from server.fairness.turns import Turns
+from server.gateway.compression import gzipped
 from server.gateway.connection import NOT_TEXT, Connection, ConnectionDeps
 from server.gateway.dispatch import error_frame
 from server.gateway.responses import JSON, error_response, json_response, refusal_response
@@ -104,6 +105,7 @@ class HttpDeps(NamedTuple):
     addresses: Addresses
     connects: TokenBuckets[UserId]
     admission: Admission
+    compresses: bool
 
 
 class Endpoints:
@@ -211,7 +213,8 @@ class Endpoints:
             self._calls.give(context.user_id)
         response = error_response(answer) if isinstance(answer, Error) else json_response(answer)
         dispatch.answered(context.user_id, data, len(response.body))
-        return response
+        # Pages of other sites cannot send a session with this method, so they cannot observe compressed sizes.
+        return self._gzipped(response, request)
 
     async def alive(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's shape
         """Respond that the process is alive."""
@@ -238,13 +241,16 @@ class Endpoints:
             raise HTTPException(404)
         return Response(self._deps.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def asyncapi(self, request: Request) -> Response:  # noqa: ARG002
+    async def asyncapi(self, request: Request) -> Response:
         """Return the AsyncAPI document."""
-        return Response(_encoded(asyncapi.document), media_type=JSON)
+        return self._gzipped(Response(_encoded(asyncapi.document), media_type=JSON), request)
 
-    async def openapi(self, request: Request) -> Response:  # noqa: ARG002
+    async def openapi(self, request: Request) -> Response:
         """Return the OpenAPI document."""
-        return Response(_encoded(openapi.document), media_type=JSON)
+        return self._gzipped(Response(_encoded(openapi.document), media_type=JSON), request)
+
+    def _gzipped(self, response: Response, request: Request) -> Response:
+        return gzipped(response, request) if self._deps.compresses else response
 
     async def _has_database(self) -> bool:
         try:

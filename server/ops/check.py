@@ -30,9 +30,7 @@ class CheckLine(NamedTuple):
         return self.found is None or not self.found.number
 
 
-async def run_checks(
-    db: Db, *, progress: Progress, grace: timedelta = checks.GRACE
-) -> AsyncIterator[CheckLine]:
+async def run_checks(db: Db, *, progress: Progress, grace: timedelta = checks.GRACE) -> AsyncIterator[CheckLine]:
     """Run all checks, one after the other, and show the progress. `grace` is passed to `checks.run`."""
     for check in CHECKS:
         progress.begins(check.name)

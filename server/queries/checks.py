@@ -359,13 +359,13 @@ async def leaks(db: Db, *, many: int, counts: Callable[[int], None]) -> Violatio
         for STATEMENT in AS_READER:  # noqa: N806 - a constant
             await db.execute(STATEMENT)
         for user_id, conversation_id in await db.fetch(SOMEBODY, many):
-            expected = dict(await db.fetch(EXPECTED, user_id, conversation_id, MESSAGES_IN_A_ROW))
+            compared = await db.fetch(EXPECTED, user_id, conversation_id, MESSAGES_IN_A_ROW)
             await db.execute(BECOME, str(user_id))
-            seen = {row[0] for row in await db.fetch(SEEN, list(expected))}
+            seen = {row[0] for row in await db.fetch(SEEN, [message_id for message_id, _ in compared])}
             await db.execute(BE_ONESELF)
-            if seen != {message_id for message_id, is_expected in expected.items() if is_expected}:
+            if seen != {message_id for message_id, is_expected in compared if is_expected}:
                 found.append(f"{user_id} in {conversation_id}")
-            counts(count := count + len(expected))
+            counts(count := count + len(compared))
     finally:
         await transaction.rollback()
     return Violations(len(found), found[:FOUND_SHOWN])
