@@ -25,9 +25,10 @@ from rich.table import Table
 
 from protocol.client import Search
 from protocol.ids import ConversationId, MessageId, UserId
+from protocol.server import SearchPage
 from server.core.config import Settings
 from server.db import migrate
-from server.db.database import SESSION, Database
+from server.db.database import SEARCHING, SESSION, Database
 from server.domain import search_text
 from server.ops.check import run_checks
 from server.ops.progress import Progress
@@ -37,13 +38,13 @@ from server.processes.embedded.postgres import Postgres
 from server.queries import search, search_index
 
 CONVERSATIONS, PEOPLE, IN_EACH = 1_000, 1_000, 50
-"""Number of conversations, number of people, and number of conversations per person."""
+"""Number of conversations, number of people, and number of conversations per person. One more is in all of them."""
 WORDS, IN_A_MESSAGE = 50_000, 12
 """Size of the vocabulary, and words per message. As in natural languages, the n-th word is n times rarer than the
 first (Zipf's law).
 """
 MESSAGES_PER_INSERT = 50_000
-REPEATS = 15
+REPEATS = 50
 BEGAN_MS = 1_700_000_000_000
 BY_KEY = "SELECT id, content FROM message WHERE id = $1"
 MS = 1e3
@@ -52,10 +53,11 @@ FILL = {"fsync": "off", "full_page_writes": "off", "maintenance_work_mem": "1GB"
 
 
 class Asked(NamedTuple):
-    """A search to measure."""
+    """A search to measure, and the number of the user who searches."""
 
     what: str
     frame: Search
+    user: int = 0
 
 
 def main() -> None:
@@ -89,14 +91,14 @@ async def fill(url: str, messages: int) -> None:
     await db.execute("DROP INDEX message_search_words_idx")
     await db.copy_records_to_table(
         "user",
-        records=[(user(n), f"User {n}", f"{n}@example.org") for n in range(PEOPLE)],
+        records=[(user(n), f"User {n}", f"{n}@example.org") for n in range(PEOPLE + 1)],
         columns=["id", "name", "email"],
     )
     each = messages // CONVERSATIONS
     await db.copy_records_to_table(
         "conversation",
         records=[
-            (about(n), "group", "A title", user(0), each + 1 + IN_EACH, 1 + IN_EACH, IN_EACH, each, 1)
+            (about(n), "group", "A title", user(0), each + 2 + IN_EACH, 2 + IN_EACH, IN_EACH + 1, each, 1)
             for n in range(CONVERSATIONS)
         ],
         columns=[
@@ -117,7 +119,8 @@ async def fill(url: str, messages: int) -> None:
             (about((n * 7 + k * 13) % CONVERSATIONS), user(n), 2 + k, "owner" if k == 0 else "member")
             for n in range(PEOPLE)
             for k in range(IN_EACH)
-        ],
+        ]
+        + [(about(n), user(PEOPLE), 2 + IN_EACH, "member") for n in range(CONVERSATIONS)],
         columns=["conversation_id", "user_id", "version", "role"],
     )
     rng = random.Random(1)  # noqa: S311 - words, not secrets
@@ -147,7 +150,7 @@ def rows(numbers: range, rng: random.Random) -> Iterator[tuple[Any, ...]]:
     for number in numbers:
         content = " ".join(words(rng))
         at = datetime.fromtimestamp((BEGAN_MS + number) / 1000, UTC)
-        version = number // CONVERSATIONS + 2 + IN_EACH
+        version = number // CONVERSATIONS + 3 + IN_EACH
         yield message_id(number), about(number % CONVERSATIONS), user(number % PEOPLE), content, version, version, at
 
 
@@ -175,17 +178,23 @@ def user(number: int) -> UserId:
 
 
 def asked() -> list[Asked]:
-    """Return the searches. They are made as the first user, who is in 50 of 1,000 conversations."""
-    here = about(0)
+    """Return the searches. Most are made as the first user, who is in 50 of 1,000 conversations."""
+    here, busy = about(0), PEOPLE
     return [
         Asked("a rare word", Search(text="w30000x")),
         Asked("a common word (in a third of all)", Search(text="w2x")),
         Asked("two common words", Search(text="w2x w5x")),
         Asked("a prefix of many words", Search(text="w12")),
         Asked("a common word in one conversation", Search(text="w2x", conversation_id=here)),
-        Asked("a common word of one sender", Search(text="w2x", sender_id=user(7))),
+        Asked("a common word of a sender who never wrote it", Search(text="w2x", sender_id=user(7))),
+        Asked("a common word in a file, of which there are none", Search(text="w2x", has_file=True)),
+        Asked("a common word in a pin, of which there are none", Search(text="w2x", is_pinned=True)),
         Asked("a common word, by relevance", Search(text="w2x", order="relevance")),
         Asked("all messages of one conversation", Search(conversation_id=here)),
+        Asked("files of one conversation, of which there are none", Search(conversation_id=here, has_file=True)),
+        Asked("a rare word, in 1,000 conversations", Search(text="w30000x"), busy),
+        Asked("a common word, in 1,000 conversations", Search(text="w2x"), busy),
+        Asked("a word in one of 280 messages, of nobody", Search(text="w300x", sender_id=user(busy))),
     ]
 
 
@@ -194,36 +203,43 @@ async def measure(url: str, messages: int, console: Console, *, with_plans: bool
     database = await Database.open(Settings(database_url=url, database_connections=2))
     one = message_id(messages // 2)
     async with database.connection() as db:
-        by_key = await median(lambda: db.fetchrow(BY_KEY, one))
+        by_key = statistics.median(await durations(lambda: db.fetchrow(BY_KEY, one)))
     table = Table(title=f"{messages:,} messages in {CONVERSATIONS:,} conversations, {IN_EACH} of them the user's")
-    for column in ("search", "found", "ms", "relative to one row by its key"):
-        table.add_column(column, justify="left" if column == "search" else "right")
-    table.add_row("(reading a row by its key)", "1", f"{by_key * MS:.2f}", "1")
-    for what, frame in asked():
+    for column in ("search", "found", "median, ms", "max, ms", "relative to one row by its key", "partial"):
+        table.add_column(column, justify="left" if column in {"search", "partial"} else "right")
+    table.add_row("(reading a row by its key)", "1", f"{by_key * MS:.2f}", "", "1", "")
+    for what, frame, who in asked():
         text = None if frame.text is None else search_text.query(frame.text, prefix=search_text.PREFIX_OF_WORDS)
 
-        async def once(frame: Search = frame, text: str | None = text) -> list[Any]:
+        async def once(frame: Search = frame, text: str | None = text, who: int = who) -> SearchPage:
             async with database.searching() as db:
-                page = await search.find(db, user(0), frame, text, limit=frame.limit)
-            return (await page.decoded()).hits
+                page = await search.find(db, user(who), frame, text, limit=frame.limit)
+            return await page.decoded()
 
-        found = await once()
-        seconds = await median(once)
-        table.add_row(what, str(len(found)), f"{seconds * MS:.1f}", f"{seconds / by_key:,.0f}")
+        page = await once()
+        spans = await durations(once)
+        table.add_row(
+            what,
+            str(len(page.hits)),
+            f"{statistics.median(spans) * MS:.1f}",
+            f"{max(spans) * MS:.1f}",
+            f"{statistics.median(spans) / by_key:,.0f}",
+            "" if page.searched_to is None else "yes",
+        )
     console.print(table)
     await database.close()
     if with_plans:
         await plans(url, console)
 
 
-async def median(work: Any) -> float:  # noqa: ANN401 - returns any awaitable
-    """Return the median duration of `work`, in seconds."""
+async def durations(work: Any) -> list[float]:  # noqa: ANN401 - returns any awaitable
+    """Return the durations of `work`, in seconds."""
     spans = []
     for _ in range(REPEATS):
         began = time.perf_counter()
         await work()
         spans.append(time.perf_counter() - began)
-    return statistics.median(spans)
+    return spans
 
 
 async def check(url: str) -> None:
@@ -241,25 +257,31 @@ async def check(url: str) -> None:
     await db.close()
 
 
+EXPLAINING = """
+LOAD 'auto_explain';
+SET auto_explain.log_min_duration = 0;
+SET auto_explain.log_nested_statements = on;
+SET auto_explain.log_analyze = on;
+SET client_min_messages = log
+"""
+"""Makes PostgreSQL send the plan of each statement to the client."""
+
+
 async def plans(url: str, console: Console) -> None:
-    """Print the plan of each search, with the server's session settings."""
-    db = await asyncpg.connect(url, server_settings=SESSION | {"enable_bitmapscan": "on"})
-    until = "2100-01-01"
-    for what, frame in asked():
-        text = (
-            "NULL" if frame.text is None else f"'{search_text.query(frame.text, prefix=search_text.PREFIX_OF_WORDS)}'"
-        )
-        where = "NULL" if frame.conversation_id is None else f"'{frame.conversation_id}'"
-        sender = "NULL" if frame.sender_id is None else f"'{frame.sender_id}'"
-        is_ranked = frame.order == "relevance"
-        name = f"plan_{abs(hash(what))}"
-        await db.execute(f"PREPARE {name} AS {search.RELEVANT if is_ranked else search.NEWEST}")
-        rest = f"{search.RANKED}, NULL, NULL, NULL, 20" if is_ranked else "20, NULL, NULL"
-        call = f"'{user(0)}', {text}, {where}, NULL, false, '{until}', NULL, {sender}, NULL, false, NULL, false, {rest}"
-        lines = await db.fetch(f"EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) EXECUTE {name} ({call})")
+    """Print the plans of each search, with the server's session settings."""
+    db = await asyncpg.connect(url, server_settings=SESSION)
+
+    def note(_: object, message: asyncpg.PostgresLogMessage) -> None:
+        console.print(message.message or "", highlight=False, markup=False, soft_wrap=True)
+
+    await db.execute(EXPLAINING)
+    db.add_log_listener(note)
+    for what, frame, who in asked():
+        text = None if frame.text is None else search_text.query(frame.text, prefix=search_text.PREFIX_OF_WORDS)
         console.print(f"\n[bold]{what}[/]")
-        for line in lines:
-            console.print(line[0], highlight=False, markup=False, soft_wrap=True)
+        async with db.transaction():
+            await db.execute(SEARCHING)
+            await search.find(db, user(who), frame, text, limit=frame.limit)
     await db.close()
 
 

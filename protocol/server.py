@@ -598,11 +598,16 @@ class SearchPage(_Tagged, tag="search_page", frozen=True, kw_only=True):
     `is_partial` is true on all pages if the caller takes part in more than 200 conversations and gave no
     `conversation_id`. Then only the 200 that were most recently active at the first page were searched. Give a
     `conversation_id` to search another one.
+
+    It is also true if a search takes long. Then messages before `searched_to` were not searched yet, and the page may
+    have less than `limit` hits, or none. Pass `after` to search on. In the order `relevance`, the hits are the most
+    relevant ones since `searched_to`.
     """
 
     hits: list[SearchHit]
     after: str | None = None
     is_partial: bool = False
+    searched_to: datetime | None = None
 
 
 class DeliveryReport(_Tagged, tag="whereabouts", frozen=True, kw_only=True):

@@ -81,14 +81,16 @@ WHY = {
         "threads.CHANGE": "conversation_participant(user_id)",
         "unread.BADGES": "conversation_participant(user_id) cut 2",
     },
-    "matches of words, conversations and invitations of a user: rate and share of searches, 2 s": {
+    "matches of words, pins, conversations and invitations of a user: rate and share of searches, 2 s": {
         "conversations.FIND": "conversation() cut 1",
         "feed.NAMED": "message_search() cut 1",
         "feed.ROWS": FEED,
         "feed.PAGE": FEED,
         "feed.COUNT": FEED,
-        "search.NEWEST": "conversation_participant(user_id) cut 2; message_search() cut 1",
-        "search.RELEVANT": "conversation_participant(user_id) cut 3; message_search() cut 2",
+        "search_matches.INDEXED_IN_FEW": "message_search() cut 1",
+        "search_matches.INDEXED_IN_MANY": "message_search() cut 1",
+        "search_matches.PINNED": "message(conversation_id) cut 1",
+        "search_matches.SCOPE": "conversation_participant(user_id) cut 1",
         "users.SEARCH": "user() cut 2",
     },
     "participants of a conversation of up to 100 or 1,000, and users who hide from one user": {
@@ -156,6 +158,7 @@ many LIMITs above bound the result.
 """
 BOUNDED = {name: reads for statements in WHY.values() for name, reads in statements.items()}
 LIMITS = {
+    "search.RANK": 1,
     "audit.RECORD": 2,
     "badge.READ": 5,
     "bounds.FORGET_STARS": 1,

@@ -149,6 +149,13 @@ class TestInEnglish:
 # ------------------------------------------------------------------------- searches do not block other queries
 
 
+async def asker(world: World, name: str) -> Client:
+    """Connect a new user who takes part in a conversation, without which a search reads nothing."""
+    one = await world.connect(await world.user(name))
+    await world.channel(one)
+    return one
+
+
 class TestSearchesThatTakeLong:
     """The test locks the table of words, so that no search ends before the lock is released."""
 
@@ -161,7 +168,7 @@ class TestSearchesThatTakeLong:
         await holding.close()
 
     async def test_others_read_while_many_search(self, world: World, holding: Any) -> None:
-        askers = [await world.connect(await world.user(f"User {number}")) for number in range(12)]
+        askers = [await asker(world, f"User {number}") for number in range(12)]
         searching = [asyncio.create_task(one.ask(client.Search(text="engine"))) for one in askers[:8]]
         for _ in range(20):
             await askers[8].call(client.GetMe())
@@ -173,7 +180,7 @@ class TestSearchesThatTakeLong:
         assert any(isinstance(one, server.Reply) for one in answers)
 
     async def test_badge_is_available_while_others_search(self, world: World, holding: Any) -> None:
-        askers = [await world.connect(await world.user(f"User {number}")) for number in range(12)]
+        askers = [await asker(world, f"User {number}") for number in range(12)]
         searching = [asyncio.create_task(one.ask(client.Search(text="engine"))) for one in askers[:11]]
         await until(lambda: any(one.done() for one in searching))  # the queue of searches is full
         counting = asyncio.create_task(askers[11].ask(client.GetBadge()))
@@ -184,6 +191,7 @@ class TestSearchesThatTakeLong:
     async def test_user_can_run_one_search_at_a_time(self, world: World, holding: Any) -> None:
         who, other = await world.users("Ada", "Charles")
         one, two = await world.connect(who), await world.connect(who)
+        await world.channel(one)
         searching = asyncio.create_task(one.ask(client.Search(text="engine")))
         await until(lambda: bool(world.workers[0].app.searching))
         for frame in (client.Search(text="engine"), client.SearchUsers(text="ada"), client.FindConversations(text="a")):
@@ -197,13 +205,13 @@ class TestSearchesThatTakeLong:
         await (await world.connect(other)).call(client.Search(text="engine"))
 
     async def test_search_that_takes_too_long_is_refused(self, world: World, holding: Any) -> None:
-        one = await world.connect(await world.user("Ada"))
+        one = await asker(world, "Ada")
         answer = await one.ask(client.Search(text="engine"))
         assert isinstance(answer, server.Error)
         assert (answer.code, answer.retry_after_ms) == (ErrorCode.UNAVAILABLE, 4_000)
         assert "longer or rarer words" in answer.message
         await holding.execute("ROLLBACK")
-        other = await world.connect(await world.user("Charles"))
+        other = await asker(world, "Charles")
         await other.call(client.Search(text="engine"))
 
     async def test_full_queue_refuses_with_a_retry_time(self) -> None:

@@ -111,13 +111,14 @@ def _of_places(query: str, kind: FeedKind, places: str, messages: str) -> str:
     return query.format(kind=f"'{kind}'", places=places, probed=probed, newest=newest)
 
 
-# Mentions of the user $1 by name. Only this uses the search index, which has no order.
+# Mentions of the user $1 by name. Only this uses the search index, which has no order. `IS TRUE` keeps the planner from
+# another index, which it would read whole.
 NAMED = f"""
 SELECT s.created_at, s.message_id, seen.sender_id, s.conversation_id
 FROM (
     SELECT s.message_id, s.conversation_id, s.created_at FROM message_search s
     WHERE s.words @@ format('''m:%s''', $1::uuid)::tsquery
-        AND {_BEFORE.format(at="s.created_at", key="s.message_id")}
+        AND ({_BEFORE.format(at="s.created_at", key="s.message_id")}) IS TRUE
     ORDER BY s.created_at DESC, s.message_id DESC
 ) s
 CROSS JOIN LATERAL (
