@@ -25,7 +25,17 @@ from rich.table import Table
 
 from benchmarks import growth
 from benchmarks.growth import Long, Short
-from benchmarks.servers import Environment, Obvious, OpenChat, Picows, Server, SocketIo, Uws
+from benchmarks.neighbour import neighbour
+from benchmarks.servers import (
+    Environment,
+    Obvious,
+    OpenChat,
+    Picows,
+    Server,
+    SocketIo,
+    UnansweredSocketIo,
+    Uws,
+)
 from loadtest.command import best, find_limit
 from loadtest.histogram import Histogram
 from loadtest.progress import Progress
@@ -39,7 +49,8 @@ BOUND_SECONDS = 0.25
 BARE_SECONDS = 0.02
 """Pause between two bare commits, in seconds. It is short enough for percentiles, and too long to cause load."""
 PROCESSES = 2
-STORED: list[type[Server]] = [OpenChat, SocketIo, Obvious]
+STORED: list[type[Server]] = [OpenChat, SocketIo, UnansweredSocketIo, Obvious]
+ANSWERED: list[type[Server]] = [OpenChat, SocketIo, Obvious]
 EVERYONE: list[type[Server]] = [OpenChat, Uws, Picows, SocketIo, Obvious]
 
 Measured = dict[str, float]
@@ -67,6 +78,18 @@ def drive(scenario: str, size: Size) -> Callable[[Server, float], Awaitable[Meas
         return of_phase(phase)
 
     return measure
+
+
+def beside_neighbour(
+    measure: Callable[[Server, float], Awaitable[Measured]],
+) -> Callable[[Server, float], Awaitable[Measured]]:
+    """Return a function that measures the same beside a noisy neighbour."""
+
+    async def beside(server: Server, seconds: float) -> Measured:
+        with neighbour():
+            return await measure(server, seconds)
+
+    return beside
 
 
 def acknowledge(scenario: str, size: Size) -> Callable[[Server, float], Awaitable[Measured]]:
@@ -118,6 +141,7 @@ def of_phase(phase: Phase) -> Measured:
         "delivery p50 ms": Histogram(tally.deliveries).percentile(0.5) * MS,
         "delivery p99 ms": Histogram(tally.deliveries).percentile(0.99) * MS,
     }
+    measured |= {f"of {kind}": seconds / tally.sent * US for kind, seconds in sorted(phase.cpu.items())}
     if tally.answers:
         measured["answer p99 ms"] = Histogram(tally.answers).percentile(0.99) * MS
     return measured
@@ -178,6 +202,11 @@ WORKLOADS: dict[str, Workload] = {
         rounds=1,
     ),
     "teams": Workload("200 conversations of 10, 200 messages per second", STORED, drive("teams", TEAMS)),
+    "teams-noisy": Workload(
+        "teams, beside a neighbour that uses half of a core and the caches",
+        STORED,
+        beside_neighbour(drive("teams", TEAMS)),
+    ),
     "teams-ceiling": Workload(
         "200 conversations of 10, the highest rate with p99 within 250 ms",
         STORED,
@@ -201,7 +230,7 @@ WORKLOADS: dict[str, Workload] = {
     "idle-many": Workload(
         "15,000 authenticated connections", [OpenChat], connect("idle", size_of(15_000, 0, group=10))
     ),
-    "storm": Workload("2,000 connect as fast as possible", STORED, connect("storm", size_of(2_000, 0, group=10))),
+    "storm": Workload("2,000 connect as fast as possible", ANSWERED, connect("storm", size_of(2_000, 0, group=10))),
 }
 
 

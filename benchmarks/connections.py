@@ -96,10 +96,23 @@ class SocketIoConnection(PlainConnection):
 
     def send(self, conversation_id: str, due: int) -> MessageId:
         """Send a message with an id for its acknowledgement."""
-        message_id = MessageId(uuid7())
         self._next += 1
         self._waiting[self._next] = PendingFrame(due, None, b"")
+        return self._send(b"%d" % self._next, conversation_id, due)
+
+    def _send(self, number: bytes, conversation_id: str, due: int) -> MessageId:
+        """Send a message. `number` identifies its acknowledgement. If it is empty, there is none."""
+        message_id = MessageId(uuid7())
         self.crowd.counters.sent += 1
         message = {"message_id": message_id, "conversation_id": conversation_id, "content": f"{due} {PADDING}"}
-        self.write(b"42%d" % self._next + encode(["send", message]))
+        self.write(self.EVENT + number + encode(["send", message]))
         return message_id
+
+
+class UnansweredSocketIoConnection(SocketIoConnection):
+    """A connection to socket.io that asks for no acknowledgements."""
+
+    def send(self, conversation_id: str, due: int) -> MessageId:
+        """Send a message, and count it as answered."""
+        self.crowd.counters.answered += 1
+        return self._send(b"", conversation_id, due)

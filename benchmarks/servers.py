@@ -290,6 +290,13 @@ class SocketIo(OnNode):
         return ["node", script, str(self.port), self.database(), self.environment.valkey.url, str(self.workers)]
 
 
+class UnansweredSocketIo(SocketIo):
+    """The same, but senders ask for no acknowledgement. So they do not know whether a message was stored."""
+
+    name = "socket.io without acknowledgements"
+    connection = "benchmarks.connections:UnansweredSocketIoConnection"
+
+
 class Uws(OnNode):
     """A broadcast without storage in C++, the upper bound of WebSocket throughput."""
 

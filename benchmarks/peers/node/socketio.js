@@ -1,4 +1,5 @@
 // The same chat on socket.io with its Redis adapter: one insert per message, and a room per conversation.
+// Clients may ask for no acknowledgement. A message is stored before it is sent to the room, in either case.
 // node socketio.js PORT DATABASE_URL REDIS_URL WORKERS
 const cluster = require('node:cluster')
 const [port, database, redis, workers] = process.argv.slice(2)
@@ -6,13 +7,12 @@ const [port, database, redis, workers] = process.argv.slice(2)
 async function main() {
   const { Server } = require('socket.io')
   const { createAdapter } = require('@socket.io/redis-adapter')
-  const { createClient } = require('redis')
+  const Redis = require('ioredis')
   const { Pool } = require('pg')
 
   const pool = new Pool({ connectionString: database, max: 8 })
-  const publisher = createClient(redis.startsWith('unix://') ? { socket: { path: redis.slice(7) } } : { url: redis })
+  const publisher = new Redis(redis.startsWith('unix://') ? redis.slice(7) : redis)
   const subscriber = publisher.duplicate()
-  await Promise.all([publisher.connect(), subscriber.connect()])
   const io = new Server(Number(port), {
     transports: ['websocket'],
     serveClient: false,
@@ -31,7 +31,7 @@ async function main() {
 
   io.on('connection', async (socket) => {
     socket.on('send', async (message, answer) => {
-      if (!socket.rooms.has(message.conversation_id)) return answer({ code: 'not_found' })
+      if (!socket.rooms.has(message.conversation_id)) return answer?.({ code: 'not_found' })
       const { rows } = await pool.query({
         name: 'send',
         text: 'INSERT INTO message (id, conversation_id, sender_id, content) VALUES ($1, $2, $3, $4) RETURNING created_at',
@@ -43,7 +43,7 @@ async function main() {
         content: message.content,
         created_at: rows[0].created_at,
       })
-      answer({ created_at: rows[0].created_at })
+      answer?.({ created_at: rows[0].created_at })
     })
     const { rows } = await pool.query({
       name: 'rooms',
