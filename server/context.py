@@ -26,6 +26,7 @@ from server.db.database import Database, Db
 from server.db.lock_timeouts import FIRST_LOCK_MS
 from server.fairness.batcher import Batcher
 from server.fairness.lanes import Lanes
+from server.fairness.shortcut import Shortcut
 from server.queries import users
 from server.queries.batched_changes import NotChanged
 from server.queries.memberships import Membership
@@ -177,7 +178,7 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     database: Database
     events: Events
     presence: Presences
-    sends: Lanes[ConversationId, Outgoing, Stored | NotStored]
+    sends: Shortcut[ConversationId, Outgoing, Stored | NotStored]
     reactions: Lanes[ConversationId, ReactionRequest, ReactionChange | NotChanged]
     votes: Lanes[ConversationId, VoteRequest, Voted | NotChanged]
     memberships: Batcher[UserId, dict[ConversationId, Membership]]

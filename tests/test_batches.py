@@ -278,7 +278,7 @@ async def test_repeated_frame_after_an_unknown_outcome_is_notified_once(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with staged(settings) as (world, stage):
-        store, due = sending.send_free, world.workers[0].app.web_push._due
+        store, due = sending.send_plain, world.workers[0].app.web_push._due
 
         async def lost(db: Any, items: list[Outgoing]) -> Any:
             await store(db, items)
@@ -286,7 +286,7 @@ async def test_repeated_frame_after_an_unknown_outcome_is_notified_once(
 
         frame = message(stage.group, "In doubt")
         with monkeypatch.context() as lose, refused(ErrorCode.UNAVAILABLE, None):
-            lose.setattr(sending, "send_free", lost)
+            lose.setattr(sending, "send_plain", lost)
             await stage.author.call(frame, server.Sent)
         before = len(due)
         for _ in range(3):
@@ -303,7 +303,7 @@ async def test_repeated_frame_after_an_unknown_outcome_is_notified_once(
         # This message is stored by the repeated frame.
         frame = message(stage.group, "Not stored")
         with monkeypatch.context() as lose, refused(ErrorCode.UNAVAILABLE, None):
-            lose.setattr(sending, "send_free", away)
+            lose.setattr(sending, "send_plain", away)
             await stage.author.call(frame, server.Sent)
         for _ in range(3):
             await stage.author.call(frame, server.Sent)
@@ -315,7 +315,7 @@ async def test_repeated_frame_after_an_unknown_outcome_is_notified_once(
         )
         due.forget(time.monotonic() + 3_600)
         with monkeypatch.context() as lose, refused(ErrorCode.UNAVAILABLE, None):
-            lose.setattr(sending, "send_free", away)
+            lose.setattr(sending, "send_plain", away)
             await stage.author.call(frame, server.Sent)
         await stage.author.call(frame, server.Sent)
         assert len(due) == 0
@@ -331,7 +331,7 @@ async def test_message_with_an_unknown_outcome_is_delivered_once_by_the_comparis
     async with staged(settings) as (world, stage):
         devices = [stage.author, stage.sender, *[await world.connect(who) for who in (stage.ada, stage.charles)]]
         frames = [message(stage.group, "In doubt") for _ in devices]
-        store, runs = sending.send_free, []
+        store, runs = sending.send_plain, []
 
         async def lost(db: Any, items: list[Outgoing]) -> Any:
             await store(db, items)
@@ -342,7 +342,7 @@ async def test_message_with_an_unknown_outcome_is_delivered_once_by_the_comparis
             return [[one.id for one in new_messages(device) if one.content == "In doubt"] for device in devices]
 
         with monkeypatch.context() as lose:
-            lose.setattr(sending, "send_free", lost)
+            lose.setattr(sending, "send_plain", lost)
             answers = await asyncio.gather(*(one.ask(frame) for one, frame in zip(devices, frames, strict=True)))
         assert [getattr(answer, "code", None) for answer in answers] == [ErrorCode.UNAVAILABLE] * 4
         assert sum(runs) == 4
@@ -465,7 +465,8 @@ async def test_invalid_item_causes_no_further_query_for_the_others(settings: Set
             assert runs == [1, len(asked) - 1], name
         app = world.workers[0].app
         # These batchers send messages, change reactions or votes, or write presence, and have no row in the table.
-        writes = {one for lanes in (app._sends, app._reactions, app._votes) for one in (lanes._light, lanes._heavy)}
+        each = (app._sends.lanes, app._reactions, app._votes)
+        writes = {app._sends._common, *(one for lanes in each for one in (lanes._light, lanes._heavy))}
         others = writes | {app.presence._flushes, app.presence._pending._tells}
         assert _batchers(app) - others == {read.batcher for read in reads.values()}, "each has a row"
 
@@ -524,7 +525,7 @@ async def test_owners_of_items_take_turns() -> None:
 
 def in_lane(stage: Crowd) -> int:
     """Return how many messages wait for the locked group: one in flight, and those queued behind it."""
-    return 1 + sum(map(len, stage.sends._lanes[stage.group]._waiting._lines.values()))
+    return 1 + sum(map(len, stage.sends.lanes._lanes[stage.group]._waiting._lines.values()))
 
 
 @pytest.mark.parametrize("kind", OF_SOME)
@@ -606,7 +607,7 @@ async def test_many_messages_of_one_user_delay_another_user_by_at_most_two_state
             (bystander,) = stage.submit(Outgoing(stage.charles.id, last))
             if is_held:
                 async with asyncio.timeout(SECONDS):
-                    while len(stage.sends._lanes) != 1 or in_lane(stage) < len(flood):
+                    while len(stage.sends.lanes._lanes) != 1 or in_lane(stage) < len(flood):
                         await asyncio.sleep(0)
                 await held.rollback()
             assert are_stored(await asyncio.gather(bystander, *flooding))

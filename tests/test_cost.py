@@ -98,6 +98,7 @@ WITHOUT_KEY = {
     "guests": "by invited user, and by inviting user",
     "send": "by message: whether its id is taken, since the key of `message` is the id",
     "send past what is held": "the same",
+    "send plain": "the same",
     "react": "by message: PostgreSQL checks the foreign key of the reaction",
     "vote": "by message: PostgreSQL checks the foreign key of the vote",
     "earlier": "by message: read when an id is taken, to compare",
@@ -281,6 +282,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
     }])  # fmt: skip
     return {
         "send": (sending.SEND, (send, "false", "10ms")),
+        "send plain": (sending.SEND_PLAIN, (send, "10ms")),
         "send past what is held": (sending.SEND, (send, "true", "10ms")),
         "earlier": (
             sending.EARLIER,

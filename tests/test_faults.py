@@ -234,7 +234,7 @@ async def test_hanging_postgres_fails_waiting_sends_together(
         await asyncio.gather(*(sent(sender, about) for sender in senders))
         runs: list[int] = []
         sends: Any = world.workers[0].app._sends  # noqa: SLF001 - statements are only visible in private attributes
-        for batcher in (sends._light, sends._heavy):  # noqa: SLF001
+        for batcher in (sends._common, sends.lanes._light, sends.lanes._heavy):  # noqa: SLF001
             batcher._work = counted(batcher._work, runs)  # noqa: SLF001
         frames = [message(about, "Frozen") for _ in senders]
         pids = [servers.postgres.pid, *(row[0] for row in await world.db.fetch("SELECT pid FROM pg_stat_activity"))]

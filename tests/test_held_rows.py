@@ -336,7 +336,7 @@ async def test_message_does_not_wait_for_other_locked_conversations(settings: Se
             assert sorted(said) == ["0", "1", "2", *(["Charles"] if about == stuck[0] else [])]
         assert await world.db.fetchval(CONTENTS, others) == [f"Free {number}" for number in range(4)]
         assert await recount(world.db) == []
-        assert sends._lanes == {}  # noqa: SLF001 - lanes are removed
+        assert sends.lanes._lanes == {}  # noqa: SLF001 - lanes are removed
 
 
 def assert_is_empty(worker: app.App) -> None:

@@ -73,7 +73,7 @@ async def waiting(world: World, count: int, query: str = WAITING) -> None:
 
 
 def lanes_in_use(app: App) -> int:
-    return sum(len(lanes._lanes) for lanes in (app._sends, app._reactions, app._votes))  # noqa: SLF001
+    return sum(len(lanes._lanes) for lanes in (app._sends.lanes, app._reactions, app._votes))  # noqa: SLF001
 
 
 def let_all_wait(world: World) -> None:

@@ -163,7 +163,7 @@ async def test_conversations_are_compared_often_beside_a_worker_that_is_silent(
 async def test_message_with_an_unknown_outcome_is_delivered_everywhere(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = sending.send_free
+    store = sending.send_plain
 
     async def lost(db: Any, items: list[Outgoing]) -> Any:
         await store(db, items)
@@ -171,7 +171,7 @@ async def test_message_with_an_unknown_outcome_is_delivered_everywhere(
 
     frame = message(pair.group)
     with monkeypatch.context() as lose:
-        lose.setattr(sending, "send_free", lost)
+        lose.setattr(sending, "send_plain", lost)
         answer = await pair.ada.ask(frame)
     assert isinstance(answer, server.Error)
     assert answer.code is ErrorCode.UNAVAILABLE

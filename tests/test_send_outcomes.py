@@ -190,7 +190,7 @@ async def test_reply_to_and_quote_of_a_message_in_the_same_batch_are_retried(sta
 
 async def test_reply_that_waits_with_its_parent_is_stored(stage: Stage) -> None:
     other = await stage.world.connect(stage.charles)
-    lanes = stage.world.workers[0].app._sends._lanes  # noqa: SLF001 - messages that wait for the conversation
+    lanes = stage.world.workers[0].app._sends.lanes._lanes  # noqa: SLF001 - messages that wait for the conversation
     first, parent = message(stage.group), message(stage.group)
     reply = message(stage.group, parent_message_id=parent.message_id)
     async with asyncio.timeout(10):

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,19 +13,20 @@ import pytest
 from protocol.client import History, ListPins, Pin, Resume
 from protocol.limits import MAX_CONTENT, MAX_PAGE
 from protocol.payloads import Poll
-from server.app.app import MAX_BATCH_CHARACTERS, App
+from server.app.sends import MAX_BATCH_CHARACTERS
 from server.core.proxies import Proxies
 from server.db import rows
 from server.db.pool import Lease
 from server.db.rows import PORTION, Reader
-from server.fairness.lanes import HEAVY_SHARE, Held
+from server.fairness.batcher import Batcher
+from server.fairness.lanes import HEAVY_SHARE
 from server.gateway.connection import MAX_INBOX
 from server.gateway.dispatch import Dispatch
 from server.gateway.http_protocol import Http
 from server.gateway.sockets import Sockets
 from server.limits.token_bucket import Pace
 from server.queries import messages
-from server.queries.sending import NotStored, Outgoing, Stored, weight
+from server.queries.sending import Outgoing, weight
 from tests.test_unreadable_pages import filled, walks_of, whole_of
 from tests.world import Room, World, http_client, message, until
 
@@ -193,16 +195,17 @@ async def test_short_message_does_not_wait_for_long_messages_of_others(world: Wo
     (ada, charles), held, app = await world.users("Ada", "Charles"), asyncio.Event(), world.workers[0].app
     chatty, quiet = await world.connect(ada), await world.connect(charles)
     rooms = await world.channel(chatty), await world.channel(quiet)
-    send_free, batches = App._send_free, list[int]()  # noqa: SLF001
+    sends, batches = app._sends, list[int]()  # noqa: SLF001
 
-    async def wait(app: App, batch: list[Outgoing]) -> list[Stored | NotStored | Held]:
+    async def wait(work: Callable[[list[Outgoing]], Awaitable[list[Any]]], batch: list[Outgoing]) -> list[Any]:
         batches.append(max(weight(out) for out in batch))
         if batches[-1] > MAX_BATCH_CHARACTERS // HEAVY_SHARE:
             await held.wait()
-        return await send_free(app, batch)
+        return await work(batch)
 
-    for gather in (app._sends._light, app._sends._heavy):  # noqa: SLF001
-        monkeypatch.setattr(gather, "_work", partial(wait, app))
+    batchers: list[Batcher[Outgoing, Any]] = [sends._common, sends.lanes._light, sends.lanes._heavy]  # noqa: SLF001
+    for batcher in batchers:
+        monkeypatch.setattr(batcher, "_work", partial(wait, batcher._work))  # noqa: SLF001
     poll = Poll(options=[f"{number:0255}" for number in range(20)])
     frames = message(rooms[0], "x" * MAX_CONTENT), message(rooms[0], "x", payload=poll)
     long: list[asyncio.Future[Any]] = [asyncio.ensure_future(chatty.call(one)) for one in frames]

@@ -19,6 +19,7 @@ from protocol.errors import CloseCode
 from protocol.ids import ConversationId, UserId
 from server.app.background import Background
 from server.app.hub_store import PostgresHubStore
+from server.app.sends import sends_of
 from server.auth.attempts import Attempts
 from server.auth.sessions import Sessions
 from server.auth.tickets import Ticket, Tickets
@@ -61,19 +62,10 @@ from server.limits.load_shedding import LoadShedding
 from server.limits.per_address import Addresses
 from server.limits.shared_rate_limit import SharedRateLimit
 from server.limits.token_bucket import Pace, TokenBuckets
-from server.queries import polls, push, reactions, sending
+from server.queries import polls, push, reactions
 from server.queries.batched_changes import ChangeFunction, NotChanged, Outcome, Request
-from server.queries.sending import NotStored, Outgoing, Stored
 from server.routes import ROUTES
 
-MAX_BATCH_MESSAGES = 64
-"""Max messages that one statement stores."""
-MAX_BATCH_CHARACTERS = 32_000
-"""Max characters of messages with their payloads in one statement. A single message may have more.
-
-The statement holds the locks of all their conversations. 64 messages of the max size would hold them for a second.
-Messages with more than 2,000 characters are stored in statements of their own.
-"""
 MAX_BATCH_CHANGES = 64
 """Max reactions that one statement changes, or votes."""
 WORKER_BYTES = 16
@@ -145,16 +137,7 @@ class App:
         self.load_shedding = LoadShedding()
         self.admission = Admission()
         places = Places(max(1, settings.database_connections // WAITING_SHARE), patience=ATTEMPTS_SECONDS)
-        self._sends: Lanes[ConversationId, Outgoing, Stored | NotStored] = Lanes(
-            key=lambda out: out.frame.conversation_id,
-            owner=lambda out: out.sender_id,
-            run=self._send_free,
-            wait=self._send,
-            places=places,
-            most=MAX_BATCH_MESSAGES,
-            weigh=sending.weight,
-            most_weight=MAX_BATCH_CHARACTERS,
-        )
+        self._sends = sends_of(database, places)
         self._reactions = self._lanes_of(reactions.FUNCTION, places)
         self._votes = self._lanes_of(polls.FUNCTION, places)
 
@@ -367,14 +350,6 @@ class App:
             # `aclose` leaves connections open if the client was about to read the nodes of the cluster again.
             await self._redis.nodes_manager.aclose()
         await self._database.close()
-
-    async def _send_free(self, batch: list[Outgoing]) -> list[Stored | NotStored | Held]:
-        async with self._database.sending() as db:
-            return await sending.send_free(db, batch)
-
-    async def _send(self, batch: list[Outgoing]) -> list[Stored | NotStored | Held]:
-        async with self._database.connection() as db:
-            return await sending.send(db, batch)
 
     def _lanes_of(
         self, function: ChangeFunction[Request, Outcome], places: Places

@@ -75,6 +75,10 @@ class Lanes(Generic[Key, Item, Outcome]):
         self._places = places
         self._lanes: dict[Key, Batcher[_Waiting[Item], Outcome]] = {}
 
+    def is_held(self, item: Item) -> bool:
+        """Whether earlier items of the same key wait for their row."""
+        return self._key(item) in self._lanes
+
     async def submit(self, item: Item) -> Outcome:
         """Return the outcome of `item`. Raises what `run` or `wait` raised for it."""
         key = self._key(item)

@@ -34,11 +34,24 @@ async def passing(query: Query, *more: object, count: int) -> list[Record] | Non
     """Do the same, but pass locked conversations. Return None, without an effect, if a single item would wait for
     another row longer than `SHARED_LOCK_MS`. Several raise LockNotAvailableError, and the caller repeats them in parts.
 
+    Raises what `passed` raises.
+    """
+    return await passed(query(True, brief(), *more), count=count)  # noqa: FBT003 - as above
+
+
+def brief() -> str:
+    """Return `SHARED_LOCK_MS` as a `lock_timeout`."""
+    return f"{SHARED_LOCK_MS}ms"
+
+
+async def passed(rows: Awaitable[list[Record]], *, count: int) -> list[Record] | None:
+    """Return the rows of a statement for `count` items that passes locked conversations, or None as `passing`.
+
     Raises Slow if PostgreSQL cancelled the statement. It had no effect then, because the limit does not apply to the
     commit. After a timeout of the client, it may have had one (docs/decisions/0066).
     """
     try:
-        return await query(True, f"{SHARED_LOCK_MS}ms", *more)  # noqa: FBT003 - as above
+        return await rows
     except QueryCanceledError:
         raise Slow from None
     except LockNotAvailableError:

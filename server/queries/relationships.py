@@ -26,9 +26,10 @@ BLANK = """(r.status = 'inactive' AND r.request_message IS NULL AND r.response_m
 """Whether a relationship has ended and contains nothing else."""
 
 # A change between two users locks their direct conversation, where it affects who may write, and then both users.
+# The update changes no value. It shows a message that is being sent that it has to check again (SEND_PLAIN).
 LOCK_DIRECT = """
-SELECT FROM conversation WHERE direct_low = least($1::uuid, $2) AND direct_high = greatest($1::uuid, $2)
-FOR NO KEY UPDATE
+UPDATE conversation SET is_active = is_active
+WHERE direct_low = least($1::uuid, $2) AND direct_high = greatest($1::uuid, $2)
 """
 
 

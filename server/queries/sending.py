@@ -78,6 +78,77 @@ class Stored(NamedTuple):
     thread_order: int
 
 
+def is_plain(out: Outgoing) -> bool:
+    """Whether a message refers to no other one and mentions nobody."""
+    frame, derived = out.frame, out.derived
+    return not (
+        frame.parent_message_id or frame.quoted_message_id or out.source or derived.mentions or derived.loud_mentions
+    )
+
+
+# The sender's rights are read before the lock, in the snapshot of the statement. Each change of participants or rights
+# moves `access_version`, and `relationships.lock` updates the row of a direct conversation. PostgreSQL evaluates the
+# conditions on `c` again if the row has changed since the snapshot, which `before` shows as it was. So a message of a
+# user whose rights changed meanwhile is not stored (docs/decisions/0084).
+SEND_PLAIN = """
+WITH part AS MATERIALIZED (
+    SELECT i.*, c.version AS clock,
+        CASE WHEN c.settings <> '{}' THEN make_interval(secs => (c.settings ->> 'expire_after_seconds')::float8) END
+            AS expires_after
+    FROM json_to_recordset($1::json) i (
+        place integer, message_id uuid, conversation_id uuid, sender_id uuid, content text, content_type text,
+        payload jsonb, formatted_content text, hashtags text[], metadata jsonb, poll_counts integer[]
+    )
+    JOIN conversation_participant p ON p.conversation_id = i.conversation_id AND p.user_id = i.sender_id
+        AND p.status = 'active'
+    JOIN "user" u ON u.id = p.user_id
+    JOIN conversation before ON before.id = p.conversation_id
+    JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+        AND c.access_version = before.access_version AND (c.type <> 'direct' OR c.xmin = before.xmin)
+    WHERE obstacle_of(c, p, u.is_active AND NOT u.is_deleted) IS NULL
+        AND (SELECT true FROM message m WHERE m.id = i.message_id) IS NULL
+        AND (SELECT set_config('lock_timeout', $2, true)) IS NOT NULL
+    FOR NO KEY UPDATE OF c SKIP LOCKED
+), made AS MATERIALIZED (
+    SELECT p.*, p.clock + row_number() OVER (PARTITION BY p.conversation_id ORDER BY p.place) AS version,
+        clock_timestamp() AS created_at
+    FROM part p
+), moved AS (
+    UPDATE conversation c SET version = f.version, message_count = c.message_count + f.messages,
+        last_message_at = f.created_at, last_activity_at = f.created_at
+    FROM (
+        SELECT m.conversation_id, max(m.version) AS version, count(*) AS messages, max(m.created_at) AS created_at
+        FROM made m GROUP BY m.conversation_id
+    ) f
+    WHERE c.id = f.conversation_id
+), queued AS (
+    INSERT INTO search_queue (message_ids) SELECT array_agg(m.message_id) FROM made m HAVING count(*) > 0
+)
+INSERT INTO message (id, conversation_id, sender_id, content, content_type, payload, formatted_content, hashtags,
+    metadata, poll_counts, expires_at, sent_version, version, created_at, updated_at)
+SELECT m.message_id, m.conversation_id, m.sender_id, m.content, m.content_type, m.payload, m.formatted_content,
+    m.hashtags, m.metadata, m.poll_counts, m.created_at + m.expires_after, m.version, m.version, m.created_at,
+    m.created_at
+FROM made m
+RETURNING id, sent_version, created_at, expires_at
+"""
+
+
+async def send_plain(db: Db, batch: Sequence[Outgoing]) -> list[Stored | None]:
+    """Store plain messages whose conversation is not locked and whose sender may send. Return None for the others,
+    which `send_free` stores or refuses, and for messages with the id of an earlier one in the batch.
+
+    Raises what `batches.passed` raises.
+    """
+    arguments = _encoded(batch), batches.brief()
+    try:
+        rows = await batches.passed(db.fetch(SEND_PLAIN, *arguments), count=len(batch))
+    except UniqueViolationError:  # as in `send_free`
+        rows = await batches.passed(db.fetch(SEND_PLAIN, *arguments), count=len(batch))
+    stored = {row[0]: Stored(row[1], row[2], row[3], None, None, 0) for row in rows or []}
+    return [stored.pop(out.frame.message_id, None) for out in batch]
+
+
 SEND = f"SELECT * FROM send_messages($1, $2, $3) WHERE {WITHIN_RETRY_LOCK_MS}"  # noqa: S608 - a constant is put in
 """Stores a batch. schema.sql has the function, and beside it the contract of its steps."""
 
