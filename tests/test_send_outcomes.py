@@ -138,6 +138,22 @@ async def alone(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored | 
     return [outcome for one in batch for outcome in await sending.send(db, [one])]
 
 
+async def plainly(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored | Held]:
+    """Store plain messages by their own statement, one by one, and judge those that it leaves."""
+    outcomes: list[Stored | NotStored | Held] = []
+    for one in batch:
+        (stored,) = await sending.send_plain(db, [one]) if sending.is_plain(one) else [None]
+        outcomes += [stored] if stored is not None else await sending.send(db, [one])
+    return outcomes
+
+
+async def plainly_together(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored | Held]:
+    """Do the same with the whole batch."""
+    stored = await sending.send_plain(db, batch)
+    left = iter(await sending.send(db, [one for one, is_there in zip(batch, stored, strict=True) if is_there is None]))
+    return [next(left) if one is None else one for one in stored]
+
+
 def told(outcomes: Sequence[Stored | NotStored | Held], batch: Sequence[Outgoing]) -> list[tuple[object, ...]]:
     """Return the parts that are equal in one batch and alone: all except times and reply counts."""
     found: list[tuple[object, ...]] = []
@@ -169,7 +185,24 @@ async def test_batch_stores_the_same_as_single_messages(stage: Stage, seed: int)
     for _ in range(8):
         batch = [make(stage) for make in dice.choices(makers, k=dice.randint(1, 24))]
         results = []
-        for way in (sending.send, alone):
+        for way in (sending.send, alone, plainly):
+            transaction = db.transaction()
+            await transaction.start()
+            outcomes = await way(db, batch)
+            results.append((told(outcomes, batch), tuple(await db.fetchrow(STORED))))  # type: ignore[arg-type]
+            await transaction.rollback()
+        assert results[0] == results[1] == results[2], seed
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_plain_statement_stores_the_same_as_the_function(stage: Stage, seed: int) -> None:
+    dice = random.Random(seed)
+    db = stage.world.db
+    makers = [make for _, make in WAYS if sending.is_plain(make(stage))]
+    for _ in range(8):
+        batch = [make(stage) for make in dice.choices(makers, k=dice.randint(1, 24))]
+        results = []
+        for way in (sending.send, plainly_together):
             transaction = db.transaction()
             await transaction.start()
             outcomes = await way(db, batch)

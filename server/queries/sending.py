@@ -89,7 +89,7 @@ def is_plain(out: Outgoing) -> bool:
 # The sender's rights are read before the lock, in the snapshot of the statement. Each change of participants or rights
 # moves `access_version`, and `relationships.lock` updates the row of a direct conversation. PostgreSQL evaluates the
 # conditions on `c` again if the row has changed since the snapshot, which `before` shows as it was. So a message of a
-# user whose rights changed meanwhile is not stored (docs/decisions/0084).
+# user whose rights changed meanwhile is not stored (docs/decisions/0088).
 SEND_PLAIN = """
 WITH part AS MATERIALIZED (
     SELECT i.*, c.version AS clock,
