@@ -503,6 +503,26 @@ CREATE TABLE push_endpoint (
 CREATE INDEX push_endpoint_user_idx ON push_endpoint (user_id);
 CREATE INDEX push_endpoint_session_idx ON push_endpoint (session_id);
 
+-- Whether a search vector has mentions, also of roles. PL/pgSQL, because the planner must not see its condition, which
+-- message_search_words_idx would serve by reading all mentions. Not PARALLEL SAFE, because the start of parallel workers
+-- takes longer than the feed's read of this index.
+CREATE FUNCTION has_mentions(words tsvector) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    RETURN words @@ '''m:'':*'::tsquery;
+END
+$$;
+-- The number of the UTC day of a time, from 1970.
+CREATE FUNCTION day_number(at timestamptz) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN floor(extract(epoch FROM at AT TIME ZONE 'UTC') / 86400)::bigint;
+-- The users whom a search vector mentions, each with the periods of 1, 32 and 1,024 days that contain the time of the
+-- message. The feed finds the newest mentions of a user by these.
+CREATE FUNCTION mention_days(words tsvector, at timestamptz) RETURNS text[] LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN ARRAY(
+        SELECT substr(w, 3) || '/' || days || '/' || day_number(at) / days
+        FROM unnest(tsvector_to_array(words)) w, unnest(ARRAY[1, 32, 1024]) days
+        WHERE starts_with(w, 'm:') AND length(w) = 38
+    );
+
 -- The words of each message that has words, for search. A job adds them after the send (search_queue). The statement
 -- that edits, hides or deletes a message changes them immediately. They have their own table, so that reactions and
 -- replies, which update the message's row, do not update the index of words.
@@ -515,6 +535,9 @@ CREATE TABLE message_search (
 -- GIN collects new entries in a pending list. The statement that fills it merges it while it holds the locks of
 -- messages. So the list is large, and a job merges it (server/queries/search_index.py).
 CREATE INDEX message_search_words_idx ON message_search USING gin (words) WITH (gin_pending_list_limit = 32768);
+-- Without a pending list, which each badge would have to read.
+CREATE INDEX message_search_mentions_idx ON message_search USING gin (mention_days(words, created_at))
+    WITH (fastupdate = off) WHERE has_mentions(words);
 
 -- For words that are common, and for filters that match few messages. The newest messages of each conversation are read
 -- until a page is full (newest_matches()).

@@ -6,6 +6,7 @@
 import json
 import re
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -853,6 +854,45 @@ async def test_cost_of_the_feed_does_not_grow_with(
         assert plan.scanned == [], name
         assert plan.rows < 1.5 * before.rows + 400, (name, before, plan)
         assert plan.pages < 1.5 * before.pages + 400, (name, before, plan)
+
+
+MENTIONS = """
+WITH sent AS (
+    INSERT INTO message (conversation_id, sender_id, content, sent_version, version, created_at, mentions)
+    SELECT $2, gen_random_uuid(), '', 1000 + n, 1000 + n, now() - n * interval '1 hour', ARRAY[$1::uuid]
+    FROM generate_series(1, $3::int) n
+    RETURNING id, conversation_id, created_at, mentions
+)
+INSERT INTO message_search SELECT id, conversation_id, created_at,
+    search_words(conversation_id, '', NULL, mentions, '{}', '{}') FROM sent
+"""
+"""One mention of user $1 per hour."""
+
+
+async def test_cost_of_the_newest_mentions_does_not_grow_with_older_ones(
+    db: "asyncpg.Connection[asyncpg.Record]", filler: "asyncpg.Connection[asyncpg.Record]"
+) -> None:
+    """This holds for the first page, for a later one, and for the number of new ones."""
+    await db.execute(f"PREPARE named AS {feed.NAMED}")
+    now = await db.fetchval("SELECT now()")
+    plans = {}
+    for name, count in (("few", 300), ("many", 6_000)):
+        place = await filled(filler, name, 10)
+        await filler.execute(MENTIONS, place.user_id, place.conversation_id, count)
+        plans[name] = [
+            await explained(db, "named", (place.user_id, ["mention"], before, before and UUID(int=0), after, most))
+            for before, after, most in (
+                (None, "0001-01-02", 21),
+                (now - timedelta(days=5), "0001-01-02", 21),
+                (None, now - timedelta(hours=3), 100),
+            )
+        ]
+    await db.close()
+    for few, many in zip(*plans.values(), strict=True):
+        assert many.rows < few.rows + 50
+        assert many.pages < few.pages + 50
+        assert many.rows < 1_000
+        assert many.scanned == []
 
 
 KEEP_STARS = """

@@ -15,7 +15,8 @@ from protocol.values import FeedEntry, FeedKind
 from server.db.database import SEARCHING, SESSION
 from server.queries import badge, feed, latest, search
 
-START = datetime(2026, 1, 1, tzinfo=UTC)
+START = datetime.now(UTC).replace(microsecond=0) - timedelta(days=1_180)
+"""The newest row is some days old, so the rows are in all periods that the feed distinguishes."""
 ME = 0
 USERS, CONVERSATIONS, MESSAGES = 8, latest.SEARCHED + 40, 700
 
@@ -35,8 +36,8 @@ def uid(kind: int, number: int) -> UUID:
     return UUID(int=kind << 64 | number)
 
 
-def at(minute: int) -> datetime:
-    return START + timedelta(minutes=minute)
+def at(number: int) -> datetime:
+    return START + number * timedelta(hours=10)
 
 
 MESSAGE = """

@@ -36,6 +36,7 @@ NEEDED_BY = {
     "message_reaction_user_idx": "export.REACTIONS",
     "message_reaction_version_idx": "changes.SINCE",
     "message_remains_idx": "remains.DUE",
+    "message_search_mentions_idx": "feed.NAMED",
     "message_search_words_idx": "search_matches.INDEXED_IN_FEW",
     "message_sender_idx": "erasure.FORGET_EDITS",
     "message_star_removed_idx": "bounds.FORGET_STARS",

@@ -83,7 +83,7 @@ WHY = {
     },
     "matches of words, pins, conversations and invitations of a user: rate and share of searches, 2 s": {
         "conversations.FIND": "conversation() cut 1",
-        "feed.NAMED": "message_search() cut 1",
+        "feed.NAMED": "11 x message_search() cut 1",
         "feed.ROWS": FEED,
         "feed.PAGE": FEED,
         "feed.COUNT": FEED,

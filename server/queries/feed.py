@@ -111,15 +111,33 @@ def _of_places(query: str, kind: FeedKind, places: str, messages: str) -> str:
     return query.format(kind=f"'{kind}'", places=places, probed=probed, newest=newest)
 
 
-# Mentions of the user $1 by name. Only this uses the search index, which has no order. `IS TRUE` keeps the planner from
-# another index, which it would read whole.
+# Parts in which mentions by name are looked for: from the first to the last day, counted back, by periods of days.
+_PARTS = (
+    ("-1", "1", 1), ("2", "3", 1), ("4", "7", 1), ("8", "15", 1), ("16", "31", 1), ("32", "63", 32), ("64", "127", 32),
+    ("128", "255", 32), ("256", "511", 32), ("512", "1023", 32), ("1024", "day.top", 1_024),
+)  # fmt: skip
+_PART = f"""
+    (SELECT s.message_id, s.conversation_id, s.created_at FROM message_search s
+    WHERE has_mentions(s.words) AND mention_days(s.words, s.created_at) && ARRAY(
+        SELECT $1::uuid || '/{{days}}/' || period FROM generate_series(
+            greatest(day.top - {{last}}, day.bottom) / {{days}}, (day.top - {{first}}) / {{days}}
+        ) period
+    ) AND (
+        s.created_at >= to_timestamp((day.top - {{last}}) * 86400)
+        AND s.created_at < to_timestamp((day.top - {{first}} + 1) * 86400)
+        AND {_BEFORE.format(at="s.created_at", key="s.message_id")}
+    ) IS TRUE ORDER BY s.created_at DESC, s.message_id DESC)
+"""  # noqa: S608 - constants are put in
+# Mentions of the user $1 by name, latest first. Only this uses the search index, which has no order. So it reads the
+# mentions of a few days, and of more if these do not suffice. PostgreSQL reads the parts one after the other. `IS TRUE`
+# keeps the planner from another index, which it would read whole.
 NAMED = f"""
 SELECT s.created_at, s.message_id, seen.sender_id, s.conversation_id
 FROM (
-    SELECT s.message_id, s.conversation_id, s.created_at FROM message_search s
-    WHERE s.words @@ format('''m:%s''', $1::uuid)::tsquery
-        AND ({_BEFORE.format(at="s.created_at", key="s.message_id")}) IS TRUE
-    ORDER BY s.created_at DESC, s.message_id DESC
+    SELECT day_number(least(now(), $3::timestamptz)) AS top,
+        day_number(greatest($5::timestamptz, '1970-01-01')) AS bottom
+) day CROSS JOIN LATERAL (
+    {" UNION ALL ".join(_PART.format(first=first, last=last, days=days) for first, last, days in _PARTS)}
 ) s
 CROSS JOIN LATERAL (
     SELECT m.sender_id FROM message m
@@ -131,8 +149,7 @@ CROSS JOIN LATERAL (
         AND NOT {SILENCES.format(me="$1", them="m.sender_id")}
     OFFSET 0
 ) seen
-WHERE 'mention' = ANY($2)
-ORDER BY s.created_at DESC, s.message_id DESC LIMIT $6
+WHERE 'mention' = ANY($2) LIMIT $6
 """  # noqa: S608 - constants are put in
 
 
@@ -144,7 +161,8 @@ def _entries(of_places: str) -> str:
     """Return a query for entries of all kinds, of which two may be equal. `of_places` is for `_of_places`."""
     return f"""
     (SELECT 'mention' AS kind, n.at, n.key, n.user_id, n.conversation_id, NULL::text AS emoji
-    FROM unnest($10::timestamptz[], $11::uuid[], $12::uuid[], $13::uuid[]) AS n (at, key, user_id, conversation_id))
+    FROM unnest($10::timestamptz[], $11::uuid[], $12::uuid[], $13::uuid[]) AS n (at, key, user_id, conversation_id)
+    WHERE n.at > $5)
     UNION ALL
     {_of_places(of_places, "mention", _MENTIONS_AT, _LOUD)}
     UNION ALL
@@ -261,18 +279,23 @@ async def page(db: Db, user_id: UserId, frame: ListFeed) -> Undecoded[FeedPage]:
     newest = covered = await latest.newest(db, user_id)
     if before is None and "mention" in kinds:
         since = newest.since
-    elif since is not None:
-        covered = await latest.again(db, user_id, since)
-    named, named_unseen = await _named(db, asked), await _named(db, unseen)
+        # The newest ones include those of the page and the unseen ones.
+        named = named_unseen = await _named(db, asked._replace(limit=max(asked.limit, unseen.limit)))
+    else:
+        if since is not None:
+            covered = await latest.again(db, user_id, since)
+        named, named_unseen = await _named(db, asked), await _named(db, unseen)
     await db.execute(IN_ORDER)
     rows = await db.fetch(PAGE, *asked, *covered.columns, *named)
 
     def after(columns: Any) -> str | None:  # noqa: ANN401 - a row has no type
         return None if columns[1] is None else str(FeedPosition(columns[1], UUID(int=columns[2].int), since))
 
-    count = await db.fetchval(COUNT, *unseen, *newest.columns, *named_unseen)
+    unread_count = await db.fetchval(COUNT, *unseen, *newest.columns, *named_unseen)
     return _entry_decoder.page(rows, frame.limit, after).then(
-        lambda page: FeedPage(entries=page.rows, unread_count=count, after=page.after, is_partial=since is not None)
+        lambda page: FeedPage(
+            entries=page.rows, unread_count=unread_count, after=page.after, is_partial=since is not None
+        )
     )
 
 
