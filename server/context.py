@@ -29,6 +29,7 @@ from server.fairness.lanes import Lanes
 from server.fairness.shortcut import Shortcut
 from server.queries import users
 from server.queries.batched_changes import NotChanged
+from server.queries.joins import Joined, JoinRequest
 from server.queries.memberships import Membership
 from server.queries.own_news import OwnNews
 from server.queries.polls import Voted, VoteRequest
@@ -181,6 +182,7 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     sends: Shortcut[ConversationId, Outgoing, Stored | NotStored]
     reactions: Lanes[ConversationId, ReactionRequest, ReactionChange | NotChanged]
     votes: Lanes[ConversationId, VoteRequest, Voted | NotChanged]
+    joins: Lanes[ConversationId, JoinRequest, Joined | NotChanged]
     memberships: Batcher[UserId, dict[ConversationId, Membership]]
     """Reads users' conversations. When many users reconnect concurrently, one query reads those of several."""
     unconfirmed: Unconfirmed

@@ -38,7 +38,7 @@ ROUTES: dict[type[client.Frame], Route] = {
     client.FindConversations: Route(conversations.find, Rate.SEARCH),
     client.SetPreferences: Route(conversations.set_preferences, Rate.WRITE, waits_for_user=True),
     # participants
-    client.Join: Route(participants.join, Rate.WRITE),
+    client.Join: Route(participants.join, Rate.WRITE, waits_for_user=True),
     client.Leave: Route(participants.leave, Rate.WRITE),
     client.AddParticipants: Route(participants.add, Rate.WRITE),
     client.Invite: Route(invitations.invite, Rate.WRITE),

@@ -464,8 +464,8 @@ async def test_invalid_item_causes_no_further_query_for_the_others(settings: Set
             assert read.good is None or not (answers[-1] is None or isinstance(answers[-1], Exception)), name
             assert runs == [1, len(asked) - 1], name
         app = world.workers[0].app
-        # These batchers send messages, change reactions or votes, or write presence, and have no row in the table.
-        each = (app._sends.lanes, app._reactions, app._votes)
+        # These batchers send messages, make changes, or write presence, and have no row in the table.
+        each: list[Lanes[Any, Any, Any]] = [app._sends.lanes, app._reactions, app._votes, app._services.joins]
         writes = {app._sends._common, *(one for lanes in each for one in (lanes._light, lanes._heavy))}
         others = writes | {app.presence._flushes, app.presence._pending._tells}
         assert _batchers(app) - others == {read.batcher for read in reads.values()}, "each has a row"

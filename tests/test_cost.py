@@ -32,6 +32,8 @@ from server.queries import (
     expiry,
     feed,
     invitations,
+    invite_codes,
+    joins,
     latest,
     locks,
     memberships,
@@ -95,7 +97,7 @@ WITHOUT_KEY = {
     "session": "by token",
     "living sessions": "by session, of connected users",
     "slide": "by session, of connected users",
-    "open": "by invite code, or by conversation",
+    "invite code": "by invite code",
     "guests": "by invited user, and by inviting user",
     "send": "by message: whether its id is taken, since the key of `message` is the id",
     "send past what is held": "the same",
@@ -118,8 +120,9 @@ EITHER_KEY = {"expire", "edits that expire"}
 
 FILL = """
 WITH made AS (
-    INSERT INTO conversation (type, title, created_by, version, message_count, participant_count, settings_version)
-    VALUES ('group', $2::text, $1, 2 + $3::int, $3, 1, 1) RETURNING id
+    INSERT INTO conversation (type, title, created_by, version, message_count, participant_count, settings_version,
+        invite_code)
+    VALUES ('group', $2::text, $1, 2 + $3::int, $3, 1, 1, $2) RETURNING id
 ), joined AS (
     INSERT INTO conversation_participant (conversation_id, user_id, role, version, last_read_version)
     SELECT id, $1, 'owner', 2, 2 FROM made
@@ -206,7 +209,14 @@ def literal(value: Any) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
-FUNCTIONS = {"send_messages", "change_reactions", "change_votes", "expire_messages", "newest_matches"}
+FUNCTIONS = {
+    "send_messages",
+    "change_reactions",
+    "change_votes",
+    "join_conversations",
+    "expire_messages",
+    "newest_matches",
+}
 """Functions that contain the statements of a batch, or of a search."""
 EXPLAIN_INNER = """
 LOAD 'auto_explain';
@@ -281,6 +291,10 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "place": 0, "conversation_id": str(about), "message_id": str(ids["middle"]), "user_id": str(user),
         "options": [0],
     }])  # fmt: skip
+    join = json.dumps([{
+        "place": 0, "conversation_id": str(about), "user_id": str(ids.get("stranger", user)),
+        "invite_code": ids.get("code"),
+    }])  # fmt: skip
     return {
         "send": (sending.SEND, (send, "false", "10ms")),
         "send plain": (sending.SEND_PLAIN, (send, "10ms")),
@@ -314,13 +328,13 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "react": (reactions.CHANGE, (reaction, "true", "10ms", *reactions.LIMITS)),
         "lock": (locks.LOCK, (about,)),
         "lock as": (locks.LOCK_AS, (about, user, "active")),
-        "lock with user": (locks.LOCK_WITH_USER, (about, user)),
         "lock as with user": (locks.LOCK_AS_WITH_USER, (about, user, "active")),
         "keep": (conversations.KEEP, (about, user)),
         "lock part": (locks.LOCK_PART, (about, user)),
         "lock row": (locks.LOCK_ROW, (about,)),
         "direct": (creation.DIRECT, (user, user)),
-        "open": (conversations.OPEN, (about, "no such code", user)),
+        "invite code": (invite_codes.FIND, ("no such code",)),
+        "join": (joins.JOIN, (join, "true", "10ms", *joins.LIMITS)),
         "participant": (participants.GET, (about, user)),
         "add": (participants.ADD, (about, [user], "member", user)),
         "change": (participants.CHANGE, (about, user, "member", "left", 1)),
@@ -396,7 +410,6 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "edits kept": (edits.COUNT, (about, ids["middle"])),
         "made in a day": (bounds.MADE, (user,)),
         "taking part": (bounds.MEMBERSHIPS, ([user], 5_000)),
-        "taken part": (bounds.TOUCH_MEMBER, ([user], 5_000)),
         "stars kept": (bounds.STARS, (user,)),
         "relationships kept": (bounds.RELATIONSHIPS, (user, "friend")),
         "requests": (bounds.REQUESTS, (user, user)),
@@ -436,7 +449,10 @@ async def test_cost_does_not_grow_with_history(
             place = await filled(filler, "large", MESSAGES)  # noqa: PLW2901
             if again:
                 await db.execute("ANALYZE")
+        name = "small" if place is small else "large"
         ids = {
+            "code": name,
+            "stranger": await db.fetchval('SELECT id FROM "user" WHERE name = $1', f"{name}2"),
             "new": await db.fetchval("SELECT gen_random_uuid()"),
             "middle": await db.fetchval(
                 "SELECT id FROM message WHERE conversation_id = $1 AND sent_version = $2",
@@ -447,7 +463,7 @@ async def test_cost_does_not_grow_with_history(
         await filler.execute(MAKE_POLL, ids["middle"])
         statements = hot(place, ids)
         # After ANALYZE, the first call plans the statements of a function, and reads pages for that.
-        for name in ("send", "react", "vote", "expire"):
+        for name in ("send", "react", "vote", "join", "expire"):
             await explained(db, name, statements[name][1])
         plans[place.size] = {name: await explained(db, name, arguments) for name, (_, arguments) in statements.items()}
     await db.close()

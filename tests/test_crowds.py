@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from protocol import client, server
 from protocol.codec import encode
 from protocol.ids import ConversationId, MessageId
+from protocol.limits import MAX_MEMBERSHIPS
 from protocol.payloads import Poll
 from prove.client import Client
 from prove.mirror import Mirror
@@ -21,6 +22,7 @@ from server.core import crowds
 from server.core.crowds import SAMPLED_PARTICIPANTS, Change, Crowd
 from server.domain import membership
 from server.hub import topics
+from server.queries import joins
 from tests.world import UserSession, World, events_of, message, sent, until, without_bus
 
 LONG = 3_600.0
@@ -32,6 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(topics, "MAX_SHARED_PARTICIPANTS", 2)
     monkeypatch.setattr(membership, "MAX_SHARED_PARTICIPANTS", 2)
     monkeypatch.setattr(topics, "CROWD_SECONDS", 0.0)
+    monkeypatch.setattr(joins.FUNCTION, "_limits", (2, MAX_MEMBERSHIPS))
     return monkeypatch
 
 

@@ -44,7 +44,6 @@ WHY = {
         "accounts.GIVE": "account(provider_id, user_id)",
         "bounds.MADE": "conversation()",
         "bounds.MEMBERSHIPS": "2 x conversation_participant(user_id)",
-        "bounds.TOUCH_MEMBER": "2 x conversation_participant(user_id)",
         "bounds.STARS": "message_star(user_id)",
         "bounds.RELATIONSHIPS": "user_relationship(from_user_id)",
         "bounds.REQUESTS": "user_relationship(from_user_id); user_relationship(to_user_id)",
@@ -69,7 +68,6 @@ WHY = {
     "5,000 conversations of a user, sorted for pages, or compared with each": {
         "conversation_views.PAGE": "conversation_participant(user_id) cut 1",
         "conversation_views.ORDER": "conversation_participant(user_id)",
-        "conversations.OPEN": "conversation_participant(user_id)",
         "drafts.LIST": "conversation_participant(user_id) cut 1",
         "badge.READ": "conversation_participant(user_id)",
         "latest.AGAIN": "conversation_participant(user_id) cut 1",

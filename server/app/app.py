@@ -62,12 +62,12 @@ from server.limits.load_shedding import LoadShedding
 from server.limits.per_address import Addresses
 from server.limits.shared_rate_limit import SharedRateLimit
 from server.limits.token_bucket import Pace, TokenBuckets
-from server.queries import polls, push, reactions
+from server.queries import joins, polls, push, reactions
 from server.queries.batched_changes import ChangeFunction, NotChanged, Outcome, Request
 from server.routes import ROUTES
 
 MAX_BATCH_CHANGES = 64
-"""Max reactions that one statement changes, or votes."""
+"""Max reactions that one statement changes, or votes, or joins."""
 WORKER_BYTES = 16
 """Length of the random id of a worker, in bytes."""
 REDIS_SECONDS = 1.0
@@ -171,6 +171,7 @@ class App:
             sends=self._sends,
             reactions=self._reactions,
             votes=self._votes,
+            joins=self._lanes_of(joins.FUNCTION, places),
             memberships=hub_store.memberships,
             unconfirmed=Unconfirmed(),
             web_push=self.web_push,
@@ -366,7 +367,7 @@ class App:
 
         return Lanes(
             key=lambda request: request.conversation_id,
-            owner=lambda request: request.user_id,
+            owner=lambda request: request.subject[0],
             run=run,
             wait=wait,
             places=places,

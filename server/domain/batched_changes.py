@@ -1,4 +1,4 @@
-"""Changes that are made in batches, such as reactions and votes."""
+"""Changes that are made in batches, such as reactions, votes and joins."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeAlias, TypeVar
@@ -6,9 +6,10 @@ from typing import TypeAlias, TypeVar
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId
 from server.core.errors import NotActive, NotFound
+from server.core.faults import RowHeld
 from server.domain.permissions import OBSTACLES, slow_mode
 from server.fairness.lanes import Lanes
-from server.queries.batched_changes import AGAIN, ChangeRequest, NotChanged
+from server.queries.batched_changes import AGAIN, USER_HELD, ChangeRequest, NotChanged
 
 Request = TypeVar("Request", bound=ChangeRequest)
 Outcome = TypeVar("Outcome")
@@ -38,9 +39,11 @@ async def change(
     refusals: Refusals,
 ) -> Outcome:
     """Make a change in the next batch, and return its outcome. Raises the error in `refusals` if it was not made and no
-    further attempt would make it.
+    further attempt would make it. Raises RowHeld, without an effect, if the user's row is locked.
     """
     while isinstance(outcome := await lanes.submit(request), NotChanged):
+        if outcome.reason == USER_HELD:
+            raise RowHeld("the user is locked")
         if outcome.reason != AGAIN:
             raise refusals[outcome.reason](outcome)
     return outcome

@@ -1,6 +1,6 @@
 """Changes of a conversation's participants. They happen under its lock, and are published after the commit."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from protocol.client import AddParticipants, Invite
@@ -10,7 +10,7 @@ from protocol.limits import MAX_INVITATIONS_SENT, MAX_SHARED_PARTICIPANTS
 from protocol.roles import Act, may
 from protocol.server import MessageSent
 from protocol.values import Conversation, Message, Participant
-from server.context import Context
+from server.context import Context, Events
 from server.core.errors import NotActive, NotFound
 from server.db.database import Db
 from server.domain.permissions import require, require_below
@@ -38,13 +38,10 @@ class MembershipChange:
         self._entered.update(change.participant.user_id for change in changes)
         self.changes += changes
 
-    async def post_own_move(self, message: SystemMessage) -> None:
-        """Post that the caller joined or left, unless the conversation is large. There, these messages would hide all
-        others.
-        """
-        counts = (self._conversation.participant_count, self.changes[0].participant_count)
-        if max(counts) <= MAX_SHARED_PARTICIPANTS:
-            await self.post_system_message(message)
+    async def post_departure(self) -> None:
+        """Post that the caller left, unless the conversation is large. There, such messages would hide all others."""
+        if self._conversation.participant_count <= MAX_SHARED_PARTICIPANTS:
+            await self.post_system_message(SystemMessage("leave", "left"))
 
     async def post_system_message(self, message: SystemMessage) -> None:
         """Post a system message about an action of the caller, unless the conversation's settings disable these."""
@@ -58,19 +55,29 @@ class MembershipChange:
 
     def tell(self) -> None:
         """Publish all changes. The caller has committed."""
-        for change in self.changes:
-            publish_participant(self._context.events, change)
-        for message in self._system_messages:
-            self._context.events.publish(
-                MessageSent(conversation_id=message.conversation_id, version=message.version, message=message)
-            )
-        for change in self.changes:
-            who = change.participant.user_id
-            # Participants of a conversation see private users among them, which ends when one of the two leaves.
-            decides = who in self._entered or change.participant.status not in {"active", "invited"}
-            self._context.events.notify([who], may_watch_others=decides)
-            if decides:
-                self._context.events.reconsider(who)
+        publish_changes(self._context.events, self.changes, self._system_messages, self._entered)
+
+
+def publish_changes(
+    events: Events,
+    changes: Sequence[ParticipantChange],
+    system_messages: Iterable[Message],
+    entered: Collection[UserId],
+) -> None:
+    """Publish changes of participants, of whom those in `entered` joined or were invited, and messages about these
+    changes. The caller has committed.
+    """
+    for change in changes:
+        publish_participant(events, change)
+    for message in system_messages:
+        events.publish(MessageSent(conversation_id=message.conversation_id, version=message.version, message=message))
+    for change in changes:
+        who = change.participant.user_id
+        # Participants of a conversation see private users among them, which ends when one of the two leaves.
+        decides = who in entered or change.participant.status not in {"active", "invited"}
+        events.notify([who], may_watch_others=decides)
+        if decides:
+            events.reconsider(who)
 
 
 async def taking_part(db: Db, conversation_id: ConversationId, user_id: UserId) -> Participant:
@@ -231,8 +238,9 @@ def require_room(conversation: Conversation, more: int, path: str) -> None:
     """Raise Refused, for a field of the frame, if `more` further participants would exceed the limit."""
     limit = conversation.max_participants
     if limit is not None and conversation.participant_count + more > limit:
-        raise Refused(
-            ErrorCode.CONFLICT,
-            f"The conversation is full. It takes at most {limit} participants.",
-            path=path,
-        )
+        raise full(limit, path)
+
+
+def full(limit: int, path: str) -> Refused:
+    """Return the error for a conversation with the max number of participants."""
+    return Refused(ErrorCode.CONFLICT, f"The conversation is full. It takes at most {limit} participants.", path=path)

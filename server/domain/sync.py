@@ -127,6 +127,28 @@ async def join(context: Context, view: ConversationView) -> None:
         await _follow(context, [view], [ConversationJoined(view=view)])
 
 
+async def enter(context: Context, conversation_id: ConversationId) -> ConversationView | None:
+    """Do the same for a conversation that is not read yet, and return it. Return None if the caller does not take part.
+
+    Events during the read are kept, because in a large conversation others may join at the same time.
+    """
+    subscriber = context.subscriber
+    if subscriber is None or conversation_id in subscriber.attached:
+        return await _view(context, conversation_id)
+    await subscriber.open([conversation_id])
+    with subscriber.catching_up(conversation_id):
+        view = await _view(context, conversation_id)
+        if view is not None:
+            await _follow(context, [view], [ConversationJoined(view=view)])
+    return view
+
+
+async def _view(context: Context, conversation_id: ConversationId) -> ConversationView | None:
+    async with context.database.connection() as db:
+        views = await conversation_views.get(db, context.user_id, [conversation_id])
+    return views[0] if views else None
+
+
 async def _say_own(context: Context, user_news: UserNews | None = None) -> None:
     """Send the changes of the user's own rows after the connection's user version. `user_news` has the first page."""
     connection = context.connection

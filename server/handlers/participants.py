@@ -5,89 +5,70 @@ from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.roles import Act, may, rank
 from protocol.server import Added, Done, OneConversation, ParticipantPage
-from protocol.values import Conversation, Participant, ParticipantStatus
+from protocol.values import Participant, ParticipantStatus
 from server.context import Context
 from server.core.errors import NotActive, NotFound
 from server.db.database import Db
-from server.domain import sync
+from server.domain import batched_changes, sync
 from server.domain.membership import (
     MembershipChange,
+    full,
     lock_with_caller,
     lock_with_member,
+    publish_changes,
     require_room,
     taking_part,
     welcomed_by,
 )
 from server.domain.permissions import require, require_above, require_below
-from server.queries import bounds, conversation_views, conversations, invitations, invite_codes, participants, users
+from server.queries import bounds, invitations, invite_codes, participants, users
 from server.queries.audit import Deed
+from server.queries.joins import JoinRequest
 from server.queries.system_messages import SystemMessage
 
 
 async def join(context: Context, frame: client.Join) -> OneConversation:
     """Join a conversation that is public, has the invite code, or invited the caller."""
     path = _named_by(frame)
-    async with context.transaction(checks_account=False) as db:
-        # Checked before the lock, so that a refused caller does not lock the conversation. Checked again under it,
-        # because the conversation may have closed, or the code may have changed.
-        found, _ = await _welcomed(db, context, frame)
-        is_active = await conversations.lock_with_user(db, found.id, context.user_id)
-        if is_active is None:
-            raise NotFound(path)
-        if not is_active:
-            raise NotActive
-        conversation, before = await _welcomed(db, context, frame)
-        if conversation.id != found.id:
-            raise NotFound(path)
-        membership_change = MembershipChange(context, db, conversation)
-        if before is None or before.status != "active":
-            membership_change.enter(await participants.add(db, conversation.id, [context.user_id], "member", None))
-            if frame.invite_code is not None:
-                await invite_codes.use(db, conversation.id)
-            await membership_change.post_own_move(SystemMessage("join", "joined"))
-            if before is not None:  # The row has another status, or lost its mark.
-                await participants.stamp(db, conversation.id, [context.user_id])
-                await bounds.require_memberships(db, [context.user_id], path)
-            else:
-                await bounds.touch_member(db, context.user_id, path)
-    membership_change.tell()
-    # Read after the commit, so that nobody waits for that.
-    async with context.database.connection() as db:
-        views = await conversation_views.get(db, context.user_id, [conversation.id])
-    if not views:
-        raise NotFound(path)  # removed since
-    await sync.join(context, views[0])
-    return OneConversation(view=views[0])
-
-
-async def _welcomed(db: Db, context: Context, frame: client.Join) -> tuple[Conversation, Participant | None]:
-    """Return the conversation that the caller may join, and the caller's earlier participation. Raises NotFound if no
-    conversation is open to the caller. Raises Refused if the caller is banned, if the inviter may no longer add users,
-    or if it is full.
-    """
-    path = _named_by(frame)
-    found = await conversations.open_to(db, context.user_id, frame.conversation_id, frame.invite_code)
-    if found is None:
+    about = frame.conversation_id
+    if frame.invite_code is not None:
+        async with context.database.connection() as db:
+            about = await invite_codes.find(db, frame.invite_code)
+    if about is None:
         raise NotFound(path)
-    conversation, before = found
-    if before is not None and before.status == "banned":
-        raise Refused(
+    request = JoinRequest(about, context.user_id, frame.invite_code)
+    joined = await batched_changes.change(context.services.joins, request, REFUSALS[path])
+    if joined.change is not None:
+        messages = [] if joined.message is None else [joined.message]
+        publish_changes(context.events, [joined.change], messages, {context.user_id})
+    view = await sync.enter(context, about)
+    if view is None:
+        raise NotFound(path)  # removed since
+    return OneConversation(view=view)
+
+
+def _refusals(path: str) -> batched_changes.Refusals:
+    """Return the errors of a join that named its conversation by the field `path`."""
+    return {
+        "missing": lambda _: NotFound(path),
+        "banned": lambda _: Refused(
             ErrorCode.FORBIDDEN,
             "You are banned from this conversation. Ask an admin to lift the ban.",
             path=path,
-        )
-    is_open = conversation.is_public or frame.invite_code is not None
-    is_invited = before is not None and before.status == "invited" and not is_open
-    # An invitation counts only while its sender may still add users.
-    if is_invited and await invitations.invited_as(db, conversation.id, context.user_id) is None:
-        raise Refused(
+        ),
+        "uninvited": lambda _: Refused(
             ErrorCode.FORBIDDEN,
             "The user who invited you may no longer add anyone. Ask for another invitation.",
             path=path,
-        )
-    if before is None or before.status != "active":
-        require_room(conversation, 1, path)
-    return conversation, before
+        ),
+        "full": lambda outcome: full(outcome.max_participants, path),
+        "inactive": lambda _: NotActive(),
+        "too_many": lambda _: bounds.too_many_memberships(path),
+    }
+
+
+REFUSALS = {path: _refusals(path) for path in ("conversation_id", "invite_code")}
+"""Errors of joins, by the field that names the conversation."""
 
 
 def _named_by(frame: client.Join) -> str:
@@ -103,7 +84,7 @@ async def leave(context: Context, frame: client.Leave) -> Done:
         membership_change = MembershipChange(context, db, conversation)
         membership_change.changes += await participants.leave(db, me)
         if membership_change.changes[0].participant_count:
-            await membership_change.post_own_move(SystemMessage("leave", "left"))
+            await membership_change.post_departure()
     membership_change.tell()
     return Done()
 

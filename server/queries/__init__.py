@@ -6,14 +6,13 @@ conversation's row lock. Statements for many users, such as that of `send`, take
 `conversations.lock_as` or `messages.lock` first, so that all later reads stay true until they commit.
 
 No frame locks a conversation's row for a user whom it refuses as no participant. Both functions check that before the
-lock, and the handler checks it again under the lock. `conversations.lock` checks nothing. Jobs, operators and `join`
-use it.
+lock, and the handler checks it again under the lock. `conversations.lock` checks nothing. Jobs and operators use it.
 
 Transactions take locks in one order, so that no two wait for each other (docs/decisions/0032-one-lock-order.md):
 
 1. The conversation: `conversations.lock_as`, `messages.lock`. Several are locked in the order of their ids.
 2. Users whose user version moves, or who must be active: `users.lock`, once for all of them, in the order of their ids.
-  `conversations.lock_with_user` does both steps.
+  `conversations.lock_as_with_user` does both steps.
 3. Rows of these users: participants, sessions, accounts, drafts, stars, follows, relationships, endpoints, scheduled
   messages.
 4. The chain of the audit log: `audit.record`.

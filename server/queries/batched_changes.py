@@ -1,7 +1,8 @@
-"""Changes that many users make to messages, such as reactions and votes, in statements of many users."""
+"""Changes that many users make, such as reactions, votes and joins, in statements of many users."""
 
 from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
+from uuid import UUID
 
 import msgspec
 from asyncpg import Record
@@ -13,29 +14,49 @@ from server.queries import batches
 
 
 class ChangeRequest(msgspec.Struct, frozen=True):
-    """A change that a user requests about a message. Derived classes have the further fields of a composite type of
-    schema.sql. `place` is not among them.
+    """A change that a user requests. Derived classes have the further fields of a composite type of schema.sql. `place`
+    is not among them.
     """
 
     conversation_id: ConversationId
+
+    @property
+    def subject(self) -> tuple[UserId, UUID]:
+        """The user, and the object of the change. A batch has at most one change with the same subject."""
+        raise NotImplementedError
+
+
+class MessageChangeRequest(ChangeRequest, frozen=True):
+    """A change that a user requests about a message."""
+
     message_id: MessageId
     user_id: UserId
+
+    @property
+    def subject(self) -> tuple[UserId, UUID]:
+        """The user and the message."""
+        return self.user_id, self.message_id
 
 
 class NotChanged(NamedTuple):
     """A change that was not made, with the reason as the function returns it. `wait_ms` is the time until the user may
-    send in slow mode, in milliseconds. `option_count` is the number of options of a poll.
+    send in slow mode, in milliseconds. `option_count` is the number of options of a poll, and `max_participants` the
+    setting of a conversation.
     """
 
     reason: str
     wait_ms: int = 0
     option_count: int = 0
+    max_participants: int = 0
 
 
 AGAIN = "changed"
 """The reason for which another attempt may succeed. The user joined while the statement ran, or the batch has an
-earlier request of the user about the message.
+earlier request with the same subject.
 """
+
+USER_HELD = "user_held"
+"""The reason for which the user has to wait: another transaction has locked the user's row."""
 
 Request = TypeVar("Request", bound=ChangeRequest)
 Outcome = TypeVar("Outcome")
@@ -77,11 +98,11 @@ class ChangeFunction(Generic[Request, Outcome]):
 
 
 def _encoded(batch: Sequence[ChangeRequest]) -> str:
-    """Return requests as JSON, with their places. Leaves out further ones of a user about a message, because each
-    depends on the one before.
+    """Return requests as JSON, with their places. Leaves out further ones with the same subject, because each depends
+    on the one before.
     """
-    first: dict[tuple[UserId, MessageId], tuple[int, ChangeRequest]] = {}
+    first: dict[tuple[UserId, UUID], tuple[int, ChangeRequest]] = {}
     for place, item in enumerate(batch):
-        first.setdefault((item.user_id, item.message_id), (place, item))
+        first.setdefault(item.subject, (place, item))
     rows = [{"place": place} | msgspec.structs.asdict(item) for place, item in first.values()]
     return msgspec.json.encode(rows).decode()

@@ -60,28 +60,17 @@ SELECT EXISTS (
 
 async def require_memberships(db: Db, user_ids: Sequence[UserId], path: str) -> None:
     """Raise Refused if one of the users participates in too many conversations. Requires the users' locks."""
-    _require_room(is_full=await db.fetchval(MEMBERSHIPS, list(user_ids), MAX_MEMBERSHIPS), path=path)
+    if await db.fetchval(MEMBERSHIPS, list(user_ids), MAX_MEMBERSHIPS):
+        raise too_many_memberships(path)
 
 
-def _require_room(*, is_full: bool, path: str) -> None:
-    if is_full:
-        raise Refused(
-            ErrorCode.CONFLICT,
-            f"A user can participate in at most {MAX_MEMBERSHIPS} conversations. Leave one, or name other users.",
-            path=path,
-        )
-
-
-TOUCH_MEMBER = f"""
-WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = ANY($1)) {MEMBERSHIPS}
-"""  # noqa: S608 - a constant is put in
-
-
-async def touch_member(db: Db, user_id: UserId, path: str) -> None:
-    """Move the user version of a user who joined a conversation. Raises Refused as `require_memberships` does. Requires
-    the user's lock.
-    """
-    _require_room(is_full=await db.fetchval(TOUCH_MEMBER, [user_id], MAX_MEMBERSHIPS), path=path)
+def too_many_memberships(path: str) -> Refused:
+    """Return the error for a user who participates in too many conversations."""
+    return Refused(
+        ErrorCode.CONFLICT,
+        f"A user can participate in at most {MAX_MEMBERSHIPS} conversations. Leave one, or name other users.",
+        path=path,
+    )
 
 
 STARS = "SELECT count(*) FROM message_star s WHERE s.user_id = $1 AND NOT s.is_removed"

@@ -9,7 +9,7 @@ from protocol.ids import ConversationId, UserId
 from protocol.values import Conversation, Participant, ParticipantStatus, PublicConversation
 from server.db.database import Db
 from server.db.rows import Reader
-from server.queries.locks import HAS_PART, LOCK, LOCK_AS, LOCK_AS_WITH_USER, LOCK_WITH_USER
+from server.queries.locks import HAS_PART, LOCK, LOCK_AS, LOCK_AS_WITH_USER
 from server.queries.messages import Obstacle
 
 _public_decoder = Reader(PublicConversation)
@@ -64,12 +64,6 @@ async def lock_as(
     return None if text is None else _conversation_decoder.decode(text)
 
 
-async def lock_with_user(db: Db, conversation_id: ConversationId, user_id: UserId) -> bool | None:
-    """Lock a conversation, and then a user. Return whether the account is active, or None without a conversation."""
-    row = await db.fetchrow(LOCK_WITH_USER, conversation_id, user_id)
-    return None if row is None else bool(row[1])
-
-
 async def lock_as_with_user(
     db: Db, conversation_id: ConversationId, user_id: UserId
 ) -> tuple[Conversation, bool] | None:
@@ -110,34 +104,6 @@ IS_DELETED = "SELECT is_deleted FROM conversation WHERE id = $1"
 async def is_deleted(db: Db, conversation_id: ConversationId) -> bool:
     """Whether a conversation is deleted for everyone. Older versions deleted direct ones, too."""
     return bool(await db.fetchval(IS_DELETED, conversation_id))
-
-
-OPEN = """
-SELECT o.found, CASE WHEN p.user_id IS NOT NULL THEN participant_json(p) END FROM (
-    SELECT c.id, conversation_json(c) AS found FROM conversation c
-    WHERE c.id = $1 AND c.type IN ('group', 'channel') AND c.is_active AND NOT c.is_deleted AND (c.is_public OR EXISTS (
-        SELECT FROM conversation_participant p
-        WHERE p.conversation_id = c.id AND p.user_id = $3 AND p.status IN ('active', 'invited')
-    ))
-    UNION ALL
-    SELECT c.id, conversation_json(c) FROM conversation c
-    WHERE c.invite_code = $2 AND c.type IN ('group', 'channel') AND c.is_active AND NOT c.is_deleted
-        AND (c.invite_expires_at > now() OR c.invite_expires_at IS NULL)
-        AND (c.invite_uses_left > 0 OR c.invite_uses_left IS NULL)
-) o LEFT JOIN conversation_participant p ON p.conversation_id = o.id AND p.user_id = $3
-"""
-
-
-async def open_to(
-    db: Db, user_id: UserId, conversation_id: ConversationId | None, invite_code: str | None
-) -> tuple[Conversation, Participant | None] | None:
-    """Return the conversation with this id or code if the user may join it, and the user's participation of any status.
-    It must be public, have the code, or have invited the user.
-    """
-    row = await db.fetchrow(OPEN, conversation_id, invite_code, user_id)
-    if row is None:
-        return None
-    return _conversation_decoder.decode(row[0]), None if row[1] is None else _participant_decoder.decode(row[1])
 
 
 UPDATE = """

@@ -10,17 +10,6 @@ from server.queries.participants import ParticipantChange, decoded_change
 
 _invitations_decoder = Reader(Invitation)
 
-INVITED_AS = """
-SELECT invited_as(p) FROM conversation_participant p WHERE p.conversation_id = $1 AND p.user_id = $2
-"""
-
-
-async def invited_as(db: Db, conversation_id: ConversationId, user_id: UserId) -> Role | None:
-    """Return the role that an invitation gives now. Return None if its sender may no longer add users."""
-    role: Role | None = await db.fetchval(INVITED_AS, conversation_id, user_id)
-    return role
-
-
 INVITE = """
 WITH asked AS (
     SELECT a.user_id, row_number() OVER (ORDER BY a.user_id) AS place

@@ -24,11 +24,10 @@ async def replace(
     return _conversation_decoder.decode(await db.fetchval(REPLACE, conversation_id, code, lasts, uses))
 
 
-USE = """
-UPDATE conversation SET invite_uses_left = invite_uses_left - 1 WHERE id = $1 AND invite_uses_left IS NOT NULL
-"""
+FIND = "SELECT id FROM conversation WHERE invite_code = $1"
 
 
-async def use(db: Db, conversation_id: ConversationId) -> None:
-    """Count a use of the invite code. Requires the conversation's lock."""
-    await db.execute(USE, conversation_id)
+async def find(db: Db, code: str) -> ConversationId | None:
+    """Return the conversation that has an invite code. Whether the code may be used is checked by the join."""
+    found: ConversationId | None = await db.fetchval(FIND, code)
+    return found

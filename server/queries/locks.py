@@ -37,6 +37,5 @@ FOR NO KEY UPDATE OF u
 """  # noqa: S608 - statements of this file are put in
 
 
-LOCK_WITH_USER = _with_user(LOCK, "$2")
 LOCK_AS_WITH_USER = _with_user(LOCK_AS, "$2")
-"""The same as `LOCK` and `LOCK_AS`, and then lock the user $2."""
+"""The same as `LOCK_AS`, and then lock the user $2."""

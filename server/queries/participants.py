@@ -2,10 +2,9 @@
 conversation's lock.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import asyncpg
 import msgspec
 
 from protocol.client import ListParticipants
@@ -33,7 +32,7 @@ class ParticipantChange(NamedTuple):
     event: ParticipantEvent
 
 
-def decoded_change(row: "asyncpg.Record") -> ParticipantChange:
+def decoded_change(row: Iterable[Any]) -> ParticipantChange:
     """Return the change that a statement returned: a participant, their number, and the event."""
     text, count, event = row
     return ParticipantChange(_participant_decoder.decode(text), count, _event_decoder.decode(event))

@@ -8,7 +8,7 @@ from protocol.values import Message, PollVote
 from server.db.database import Db
 from server.db.lock_timeouts import WITHIN_RETRY_LOCK_MS
 from server.db.rows import Page, Reader, Undecoded
-from server.queries.batched_changes import ChangeFunction, ChangeRequest, NotChanged
+from server.queries.batched_changes import ChangeFunction, MessageChangeRequest, NotChanged
 from server.queries.batches import Query
 from server.queries.messages import MessageRef
 
@@ -16,7 +16,7 @@ _message_decoder = Reader(Message)
 _vote_decoder = Reader(PollVote)
 
 
-class VoteRequest(ChangeRequest, frozen=True):
+class VoteRequest(MessageChangeRequest, frozen=True):
     """A vote to store. `options` are in ascending order; none withdraw the vote."""
 
     options: list[int]

@@ -6,11 +6,11 @@ from typing import Any, Literal, NamedTuple
 from protocol.limits import MAX_EMOJI_OF_USER, MAX_EMOJI_PER_MESSAGE
 from server.db.database import Db
 from server.db.lock_timeouts import WITHIN_RETRY_LOCK_MS
-from server.queries.batched_changes import ChangeFunction, ChangeRequest, NotChanged
+from server.queries.batched_changes import ChangeFunction, MessageChangeRequest, NotChanged
 from server.queries.batches import Query
 
 
-class ReactionRequest(ChangeRequest, frozen=True):
+class ReactionRequest(MessageChangeRequest, frozen=True):
     """A reaction to add or remove.
 
     A new one is stored as `normal`. A removal finds the spelling `typed`, then `normal`, then one that differs in
