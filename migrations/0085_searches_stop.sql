@@ -23,7 +23,7 @@ DECLARE
     top timestamptz;
     top_id uuid;
     bottom timestamptz;
-    width interval := '1 hour';
+    width interval;
     places integer[];
     ids uuid[];
     times timestamptz[];
@@ -49,6 +49,10 @@ BEGIN
         RETURN QUERY SELECT NULL::timestamptz, NULL::uuid, 0, 0;
         RETURN;
     END IF;
+    -- Half a part, if messages were sent evenly.
+    width := greatest(finest * 2, least(interval '1000 years', (last - first) * (part / 2.0) / greatest(1, (
+        SELECT sum(c.message_count) FROM conversation c WHERE c.id = ANY(conversations)
+    ))));
     top := least(before, last + finest);
     top_id := CASE WHEN top = before THEN before_id ELSE '00000000-0000-0000-0000-000000000000'::uuid END;
     LOOP

@@ -169,7 +169,10 @@ async def _relevant(db: Db, asked: Criteria, words: str | None, position: Search
     down_to = None
     if position is not None:
         end, down_to = (position.rank, position.at, position.id), position.down_to
-    matches = await search_matches.newest(db, asked if down_to is None else asked.not_before(down_to), RANKED)
+    if down_to is None:
+        matches = await search_matches.newest(db, asked, RANKED)
+    else:
+        matches = await search_matches.again(db, asked.not_before(down_to), RANKED)
     ids, times = [place.id for place in matches.places], [place.at for place in matches.places]
     rows = await db.fetch(RANK, words, ids, times, *end, count)
     return _Hits(

@@ -20,12 +20,14 @@ from server.db.database import Db
 from server.queries.latest import LATEST
 from server.queries.moment import MOMENT
 
-PROBED, PROBE_MS = 1_000, 60
+PROBED, PROBE_MS = 500, 60
 """Max messages that a search reads before it uses the search index, and max time for that, in milliseconds."""
 INDEX_MS = 80
 """Max time of the search index, in milliseconds."""
 FURTHER, FURTHER_MS = 20_000, 60
 """Max messages that a search reads if the search index takes too long, and max time for that, in milliseconds."""
+MAX_OVERRUN = 1_000
+"""Max messages by which these are exceeded together. Each has slices of up to 500."""
 COMMON = 20
 """If one in `COMMON` of the newest messages matches, the search index would find too many."""
 FEW = 50
@@ -189,6 +191,13 @@ async def newest(db: Db, asked: Criteria, count: int) -> Matches:
         return Matches([*found, *rest])
     further, end = await _read(db, asked, end.place, missing, most=FURTHER, patience_ms=FURTHER_MS)
     return Matches([*found, *further], None if end.is_last(further, missing) else end.down_to)
+
+
+async def again(db: Db, asked: Criteria, count: int) -> Matches:
+    """Return up to `count` matches among the messages that an earlier call of `newest` read one by one."""
+    most = PROBED + FURTHER + MAX_OVERRUN
+    found, end = await _read(db, asked, asked.before, count, most=most, patience_ms=PROBE_MS + 2 * FURTHER_MS)
+    return Matches(found, None if end.is_last(found, count) else end.down_to)
 
 
 async def _by_index(db: Db, asked: Criteria, place: MatchPlace, count: int) -> list[MatchPlace] | None:
