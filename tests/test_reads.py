@@ -43,6 +43,7 @@ WHY = {
         "accounts.NEW_HASH": "account(provider_id, user_id)",
         "accounts.GIVE": "account(provider_id, user_id)",
         "bounds.MADE": "conversation()",
+        "drafts.LIST": "draft(user_id) cut 1",
         "bounds.MEMBERSHIPS": "2 x conversation_participant(user_id)",
         "bounds.STARS": "message_star(user_id)",
         "bounds.RELATIONSHIPS": "user_relationship(from_user_id)",
@@ -68,7 +69,6 @@ WHY = {
     "5,000 conversations of a user, sorted for pages, or compared with each": {
         "conversation_views.PAGE": "conversation_participant(user_id) cut 1",
         "conversation_views.ORDER": "conversation_participant(user_id)",
-        "drafts.LIST": "conversation_participant(user_id) cut 1",
         "badge.READ": "conversation_participant(user_id)",
         "latest.AGAIN": "conversation_participant(user_id) cut 1",
         "latest.NEWEST": "conversation_participant(user_id) cut 1",
@@ -81,7 +81,7 @@ WHY = {
     },
     "matches of words, pins, conversations and invitations of a user: rate and share of searches, 2 s": {
         "conversations.FIND": "conversation() cut 1",
-        "feed.NAMED": "11 x message_search() cut 1",
+        "feed.NAMED": "16 x message_search() cut 1",
         "feed.ROWS": FEED,
         "feed.PAGE": FEED,
         "feed.COUNT": FEED,

@@ -113,8 +113,9 @@ def _of_places(query: str, kind: FeedKind, places: str, messages: str) -> str:
 
 # Parts in which mentions by name are looked for: from the first to the last day, counted back, by periods of days.
 _PARTS = (
-    ("-1", "1", 1), ("2", "3", 1), ("4", "7", 1), ("8", "15", 1), ("16", "31", 1), ("32", "63", 32), ("64", "127", 32),
-    ("128", "255", 32), ("256", "511", 32), ("512", "1023", 32), ("1024", "day.top", 1_024),
+    ("-1", "0", 1), ("1", "1", 1), ("2", "2", 1), ("3", "3", 1), ("4", "5", 1), ("6", "7", 1), ("8", "11", 1),
+    ("12", "15", 1), ("16", "23", 1), ("24", "31", 1), ("32", "63", 32), ("64", "127", 32), ("128", "255", 32),
+    ("256", "511", 32), ("512", "1023", 32), ("1024", "day.top", 1_024),
 )  # fmt: skip
 _PART = f"""
     (SELECT s.message_id, s.conversation_id, s.created_at FROM message_search s
@@ -273,25 +274,25 @@ async def _named(db: Db, asked: FeedQuery) -> list[list[Any]]:
 async def page(db: Db, user_id: UserId, frame: ListFeed) -> Undecoded[FeedPage]:
     """Return a page of entries, latest first, and the number of unseen ones. Requires a transaction for searches."""
     kinds, before = frame.kinds or KINDS, FeedPosition.read(frame.after)
+    is_first = before is None and "mention" in kinds
     at, key, since = before or (None, None, None)
     asked = FeedQuery(user_id, list(kinds), at, key, _EVER, frame.limit + 1)
     unseen = await _unseen(db, user_id)
-    newest = covered = await latest.newest(db, user_id)
-    if before is None and "mention" in kinds:
-        since = newest.since
-        # The newest ones include those of the page and the unseen ones.
-        named = named_unseen = await _named(db, asked._replace(limit=max(asked.limit, unseen.limit)))
-    else:
-        if since is not None:
-            covered = await latest.again(db, user_id, since)
-        named, named_unseen = await _named(db, asked), await _named(db, unseen)
+    # The newest mentions by name include those of the first page and the unseen ones.
+    named = await _named(db, asked._replace(limit=max(asked.limit, unseen.limit)) if is_first else asked)
+    named_unseen = named if is_first else await _named(db, unseen)
     await db.execute(IN_ORDER)
+    newest = covered = await latest.newest(db, user_id)
+    if is_first:
+        since = newest.since
+    elif since is not None:
+        covered = await latest.again(db, user_id, since)
     rows = await db.fetch(PAGE, *asked, *covered.columns, *named)
 
     def after(columns: Any) -> str | None:  # noqa: ANN401 - a row has no type
         return None if columns[1] is None else str(FeedPosition(columns[1], UUID(int=columns[2].int), since))
 
-    unread_count = await db.fetchval(COUNT, *unseen, *newest.columns, *named_unseen)
+    unread_count = await count(db, Unseen(unseen, named_unseen), newest)
     return _entry_decoder.page(rows, frame.limit, after).then(
         lambda page: FeedPage(
             entries=page.rows, unread_count=unread_count, after=page.after, is_partial=since is not None
@@ -299,12 +300,24 @@ async def page(db: Db, user_id: UserId, frame: ListFeed) -> Undecoded[FeedPage]:
     )
 
 
-async def count_unseen(db: Db, user_id: UserId, newest: Latest) -> int:
-    """Return the number of entries that the user has not seen, up to 100. Requires a transaction for searches."""
+class Unseen(NamedTuple):
+    """Selects the entries that a user has not seen. `named` are the mentions by name, as columns."""
+
+    asked: FeedQuery
+    named: Sequence[Sequence[Any]]
+
+
+async def unseen(db: Db, user_id: UserId) -> Unseen:
+    """Return what `count` needs. Requires a transaction for searches, whose further statements may not search."""
     asked = await _unseen(db, user_id)
-    named = await _named(db, asked)
+    found = Unseen(asked, await _named(db, asked))
     await db.execute(IN_ORDER)
-    return int(await db.fetchval(COUNT, *asked, *newest.columns, *named))
+    return found
+
+
+async def count(db: Db, unseen: Unseen, newest: Latest) -> int:
+    """Return the number of entries that a user has not seen, up to 100."""
+    return int(await db.fetchval(COUNT, *unseen.asked, *newest.columns, *unseen.named))
 
 
 _EVER = datetime.fromisoformat("0001-01-02T00:00:00+00:00")
