@@ -405,7 +405,8 @@ class WebSocket(WebSocketsSansIOProtocol):
         """
         waiting = self.transport.get_write_buffer_size()
         if waiting + len(data) > self._outbox_bytes // 4:
-            self.transport.set_write_buffer_limits(high=waiting + len(data) + self._outbox_bytes)
+            parts = waiting if self._is_wide else 0  # the first part may follow events, which do count
+            self.transport.set_write_buffer_limits(high=self._outbox_bytes + parts + len(data))
             self._is_wide = True
             # The peer read most of what was written before, so its time starts again with the bytes that wait now.
             if self._stalled is not None:
