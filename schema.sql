@@ -546,8 +546,8 @@ CREATE INDEX message_search_newest_idx ON message_search (conversation_id, creat
 -- Messages that wait for a job to add their words, one row per statement that sent some. The transaction that adds the
 -- words deletes the row.
 CREATE TABLE search_queue (
-    -- A transaction id after that of the row's own transaction. So a job that has read all rows does not read those
-    -- again that it deleted, even while an old snapshot keeps them (server/queries/search_index.py).
+    -- The next transaction id when the statement began. So a job does not read again what it deleted long ago, even
+    -- while an old snapshot keeps it (server/jobs/search_index.py).
     before_xid xid8 NOT NULL DEFAULT pg_snapshot_xmax(pg_current_snapshot()),
     message_ids uuid[] NOT NULL
 )

@@ -76,6 +76,34 @@ async def test_message_of_a_killed_worker_is_found_after_a_restart(
             await asyncio.sleep(0.05)
 
 
+# A statement that sends takes its snapshot, waits for a lock, and then gets its transaction id.
+WAITED = "INSERT INTO search_queue (message_ids) SELECT ARRAY[$1::uuid] FROM pg_sleep(0.4)"
+
+
+async def test_message_of_a_statement_that_waited_is_not_overlooked(
+    settings: Settings, other: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "SWEEP_SECONDS", 3_600.0)
+    monkeypatch.setattr(job, "GATHER_SECONDS", 0.01)
+    async with World(settings, workers=1) as world:
+        ada = await world.connect(await world.user("Ada"))
+        about = await world.channel(ada)
+
+        async def indexed() -> None:
+            while await world.db.fetchval(WAITING):
+                await asyncio.sleep(0.01)
+
+        said = await sent(ada, about, "engine")
+        async with asyncio.timeout(15):
+            await indexed()
+            waiting = asyncio.create_task(other.execute(WAITED, said))
+            while not waiting.done():
+                await sent(ada, about, "loom")
+            await waiting
+            await sent(ada, about, "loom")
+            await indexed()
+
+
 @pytest.mark.usefixtures("quiet")
 class TestQueue:
     """The test decides when messages are added."""

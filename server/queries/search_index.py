@@ -80,7 +80,7 @@ async def tidy(db: Db) -> None:
 
 class IndexedBatch(NamedTuple):
     """The number of rows of the queue that were taken, and of messages that wait again, because they were locked or
-    changed meanwhile. No other row that waits has a `before_xid` less than `floor`.
+    changed meanwhile. Statements that begin later write rows with a `before_xid` of at least `floor`.
     """
 
     taken: int
