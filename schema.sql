@@ -253,26 +253,29 @@ CREATE TABLE conversation_participant (
 -- The unique constraint above is "participant_conversation_idx" of the specification.
 -- Changes that concern only one user, by user version.
 CREATE INDEX participant_user_version_idx ON conversation_participant (user_id, user_version) WHERE user_version > 0;
-CREATE INDEX participant_version_idx ON conversation_participant (conversation_id, version);
+-- Changes of participants. This index and the two at the end have an expression as their condition, so that the planner
+-- uses each for the statements with that expression only. By the column, it would take one of them to find a user in a
+-- conversation, and read all participants. It does so where the table is small, and where a restore or REINDEX has
+-- created that index last (docs/decisions/0008-plans.md).
+CREATE INDEX participant_changed_idx ON conversation_participant
+    ((CASE WHEN version > 0 THEN conversation_id END), version)
+    WHERE (CASE WHEN version > 0 THEN conversation_id END) IS NOT NULL;
 -- Users who left and were invited or banned later. Other participants may learn only that they left.
 CREATE INDEX participant_left_version_idx ON conversation_participant (conversation_id, left_version)
     WHERE left_version > 0 AND left_version < version;
 -- Open invitations, by invited user and by inviter.
 CREATE INDEX participant_invited_idx ON conversation_participant (user_id) WHERE status = 'invited';
 CREATE INDEX participant_invited_by_idx ON conversation_participant (invited_by) WHERE status = 'invited';
--- Invitations to a conversation that has ended. An expression, so that the planner uses this index for no other
--- statement.
-CREATE INDEX participant_invited_to_idx ON conversation_participant
-    ((CASE WHEN status = 'invited' THEN conversation_id END))
-    WHERE (CASE WHEN status = 'invited' THEN conversation_id END) IS NOT NULL;
--- The successor of an owner who leaves. An expression, so that the planner uses this index for no other statement. With
--- the status as a column or as a condition, a plan made for a small table would read the whole index.
-CREATE INDEX participant_heir_idx ON conversation_participant
-    ((CASE WHEN status = 'active' THEN role END), conversation_id, joined_at, user_id);
+-- Users who are invited, have declined or are banned, among many participants.
+CREATE INDEX participant_outsider_idx ON conversation_participant
+    ((CASE WHEN status IN ('invited', 'declined', 'banned') THEN status END), conversation_id, user_id)
+    WHERE (CASE WHEN status IN ('invited', 'declined', 'banned') THEN status END) IS NOT NULL;
+-- The participants of a role, oldest first: the successor of an owner who leaves, and those who are counted.
+CREATE INDEX participant_role_idx ON conversation_participant
+    ((CASE WHEN status = 'active' THEN role END), conversation_id, joined_at, user_id)
+    WHERE (CASE WHEN status = 'active' THEN role END) IS NOT NULL;
 -- The index is not partial by `status = 'active'`: a plan made for a small table might read a whole partial index.
 -- By the user alone, it would read all conversations of a user who is in thousands.
--- It is created last. In an empty table, all indexes cost the same, and the planner takes the newest. It would take
--- participant_version_idx to find a user in a conversation, keep that plan, and read all participants.
 CREATE INDEX participant_user_idx ON conversation_participant (user_id, conversation_id);
 
 -- --------------------------------------------------------------------------------------------- messages
@@ -1892,20 +1895,23 @@ BEGIN
         unread_from_id = NULL, unread_from_version = NULL,
         can_add_members = false, can_remove_members = false, can_edit_conversation = false,
         can_delete_messages = false, can_pin_messages = false;
-    INSERT INTO message (conversation_id, sender_id, content, content_type, metadata, is_system_message,
-        system_message_type, sent_version, version)
-    SELECT s.conversation_id, s.user_id, 'joined', 'system', '{}', true, 'join', s.version + 1, s.version + 1
-    FROM unnest(items, judged) s WHERE s.outcome = 'stored' AND s.is_posted;
 
-    RETURN QUERY SELECT s.place, s.outcome, s.max_participants, CASE WHEN m.id IS NOT NULL THEN message_json(m) END,
+    -- The planner could look for the messages by an index that has the conversation only, and read all of its messages.
+    RETURN QUERY WITH posted AS (
+        INSERT INTO message AS m (conversation_id, sender_id, content, content_type, metadata, is_system_message,
+            system_message_type, sent_version, version)
+        SELECT s.conversation_id, s.user_id, 'joined', 'system', '{}', true, 'join', s.version + 1, s.version + 1
+        FROM unnest(items, judged) s WHERE s.outcome = 'stored' AND s.is_posted
+        RETURNING m.sender_id, m.conversation_id, message_json(m) AS message
+    )
+    SELECT s.place, s.outcome, s.max_participants, m.message,
         CASE WHEN p.user_id IS NOT NULL THEN participant_json(p) END, s.participant_count,
         CASE WHEN p.user_id IS NOT NULL THEN participant_event(p, s.participant_count) END
     FROM unnest(items, judged) s
     LEFT JOIN conversation_participant p
         ON s.outcome = 'stored' AND p.conversation_id = s.conversation_id AND p.user_id = s.user_id
-    LEFT JOIN message m
-        ON s.outcome = 'stored' AND s.is_posted AND m.conversation_id = s.conversation_id
-        AND m.sent_version = s.version + 1;
+    LEFT JOIN posted m
+        ON s.outcome = 'stored' AND m.conversation_id = s.conversation_id AND m.sender_id = s.user_id;
 END
 $$;
 

@@ -139,20 +139,23 @@ BEGIN
         unread_from_id = NULL, unread_from_version = NULL,
         can_add_members = false, can_remove_members = false, can_edit_conversation = false,
         can_delete_messages = false, can_pin_messages = false;
-    INSERT INTO message (conversation_id, sender_id, content, content_type, metadata, is_system_message,
-        system_message_type, sent_version, version)
-    SELECT s.conversation_id, s.user_id, 'joined', 'system', '{}', true, 'join', s.version + 1, s.version + 1
-    FROM unnest(items, judged) s WHERE s.outcome = 'stored' AND s.is_posted;
 
-    RETURN QUERY SELECT s.place, s.outcome, s.max_participants, CASE WHEN m.id IS NOT NULL THEN message_json(m) END,
+    -- The planner could look for the messages by an index that has the conversation only, and read all of its messages.
+    RETURN QUERY WITH posted AS (
+        INSERT INTO message AS m (conversation_id, sender_id, content, content_type, metadata, is_system_message,
+            system_message_type, sent_version, version)
+        SELECT s.conversation_id, s.user_id, 'joined', 'system', '{}', true, 'join', s.version + 1, s.version + 1
+        FROM unnest(items, judged) s WHERE s.outcome = 'stored' AND s.is_posted
+        RETURNING m.sender_id, m.conversation_id, message_json(m) AS message
+    )
+    SELECT s.place, s.outcome, s.max_participants, m.message,
         CASE WHEN p.user_id IS NOT NULL THEN participant_json(p) END, s.participant_count,
         CASE WHEN p.user_id IS NOT NULL THEN participant_event(p, s.participant_count) END
     FROM unnest(items, judged) s
     LEFT JOIN conversation_participant p
         ON s.outcome = 'stored' AND p.conversation_id = s.conversation_id AND p.user_id = s.user_id
-    LEFT JOIN message m
-        ON s.outcome = 'stored' AND s.is_posted AND m.conversation_id = s.conversation_id
-        AND m.sent_version = s.version + 1;
+    LEFT JOIN posted m
+        ON s.outcome = 'stored' AND m.conversation_id = s.conversation_id AND m.sender_id = s.user_id;
 END
 $$;
 

@@ -88,7 +88,10 @@ class Plan(NamedTuple):
     without_key: list[str]
 
 
-KEY = re.compile(r"\b(conversation_id|chain|user_id|sender_id|author_id|from_user_id|to_user_id|direct_low) = ")
+KEY = re.compile(
+    r"\b(conversation_id(?: ELSE NULL::uuid END)?|chain|user_id|sender_id|author_id|from_user_id|to_user_id|direct_low)"
+    " = "
+)
 """Columns by which rows would be sharded over several servers (docs/scale.md)."""
 WITHOUT_KEY = {
     "sessions by id": "by session, of users who reconnect",
@@ -318,7 +321,8 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "one conversation": (conversation_views.GET, (user, [about])),
         "memberships": (memberships.READ, ([user], [uuid4()], 2_000)),
         "clocks": (conversations.VERSIONS, ([about],)),
-        "participants": (participants.PAGE, (about, user, None, 21, "active")),
+        "participants": (participants.PAGE, (about, user, push.FIRST, 21)),
+        "outsiders": (participants.OUTSIDERS, (about, user, push.FIRST, 21, "banned")),
         "typing": (conversations.SEND_ACCESS, (about, user)),
         "session": (sessions.FIND, (["no such hash"],)),
         "users": (users.GET, (user, [user])),
@@ -355,7 +359,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "moderate": (moderation.MODERATE, (about, ids["middle"], user, "Rude")),
         "unmoderate": (moderation.UNMODERATE, (about, ids["middle"])),
         "report": (moderation.REPORT, (about, ids["middle"], user, "Rude", ids["new"])),
-        "reports": (moderation.REPORTS, (about, "open", None, 21, user)),
+        "reports": (moderation.REPORTS, (about, "open", push.FIRST, 21, user)),
         "audit": (audit.PAGE, (about, 0, 21, user)),
         "audited": (audit.RECORD, (about, None, "ban", user, None, "{}")),
         "relationship": (relationships.STATUS, (user, user, "friend")),
@@ -388,7 +392,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "unstar": (pins.UNSTAR, (ids["middle"], user)),
         "stars": (pins.STARS, (None, user, 21, None)),
         "vote": (polls.CHANGE, (vote, "true", "10ms")),
-        "votes": (polls.VOTES, (ids["middle"], about, None, 21)),
+        "votes": (polls.VOTES, (ids["middle"], about, push.FIRST, 21)),
         "mark unread": (receipts.MARK_UNREAD, (ids["middle"], user, about)),
         "delivered": (receipts.DELIVERED, (ids["middle"], user, about, 100)),
         "readers": (receipts.READERS, (ids["middle"], user, about, 100)),

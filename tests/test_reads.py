@@ -74,9 +74,6 @@ WHY = {
         "latest.NEWEST": "conversation_participant(user_id) cut 1",
         "latest.SINCE": "conversation_participant(user_id) cut 1",
         "invitations.LIST": "conversation_participant(user_id) cut 1",
-        "receipts.READ": "conversation_participant(user_id)",
-        "receipts.MARK_UNREAD": "conversation_participant(user_id)",
-        "threads.CHANGE": "conversation_participant(user_id)",
         "unread.BADGES": "conversation_participant(user_id) cut 2",
     },
     "matches of words, pins, conversations and invitations of a user: rate and share of searches, 2 s": {
@@ -97,12 +94,11 @@ WHY = {
         ),
         "mentions.RESOLVE": "conversation_participant(conversation_id) cut 1",
         "receipts.DELIVERED": (
-            "3 x conversation_participant(conversation_id); conversation_participant(user_id); "
-            "2 x user_relationship(from_user_id, to_user_id); 2 x user_relationship(to_user_id)"
+            "conversation_participant(conversation_id); 2 x user_relationship(from_user_id); "
+            "2 x user_relationship(to_user_id)"
         ),
         "receipts.MOVED": (
-            "2 x conversation_participant(conversation_id); user_relationship(from_user_id, to_user_id); "
-            "user_relationship(to_user_id)"
+            "conversation_participant(conversation_id); user_relationship(from_user_id); user_relationship(to_user_id)"
         ),
         "receipts.READERS": (
             "conversation_participant(conversation_id); user_relationship(from_user_id); user_relationship(to_user_id)"

@@ -13,6 +13,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, Generic, NamedTuple, TypeVar, overload
 from urllib.parse import quote
+from uuid import UUID
 
 import msgspec
 
@@ -26,6 +27,8 @@ Row = TypeVar("Row")
 Value = TypeVar("Value")
 Made = TypeVar("Made")
 
+FIRST = UUID(int=0)
+"""The id before all others. A first page begins after it, since `$1 IS NULL OR id > $1` cannot be found in an index."""
 PORTION = 16 * 1024
 """Characters of rows that are decoded before other callbacks of the event loop run. Decoding them takes up to 0.4 ms
 (docs/performance.md).

@@ -59,7 +59,8 @@ _EVENTS = """
     UNION ALL
     (SELECT p.version, participant_event(p, c.participant_count), CASE WHEN p.status <> 'active' THEN p.user_id END
     FROM conversation_participant p
-    WHERE p.conversation_id = c.id AND p.version > {since} AND p.version < {until} ORDER BY p.version LIMIT {limit})
+    WHERE CASE WHEN p.version > 0 THEN p.conversation_id END = c.id AND p.version > {since} AND p.version < {until}
+    ORDER BY p.version LIMIT {limit})
     UNION ALL
     (SELECT p.left_version, participant_left_json(p, c.participant_count), p.user_id
     FROM conversation_participant p

@@ -6,7 +6,7 @@ from protocol.ids import ConversationId, UserId
 from protocol.values import Invitation, Role
 from server.db.database import Db
 from server.db.rows import Reader
-from server.queries.participants import ParticipantChange, decoded_change
+from server.queries.participants import OUTSIDER, ParticipantChange, decoded_change
 
 _invitations_decoder = Reader(Invitation)
 
@@ -60,10 +60,10 @@ async def listed(db: Db, user_id: UserId) -> list[Invitation]:
 
 
 # Very many users may be invited. So `remains` calls this after the conversation has ended, with the users' locks only.
-END = """
+END = f"""
 WITH free AS MATERIALIZED (
     SELECT o.id FROM conversation_participant p JOIN "user" o ON o.id = p.user_id
-    WHERE CASE WHEN p.status = 'invited' THEN p.conversation_id END = $1
+    WHERE {OUTSIDER} = 'invited' AND p.conversation_id = $1
     LIMIT $2 FOR NO KEY UPDATE OF o SKIP LOCKED
 ), touched AS (
     UPDATE "user" u SET version = u.version + 1, own_moves = u.own_moves + 1
@@ -72,7 +72,7 @@ WITH free AS MATERIALIZED (
 UPDATE conversation_participant p SET status = 'removed', left_version = gone_version(p), user_version = t.version
 FROM touched t WHERE p.user_id = t.id AND p.conversation_id = $1 AND (p.status = 'invited') IS TRUE
 RETURNING p.user_id
-"""
+"""  # noqa: S608 - OUTSIDER is a constant
 
 
 async def end(db: Db, conversation_id: ConversationId, *, limit: int) -> list[UserId]:

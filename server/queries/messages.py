@@ -108,7 +108,7 @@ COUNTED = f"""(
             LIMIT {MAX_COUNTED_PARTICIPANTS}
         )"""  # noqa: S608 - numbers and names of roles are put in
 """The participants in the conversation of the message `m` who are counted. They are in the order of an index,
-participant_heir_idx, so PostgreSQL reads no others.
+participant_role_idx, so PostgreSQL reads no others.
 """
 
 REACHED = f"""(

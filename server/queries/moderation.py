@@ -6,7 +6,7 @@ from protocol.client import DismissReport, ListReports, ReportMessage
 from protocol.ids import MessageId, UserId, uuid7
 from protocol.values import Message, Report
 from server.db.database import Db
-from server.db.rows import Page, Reader, Undecoded
+from server.db.rows import FIRST, Page, Reader, Undecoded
 from server.queries.edits import find_anew
 
 _message_decoder = Reader(Message)
@@ -93,7 +93,7 @@ REPORTS = f"""
 SELECT CASE WHEN visible_after(c, me) < coalesce(m.sent_version, 1) AND m.sender_id IS DISTINCT FROM $5
     THEN {_REPORT} END, r.id, r.place = {READ_AT_ONCE} FROM (
     SELECT o.*, row_number() OVER () AS place FROM (
-        SELECT * FROM report WHERE conversation_id = $1 AND status = $2 AND ($3::uuid IS NULL OR id > $3)
+        SELECT * FROM report WHERE conversation_id = $1 AND status = $2 AND id > $3
         ORDER BY id LIMIT {READ_AT_ONCE}
     ) o
 ) r
@@ -106,7 +106,7 @@ ORDER BY r.id LIMIT $4
 ALL_REPORTS = f"""
 SELECT CASE WHEN m.sender_id IS DISTINCT FROM $4 THEN {_REPORT} END, r.id, r.place = {READ_AT_ONCE} FROM (
     SELECT o.*, row_number() OVER () AS place FROM (
-        SELECT * FROM report WHERE status = $1 AND ($2::uuid IS NULL OR id > $2) ORDER BY id LIMIT {READ_AT_ONCE}
+        SELECT * FROM report WHERE status = $1 AND id > $2 ORDER BY id LIMIT {READ_AT_ONCE}
     ) o
 ) r LEFT JOIN message m ON m.id = r.message_id
 WHERE m.sender_id IS DISTINCT FROM $4 OR r.place = {READ_AT_ONCE}
@@ -120,9 +120,9 @@ async def reports(db: Db, frame: ListReports, user_id: UserId, *, limit: int) ->
     cause another page only if there are `READ_AT_ONCE`. There is no access check.
     """
     if frame.conversation_id is None:
-        rows = await db.fetch(ALL_REPORTS, frame.status, frame.after, limit + 1, user_id)
+        rows = await db.fetch(ALL_REPORTS, frame.status, frame.after or FIRST, limit + 1, user_id)
     else:
-        rows = await db.fetch(REPORTS, frame.conversation_id, frame.status, frame.after, limit + 1, user_id)
+        rows = await db.fetch(REPORTS, frame.conversation_id, frame.status, frame.after or FIRST, limit + 1, user_id)
     page = _report_decoder.page(rows, limit)
     if not rows or not rows[-1][2] or len(rows) > limit:
         return page

@@ -13,7 +13,7 @@ from protocol.roles import ROLES
 from protocol.server import OutsidersChanged, ParticipantChanged, ParticipantEntry, ParticipantLeft, PreferencesChanged
 from protocol.values import Participant, ParticipantStatus, Preferences, Role
 from server.db.database import Db
-from server.db.rows import Page, Reader, Undecoded
+from server.db.rows import FIRST, Page, Reader, Undecoded
 from server.queries import drafts
 from server.queries.users import FACE, MOVE_OWN
 
@@ -51,29 +51,45 @@ async def get(db: Db, conversation_id: ConversationId, user_id: UserId) -> Parti
     return None if text is None else _participant_decoder.decode(text)
 
 
-# Participants see each other's faces, so these need no check.
-PAGE = f"""
+OUTSIDER = "CASE WHEN p.status IN ('invited', 'declined', 'banned') THEN p.status END"
+"""The status of a participant `p` who was asked to take part or must not, in the words of participant_outsider_idx."""
+
+
+def _page(of_status: str, face: str) -> str:
+    return f"""
 SELECT json_build_object(
-    'participant', participant_json(p), 'last_read_message_id', p.last_read_message_id,
-    'last_read_revision', p.last_read_version,
-    'user', CASE WHEN $5 = 'active' OR may('see_face', $2, u.id) THEN {FACE} END
-), p.user_id
-FROM conversation_participant me
-JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
-JOIN conversation_participant p ON p.conversation_id = me.conversation_id AND p.status = $5
-JOIN "user" u ON u.id = p.user_id
-WHERE me.conversation_id = $1 AND me.user_id = $2 AND me.status = 'active' AND ($3::uuid IS NULL OR p.user_id > $3)
-    AND sees_participant($2, me, p)
-ORDER BY p.user_id
-LIMIT $4
-"""  # noqa: S608 - FACE is a constant
+    'participant', participant_json(them.p), 'last_read_message_id', (them.p).last_read_message_id,
+    'last_read_revision', (them.p).last_read_version, 'user', {face}
+), u.id
+FROM (
+    SELECT me FROM conversation_participant me
+    JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
+    WHERE me.conversation_id = $1 AND me.user_id = $2 AND me.status = 'active' OFFSET 0
+) mine
+CROSS JOIN LATERAL (
+    SELECT p FROM conversation_participant p
+    WHERE {of_status} AND p.conversation_id = $1 AND p.user_id > $3 AND sees_participant($2, mine.me, p)
+    ORDER BY p.user_id LIMIT $4
+) them
+JOIN "user" u ON u.id = (them.p).user_id
+ORDER BY u.id
+"""  # noqa: S608 - only conditions and expressions are put in
+
+
+# Participants see each other's faces, so these need no check.
+PAGE = _page("p.status = 'active'", FACE)
+OUTSIDERS = _page(f"{OUTSIDER} = $5", f"CASE WHEN may('see_face', $2, u.id) THEN {FACE} END")
 
 
 async def page(
     db: Db, user_id: UserId, frame: ListParticipants, *, limit: int
 ) -> Undecoded[Page[ParticipantEntry]] | None:
     """Return up to `limit` participants by user id. Return None if there are none, or without access."""
-    rows = await db.fetch(PAGE, frame.conversation_id, user_id, frame.after, limit + 1, frame.status)
+    asked = (frame.conversation_id, user_id, frame.after or FIRST, limit + 1)
+    if frame.status == "active":
+        rows = await db.fetch(PAGE, *asked)
+    else:
+        rows = await db.fetch(OUTSIDERS, *asked, frame.status)
     return _entry_decoder.page(rows, limit) if rows else None
 
 
@@ -265,11 +281,11 @@ HEIRS_LOOKED_AT = 1_000
 """Max participants per role that are considered when an owner leaves."""
 # Reads the index in order, up to the first active account.
 HEIR = f"""
-SELECT participant_json(p) FROM (
-    SELECT first.user_id FROM unnest($4::text[]) WITH ORDINALITY AS rank (role, place)
+SELECT participant_json(heir.p) FROM (
+    SELECT first.p FROM unnest($4::text[]) WITH ORDINALITY AS rank (role, place)
     CROSS JOIN LATERAL (
-        SELECT o.user_id FROM (
-            SELECT p.user_id, p.joined_at FROM conversation_participant p
+        SELECT o.p FROM (
+            SELECT p, p.user_id, p.joined_at FROM conversation_participant p
             WHERE CASE WHEN p.status = 'active' THEN p.role END = rank.role AND p.conversation_id = $1
                 AND p.user_id <> $2
             ORDER BY p.joined_at, p.user_id LIMIT {HEIRS_LOOKED_AT}
@@ -281,7 +297,6 @@ SELECT participant_json(p) FROM (
     ) first
     ORDER BY rank.place LIMIT 1
 ) heir
-JOIN conversation_participant p ON p.conversation_id = $1 AND p.user_id = heir.user_id
 """  # noqa: S608 - a number is put in
 
 

@@ -7,7 +7,7 @@ from protocol.ids import UserId
 from protocol.values import Message, PollVote
 from server.db.database import Db
 from server.db.lock_timeouts import WITHIN_RETRY_LOCK_MS
-from server.db.rows import Page, Reader, Undecoded
+from server.db.rows import FIRST, Page, Reader, Undecoded
 from server.queries.batched_changes import ChangeFunction, MessageChangeRequest, NotChanged
 from server.queries.batches import Query
 from server.queries.messages import MessageRef
@@ -89,12 +89,12 @@ VOTES = """
 SELECT json_build_object('user_id', v.user_id, 'options', v.options, 'voted_at', v.voted_at), v.user_id
 FROM poll_vote v
 WHERE v.message_id = $1 AND (v.conversation_id = $2) IS TRUE AND v.options <> '{}'
-    AND ($3::uuid IS NULL OR v.user_id > $3)
+    AND v.user_id > $3
 ORDER BY v.user_id LIMIT $4
 """
 
 
 async def votes(db: Db, ref: MessageRef, after: UserId | None, *, limit: int) -> Undecoded[Page[PollVote]]:
     """Return up to `limit` votes in a poll, by user. There is no access check."""
-    rows = await db.fetch(VOTES, ref.message_id, ref.conversation_id, after, limit + 1)
+    rows = await db.fetch(VOTES, ref.message_id, ref.conversation_id, after or FIRST, limit + 1)
     return _vote_decoder.page(rows, limit)

@@ -64,7 +64,7 @@ WITH target AS (
         last_read_version = greatest(p.last_read_version, t.sent_version), last_read_at = now(),
         unread_from_id = NULL, unread_from_version = NULL, user_version = coalesce(touched.version, p.user_version)
     FROM target t LEFT JOIN touched ON true
-    WHERE p.conversation_id = t.conversation_id AND p.user_id = $2 AND p.status = 'active'
+    WHERE p.conversation_id = $3 AND p.user_id = $2 AND p.status = 'active'
         AND (p.last_read_version < t.sent_version OR p.unread_from_id IS NOT NULL)
         AND (p.unread_from_id IS NULL OR touched.version IS NOT NULL)
     RETURNING p.last_read_message_id, p.last_read_version, p.user_version,
@@ -118,7 +118,7 @@ WITH target AS (
     UPDATE conversation_participant p
     SET unread_from_id = t.id, unread_from_version = t.sent_version, user_version = touched.version
     FROM target t, touched
-    WHERE p.conversation_id = t.conversation_id AND p.user_id = $2 AND p.status = 'active'
+    WHERE p.conversation_id = $3 AND p.user_id = $2 AND p.status = 'active'
     RETURNING p.user_id, p.conversation_id, p.unread_from_version, p.last_read_version, p.user_version,
         preferences_json(p) AS preferences
 )
@@ -138,15 +138,17 @@ CONFIRMS = """(
 )"""
 """Whether a user confirms the arrival of messages. A confirmation reveals that the user is online."""
 BLIND = """ARRAY(
-    SELECT o.user_id FROM (
+    SELECT r.user_id FROM (
         SELECT r.to_user_id AS user_id FROM user_relationship r
         WHERE r.from_user_id = {user} AND (NOT r.can_see_online_status OR (r.type = 'block' AND r.status = 'active'))
         UNION
         SELECT r.from_user_id FROM user_relationship r
         WHERE r.to_user_id = {user} AND r.type = 'block' AND r.status = 'active'
     ) r
-    JOIN conversation_participant o ON o.conversation_id = {conversation} AND o.user_id = r.user_id
-        AND o.status = 'active'
+    WHERE EXISTS (
+        SELECT FROM conversation_participant o
+        WHERE o.conversation_id = {conversation} AND o.user_id = r.user_id AND o.status = 'active' OFFSET 0
+    )
 )"""
 """The participants of a conversation who may not see the presence of a user, or the arrival of messages."""
 
@@ -158,7 +160,7 @@ WITH target AS (
     UPDATE conversation_participant p
     SET delivered_message_id = t.id, delivered_version = t.sent_version, delivered_at = now()
     FROM target t
-    WHERE p.conversation_id = t.conversation_id AND p.user_id = $2 AND p.status = 'active'
+    WHERE p.conversation_id = $3 AND p.user_id = $2 AND p.status = 'active'
         AND p.delivered_version < t.sent_version AND {CONFIRMS.format(user="$2")}
     RETURNING 1
 )

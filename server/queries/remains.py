@@ -9,6 +9,7 @@ from uuid import UUID
 from protocol.ids import ConversationId, MessageId, UserId
 from server.db.database import Db
 from server.queries import drafts, invitations
+from server.queries.participants import OUTSIDER
 
 MAX_ROWS = 500
 """Max messages or conversations that one statement reads, and max reactions or votes that it deletes."""
@@ -59,27 +60,25 @@ async def clear(db: Db) -> bool:
 
 DELETED = "SELECT c.id FROM conversation c WHERE c.has_remains ORDER BY c.id LIMIT $1"
 # An ended conversation gets no new drafts or invitations, so none is added meanwhile.
-EMPTIED = """
+EMPTIED = f"""
 UPDATE conversation c SET has_remains = false FROM (
     SELECT o.id FROM conversation o WHERE o.id = ANY($1) FOR NO KEY UPDATE SKIP LOCKED
 ) free
 WHERE c.id = free.id
     AND NOT EXISTS (SELECT FROM draft d WHERE d.conversation_id = c.id AND d.content <> '' OFFSET 0)
     AND NOT EXISTS (
-        SELECT FROM conversation_participant p WHERE CASE WHEN p.status = 'invited' THEN p.conversation_id END = c.id
-        OFFSET 0
+        SELECT FROM conversation_participant p WHERE {OUTSIDER} = 'invited' AND p.conversation_id = c.id OFFSET 0
     )
 RETURNING c.id
-"""
+"""  # noqa: S608 - OUTSIDER is a constant
 
 
 # A worker of the release before migration 0066, which may run beside this one, removes the mark although invitations
 # remain. This repairs that by the index of all invitations, a portion at a time.
-MARK = """
+MARK = f"""
 WITH seen AS MATERIALIZED (
-    SELECT CASE WHEN p.status = 'invited' THEN p.conversation_id END AS id FROM conversation_participant p
-    WHERE CASE WHEN p.status = 'invited' THEN p.conversation_id END > $1
-    ORDER BY CASE WHEN p.status = 'invited' THEN p.conversation_id END LIMIT $2
+    SELECT p.conversation_id AS id FROM conversation_participant p
+    WHERE {OUTSIDER} = 'invited' AND p.conversation_id > $1 ORDER BY p.conversation_id LIMIT $2
 ), marked AS (
     UPDATE conversation c SET has_remains = true FROM (
         SELECT o.id FROM conversation o WHERE o.id IN (SELECT s.id FROM seen s)
@@ -87,7 +86,7 @@ WITH seen AS MATERIALIZED (
     ) free WHERE c.id = free.id
 )
 SELECT s.id FROM seen s ORDER BY s.id
-"""
+"""  # noqa: S608 - OUTSIDER is a constant
 FIRST = ConversationId(UUID(int=0))
 """`mark` begins after this id."""
 

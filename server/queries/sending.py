@@ -89,7 +89,8 @@ def is_plain(out: Outgoing) -> bool:
 # The sender's rights are read before the lock, in the snapshot of the statement. Each change of participants or rights
 # moves `access_version`, and `relationships.lock` updates the row of a direct conversation. PostgreSQL evaluates the
 # conditions on `c` again if the row has changed since the snapshot, which `before` shows as it was. So a message of a
-# user whose rights changed meanwhile is not stored (docs/decisions/0088).
+# user whose rights changed meanwhile is not stored (docs/decisions/0088). OFFSET 0 keeps the planner from reading all
+# conversations of the sender.
 SEND_PLAIN = """
 WITH part AS MATERIALIZED (
     SELECT i.*, c.version AS clock,
@@ -99,13 +100,15 @@ WITH part AS MATERIALIZED (
         place integer, message_id uuid, conversation_id uuid, sender_id uuid, content text, content_type text,
         payload jsonb, formatted_content text, hashtags text[], metadata jsonb, poll_counts integer[]
     )
-    JOIN conversation_participant p ON p.conversation_id = i.conversation_id AND p.user_id = i.sender_id
-        AND p.status = 'active'
-    JOIN "user" u ON u.id = p.user_id
-    JOIN conversation before ON before.id = p.conversation_id
-    JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+    CROSS JOIN LATERAL (
+        SELECT p FROM conversation_participant p
+        WHERE p.conversation_id = i.conversation_id AND p.user_id = i.sender_id AND p.status = 'active' OFFSET 0
+    ) sender
+    JOIN "user" u ON u.id = i.sender_id
+    JOIN conversation before ON before.id = i.conversation_id
+    JOIN conversation c ON c.id = i.conversation_id AND NOT c.is_deleted
         AND c.access_version = before.access_version AND (c.type <> 'direct' OR c.xmin = before.xmin)
-    WHERE obstacle_of(c, p, u.is_active AND NOT u.is_deleted) IS NULL
+    WHERE obstacle_of(c, sender.p, u.is_active AND NOT u.is_deleted) IS NULL
         AND (SELECT true FROM message m WHERE m.id = i.message_id) IS NULL
         AND (SELECT set_config('lock_timeout', $2, true)) IS NOT NULL
     FOR NO KEY UPDATE OF c SKIP LOCKED

@@ -105,10 +105,11 @@ class FollowChange(NamedTuple):
     last_read_order: int | None = None
 
 
-# The user is locked before the user's rows, as everywhere. A root is in no thread itself.
+# The user is locked before the user's rows, as everywhere. A root is in no thread itself. By IS NULL, a plan for an
+# empty table would read message_timeline_idx instead of finding the message by its id.
 CHANGE = f"""
 WITH root AS (
-    SELECT m.id, m.conversation_id, m.thread_order {VISIBLE} AND m.thread_root_id IS NULL
+    SELECT m.id, m.conversation_id, m.thread_order {VISIBLE} AND coalesce(m.thread_root_id, m.id) = m.id
 ), touched AS (
     {MOVE_OWN} AND EXISTS (SELECT FROM root) RETURNING version
 )
