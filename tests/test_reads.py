@@ -24,7 +24,7 @@ from server.db.database import SESSION
 pytestmark = pytest.mark.new_database
 
 FRAGMENTS = {
-    "latest.LATEST", "unread.COUNT_REPLIES", "unread.COUNT_UNREAD", "users.MOVE_OWN", "presence.UNSEEN",
+    "unread.COUNT_REPLIES", "unread.COUNT_UNREAD", "users.MOVE_OWN", "presence.UNSEEN",
 }  # fmt: skip
 """Parts of other statements, which are planned with those."""
 FEED = "conversation_participant(user_id) cut 3"
@@ -72,7 +72,6 @@ WHY = {
         "badge.READ": "conversation_participant(user_id)",
         "latest.AGAIN": "conversation_participant(user_id) cut 1",
         "latest.NEWEST": "conversation_participant(user_id) cut 1",
-        "latest.SINCE": "conversation_participant(user_id) cut 1",
         "invitations.LIST": "conversation_participant(user_id) cut 1",
         "unread.BADGES": "conversation_participant(user_id) cut 2",
     },
@@ -85,7 +84,6 @@ WHY = {
         "search_matches.INDEXED_IN_FEW": "message_search() cut 1",
         "search_matches.INDEXED_IN_MANY": "message_search() cut 1",
         "search_matches.PINNED": "message(conversation_id) cut 1",
-        "search_matches.SCOPE": "conversation_participant(user_id) cut 1",
         "users.SEARCH": "user() cut 2",
     },
     "participants of a conversation of up to 100 or 1,000, and users who hide from one user": {
@@ -167,7 +165,6 @@ LIMITS = {
     "feed.ROWS": 30,
     "feed.PAGE": 30,
     "feed.COUNT": 28,
-    "latest.SINCE": 1,
     "messages.GET": 2,
     "moderation.ALL_REPORTS": 2,
     "moderation.REPORTS": 2,

@@ -12,7 +12,7 @@ from protocol.server import SearchPage
 from protocol.values import Message, SearchHit
 from server.db.database import Db
 from server.db.rows import Reader, Undecoded, fitting
-from server.queries import latest, search_matches
+from server.queries import search_matches
 from server.queries.cursor import moment_of, not_a_cursor
 from server.queries.moment import MOMENT
 from server.queries.search_matches import LOWEST, Criteria
@@ -122,11 +122,9 @@ async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, lim
     """
     position = SearchPosition.read(frame.after)
     as_of = now() if position is None else position.as_of
-    since = None if position is None else position.since
-    if position is None and frame.conversation_id is None and frame.in_thread is None:
-        since = await latest.since(db, user_id)
+    covered = await search_matches.scope(db, user_id, frame, None if position is None else position.since)
     until = as_of if frame.sent_before is None else min(as_of, frame.sent_before)
-    asked = await search_matches.criteria(db, user_id, frame, words, until=until, since=since)
+    asked = await search_matches.criteria(db, user_id, frame, words, until=until, covered=covered)
     is_ranked = frame.order == "relevance" and words is not None
     if asked is None:
         hits = _Hits([], [], [], None)
@@ -140,15 +138,15 @@ async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, lim
     if len(rows) > count:
         _, rank, at, one, _ = rows[count - 1]
         if at is not None:
-            end = SearchPosition(as_of, rank, at, one, since, hits.down_to if is_ranked else None)
+            end = SearchPosition(as_of, rank, at, one, covered.since, hits.down_to if is_ranked else None)
     elif hits.down_to is not None and not is_ranked:
-        end = SearchPosition(as_of, 0.0, hits.down_to, LOWEST, since)
+        end = SearchPosition(as_of, 0.0, hits.down_to, LOWEST, covered.since)
 
     def of(found: list[tuple[Message, Any]]) -> SearchPage:
         return SearchPage(
             hits=[SearchHit(message=message, snippet=_CUT.split(columns[4])) for message, columns in found],
             after=None if end is None else str(end),
-            is_partial=since is not None or hits.down_to is not None,
+            is_partial=covered.since is not None or hits.down_to is not None,
             searched_to=hits.down_to,
         )
 

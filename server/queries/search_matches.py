@@ -17,7 +17,8 @@ from protocol.client import Search
 from protocol.ids import UserId
 from protocol.values import ContentType
 from server.db.database import Db
-from server.queries.latest import LATEST
+from server.queries import latest
+from server.queries.latest import Latest
 from server.queries.moment import MOMENT
 
 PROBED, PROBE_MS = 500, 60
@@ -36,14 +37,15 @@ FILES: tuple[ContentType, ...] = ("image", "file", "audio", "video")
 LOWEST = UUID(int=0)
 """Below the ids of all messages."""
 
-# $1 is the user, $2 the words as a tsquery, $3 a conversation, and $4 a message of a thread. Stop words of the
-# language, such as "the" in English, match nothing, and then the query is empty.
-_THERE = """AND ($3::uuid IS NULL OR p.conversation_id = $3)
-    AND ($4::uuid IS NULL OR p.conversation_id = (SELECT t.conversation_id FROM message t WHERE t.id = $4))"""
-SCOPE = f"""
-SELECT to_tsquery($2)::text, array_agg(l.conversation_id), array_agg(l.after), array_agg(l.role)
-FROM ({LATEST.format(user="$1", also=_THERE, since="$5")}) l
-"""  # noqa: S608 - constants are put in
+# Stop words of the language, such as "the" in English, match nothing, and then the query is empty.
+QUERY = "SELECT to_tsquery($1)::text"
+# The conversation $2, or that of the message $3.
+HERE = """
+SELECT p.conversation_id, p.role, visible_after(c, p) FROM conversation_participant p
+JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+WHERE p.conversation_id = coalesce($2, (SELECT t.conversation_id FROM message t WHERE t.id = $3))
+    AND p.user_id = $1 AND p.status = 'active'
+"""
 # Times are texts, because Python cannot have all of them.
 _SAME = """$1::text::tsquery, $2::uuid[], $3::bigint[], $4::text[], $5::text::timestamptz, $6::uuid, $7::timestamptz,
     $8::uuid, $9::text[], $10::uuid, $11::uuid, $12"""
@@ -144,30 +146,34 @@ class Criteria(NamedTuple):
         return [*self[:4], *place, *self[5:-1]]
 
 
+async def scope(db: Db, user_id: UserId, frame: Search, since: datetime | None) -> Latest:
+    """Return the conversations that a search covers. `since` is from an earlier page."""
+    if frame.conversation_id is not None or frame.in_thread is not None:
+        rows = await db.fetch(HERE, user_id, frame.conversation_id, frame.in_thread)
+        return Latest([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], None)
+    return await (latest.newest(db, user_id) if since is None else latest.again(db, user_id, since))
+
+
 async def criteria(
-    db: Db, user_id: UserId, frame: Search, words: str | None, *, until: datetime, since: datetime | None
+    db: Db, user_id: UserId, frame: Search, words: str | None, *, until: datetime, covered: Latest
 ) -> Criteria | None:
-    """Return the criteria of a search for messages before `until`, or None if nothing can match. `since` is the last
-    activity of the oldest conversation that counts.
-    """
-    row = await db.fetchrow(SCOPE, user_id, words, frame.conversation_id, frame.in_thread, since)
-    assert row is not None  # noqa: S101 - an aggregate
-    query, conversations, visible, roles = row
+    """Return the criteria of a search for messages before `until`, or None if nothing can match."""
+    query = None if words is None else await db.fetchval(QUERY, words)
     kinds = None if frame.content_type is None else [frame.content_type]
     if frame.has_file:
         kinds = [kind for kind in FILES if kinds is None or kind in kinds]
-    if conversations is None or query == "" or kinds == []:
+    if not covered.conversation_ids or query == "" or kinds == []:
         return None
     parts = [] if query is None else [query]
     if frame.hashtag is not None:
         parts.append(f"'h:{frame.hashtag.lower()}'")
     if frame.mentions_me:
-        parts.append(" | ".join(f"'m:{one}'" for one in ("everyone", user_id, *sorted(set(roles)))))
+        parts.append(" | ".join(f"'m:{one}'" for one in ("everyone", user_id, *sorted(set(covered.roles)))))
     return Criteria(
         query=" & ".join(f"({part})" for part in parts) or None,
-        conversations=conversations,
-        visible=visible,
-        roles=roles,
+        conversations=covered.conversation_ids,
+        visible=covered.after,
+        roles=covered.roles,
         before=MatchPlace(until.isoformat(), LOWEST),
         after=frame.sent_after,
         sender=frame.sender_id,
