@@ -21,7 +21,7 @@ from prove.truth import assert_same, read_conversation, recount
 from server.core import crowds
 from server.core.crowds import SAMPLED_PARTICIPANTS, Change, Crowd
 from server.domain import membership
-from server.hub import topics
+from server.hub import paced, topics, watchers
 from server.queries import joins
 from tests.world import UserSession, World, events_of, message, sent, until, without_bus
 
@@ -306,6 +306,33 @@ async def test_resume_leaves_out_the_changes_of_others_in_a_crowd(
     assert own in {event.user_id for event in reactions}
     others = [event for event in changes.events if isinstance(event, server.ParticipantChanged)]
     assert len(others) == (2 if is_crowd else 3)
+
+
+async def test_presence_of_a_user_with_many_watchers_is_delivered_at_intervals(
+    world: World, small: pytest.MonkeyPatch
+) -> None:
+    """A single watcher at another worker receives each change. All end with the last one."""
+    small.setattr(paced, "CROWD_SECONDS", 0.2)
+    small.setattr(watchers, "MAX_SHARED_PARTICIPANTS", 2)
+    celebrity, *people = await world.users("Ada", "Bob", "Charles", "Mary", "Jane")
+    ada = await world.connect(celebrity)
+    fans = [await world.connect(who, number == 3) for number, who in enumerate(people)]
+    for one in fans:
+        await one.call(client.Watch(user_ids=[celebrity.id]))
+    await asyncio.sleep(0.25)  # the arrival
+    for one in fans:
+        one.events.clear()
+    began = time.monotonic()
+    for number in range(20):
+        await ada.call(client.SetPresence(status="online", custom_status=f"Number {number}"))
+        await ada.call(client.UpdateProfile(name=f"Ada {number}"))
+    shown = [[event.presence.custom_status for event in events_of(one, server.PresenceChanged)] for one in fans]
+    periods = int((time.monotonic() - began) / 0.2) + 2
+    assert all(len(each) <= periods for each in shown[:3])
+    for one in fans:
+        await until(lambda one=one: events_of(one, server.PresenceChanged)[-1].presence.custom_status == "Number 19")  # type: ignore[misc]
+        await until(lambda one=one: events_of(one, server.UserUpdated)[-1].user.name == "Ada 19")  # type: ignore[misc]
+    assert len(events_of(fans[3], server.UserUpdated)) == 20
 
 
 def test_the_latest_change_of_each_object_is_kept() -> None:

@@ -11,6 +11,8 @@ import msgspec
 
 from protocol.ids import UserId
 
+CROWD_SECONDS = 1.0
+"""Min interval between deliveries to a crowd, in seconds: of gathered changes, or of a user's presence and face."""
 SAMPLED_PARTICIPANTS = 10
 """Max participants whose changes everyone receives, per `changes` event: those that changed last."""
 

@@ -21,7 +21,7 @@ from protocol.errors import ErrorCode, Refused
 from protocol.ids import EVERYONE, ConversationId, UserId
 from protocol.limits import MAX_SHARED_PARTICIPANTS
 from protocol.server import Changes, ConversationLeft
-from server.core.crowds import Change
+from server.core.crowds import CROWD_SECONDS, Change
 from server.core.errors import log_failure
 from server.hub.backlog import Backlog
 from server.hub.bus import Bus
@@ -41,8 +41,6 @@ MAX_EARLY = 256
 """Max early events that are kept, per conversation. Others are fetched."""
 LINGER_SECONDS = 30.0
 """Time for which the worker follows a conversation without sockets, in seconds."""
-CROWD_SECONDS = 1.0
-"""Min interval between deliveries of changes that are gathered, per crowd, in seconds."""
 MANY_SOCKETS, WRITE_PAUSE_FACTOR = 50, 2.0
 """With at least `MANY_SOCKETS`, a busy conversation pauses after a write for `WRITE_PAUSE_FACTOR` times its duration.
 """

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from protocol.codec import encode, text_frame
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
-from protocol.limits import MAX_WATCHED
+from protocol.limits import MAX_SHARED_PARTICIPANTS, MAX_WATCHED
 from protocol.server import PresenceChanged, UserUpdated
 from protocol.values import Presence, User
 from server.core.errors import log_defect, log_failure
@@ -17,6 +17,7 @@ from server.core.faults import is_lost
 from server.hub.bus import Bus
 from server.hub.doubts import Batch, Doubts, HeldFrame, Pair, Whole
 from server.hub.online_users import Sight, Socket
+from server.hub.paced import PacedFrames
 
 TRIES = 3
 """Max reads per `watch`, if their result is outdated by changes meanwhile."""
@@ -87,6 +88,7 @@ class Watchers:
         self._watchers: dict[UserId, dict[Socket, Callable[[bytes], None]]] = {}
         self._sockets: dict[UserId, dict[Socket, None]] = {}
         self._doubts = Doubts(self._pairs)
+        self._paced = PacedFrames(self._write)
         self._asking: asyncio.Task[None] | None = None
         self._has_doubts = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -159,14 +161,22 @@ class Watchers:
                 del self._sockets[socket.user_id]
 
     def deliver(self, user_id: UserId, frame: bytes, revision: int, *, is_face: bool) -> None:
-        """Write a user's presence or face to the sockets that may see it."""
+        """Write a user's presence or face to the sockets that may see it. If there are very many, it may wait for
+        `CROWD_SECONDS`.
+        """
+        held = HeldFrame(revision, frame)
+        is_crowd = len(self._watchers.get(user_id, ())) > MAX_SHARED_PARTICIPANTS
+        if not is_crowd or self._paced.has_passed(user_id, held, is_face=is_face):
+            self._write(user_id, held, is_face)
+
+    def _write(self, user_id: UserId, held: HeldFrame, is_face: bool) -> None:  # noqa: FBT001 - a callback
         needed = Sight.FACE if is_face else Sight.ALL
         in_doubt = self._doubts.of(user_id)
         for socket, write in self._watchers.get(user_id, {}).items():
             if in_doubt is not None and in_doubt.has(socket.user_id):
-                self._doubts.hold(Pair(socket.user_id, user_id), HeldFrame(revision, frame), is_face=is_face)
+                self._doubts.hold(Pair(socket.user_id, user_id), held, is_face=is_face)
             elif socket.watched[user_id] >= needed:
-                write(frame)
+                write(held.frame)
 
     def doubt_watchers(self, user_id: UserId, watcher: UserId | None) -> None:
         """Check again whether those who watch a user may do so, or whether `watcher` may."""
@@ -205,7 +215,8 @@ class Watchers:
         self._ask_soon()
 
     def close(self) -> None:
-        """Cancel the checks."""
+        """Cancel the checks and the frames that wait."""
+        self._paced.close()
         if self._asking is not None:
             self._asking.cancel()
 
