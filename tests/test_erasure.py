@@ -23,7 +23,7 @@ from server.ops.check import run_checks
 from server.ops.progress import Progress
 from server.queries import sending
 from server.queries.checks import CHECKS
-from server.queries.checks import run as ask
+from server.queries.checks import run_all as ask
 from server.queries.participants import ParticipantChange
 from server.queries.sending import Outgoing
 from tests.test_credentials import administer

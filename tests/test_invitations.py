@@ -14,7 +14,7 @@ from prove.mirror import Mirror
 from prove.truth import recount
 from server.jobs.expiry import expire_due
 from server.queries.checks import CHECKS
-from server.queries.checks import run as ask
+from server.queries.checks import run_all as ask
 from tests.world import World, refused, sent, until
 
 

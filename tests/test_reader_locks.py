@@ -218,10 +218,10 @@ async def test_reader_with_access_to_another_database_is_reported_until_it_is_re
         await world.db.execute("SELECT grant_reader($1)", role.name)
         (warning,) = warned
         assert re.search(r"REVOKE CONNECT ON DATABASE .*\bpostgres\b.* FROM PUBLIC$", warning)
-        assert "postgres" in (await checks.run(world.db, check)).some
+        assert "postgres" in (await checks.run_all(world.db, check)).some
     finally:
         await world.db.execute("REVOKE CONNECT ON DATABASE postgres FROM PUBLIC")
-    assert "postgres" not in (await checks.run(world.db, check)).some
+    assert "postgres" not in (await checks.run_all(world.db, check)).some
     with pytest.raises(asyncpg.InsufficientPrivilegeError, match="permission denied for database"):
         await login("postgres")
     await login(await world.db.fetchval("SELECT current_database()"))

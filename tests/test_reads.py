@@ -127,6 +127,7 @@ WHY = {
         "accounts.CARD": "conversation_participant(user_id); session(user_id); user()",
         "audit.BROKEN": "audit_entry(chain) cut 1",
         "conversation_cards.LIST": "conversation_participant(user_id) cut 1",
+        "checks.ENDS_OF_CONVERSATIONS": "conversation()",
         "checks.SOMEBODY": "conversation() cut 2; conversation_participant() cut 1; user() cut 2",
         "export.HEAD": (
             "account(user_id); conversation_participant(user_id); message_star(user_id); push_endpoint(user_id); "

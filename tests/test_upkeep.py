@@ -20,7 +20,7 @@ from prove.truth import recount
 from server.db import migrate
 from server.db.epoch import epoch_id
 from server.queries import checks, export
-from server.queries.checks import CHECKS
+from server.queries.checks import CHECKS, Slices
 from tests.conftest import Servers
 from tests.test_administration import Shell
 from tests.world import Room, World, message, sent
@@ -116,6 +116,7 @@ DAMAGE = (
     """GRANT SELECT ON user_profile TO pg_monitor; ALTER TABLE message ALTER COLUMN content SET STATISTICS 10;
     ANALYZE message""",
     "DELETE FROM message_search WHERE message_id = $1",
+    "UPDATE message_search SET message_id = gen_random_uuid() WHERE message_id <> $1",
     "UPDATE conversation SET participant_count = participant_count + 1",
     "UPDATE conversation SET message_count = message_count - 1",
     "UPDATE message SET reply_count = reply_count + 1 WHERE id = $1",
@@ -145,6 +146,22 @@ DAMAGE = (
     "UPDATE audit_entry SET details = '{}'",
     "DROP POLICY message_access ON message",
 )
+
+
+async def test_checks_find_the_same_in_slices_of_any_size(room: Room, world: World) -> None:
+    """Each slice is a transaction of its own, so that a large database is not read in a single one."""
+    await busy(room, world)
+    await asyncio.gather(*(worker.stop() for worker in world.workers))
+    world.workers.clear()
+    await world.db.execute("UPDATE conversation SET participant_count = participant_count + 1")
+    await world.db.execute("UPDATE message SET version = sent_version - 1")
+    small = await checks.slices(world.db, rows=1, pages=1)
+    conversations = await world.db.fetchval("SELECT count(*) FROM conversation")
+    assert len(small[Slices.CONVERSATIONS]) == conversations > 1
+    assert len(small[Slices.PAGES]) > len((await checks.slices(world.db))[Slices.PAGES]) == 1
+    for check in CHECKS:
+        parts = [await checks.run(world.db, check, part) for part in small[check.by]]
+        assert sum(part.number for part in parts) == (await checks.run_all(world.db, check)).number, check.name
 
 
 async def test_check_detects_a_policy_that_shows_too_much(shell: Shell, room: Room, world: World) -> None:

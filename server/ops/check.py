@@ -32,10 +32,16 @@ class CheckLine(NamedTuple):
 
 async def run_checks(db: Db, *, progress: Progress, grace: timedelta = checks.GRACE) -> AsyncIterator[CheckLine]:
     """Run all checks, one after the other, and show the progress. `grace` is passed to `checks.run`."""
+    slices = await checks.slices(db)
     for check in CHECKS:
         progress.begins(check.name)
         began = time.monotonic()
-        found = await checks.run(db, check, grace=grace)
+        found = Violations(0, [])
+        parts = slices[check.by]
+        for number, part in enumerate(parts, start=1):
+            found = found.with_more(await checks.run(db, check, part, grace=grace))
+            if len(parts) > 1:
+                progress.counts(f"{check.name}, parts of {len(parts):,}", number)
         yield CheckLine(check.name, time.monotonic() - began, found)
     progress.begins(NO_LEAKS)
     began = time.monotonic()

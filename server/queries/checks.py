@@ -6,26 +6,58 @@ is on both sides of a comparison or on neither.
 
 from collections.abc import Callable
 from datetime import timedelta
+from enum import Enum
+from itertools import pairwise
 from typing import NamedTuple
+from uuid import UUID
 
 from server.db.database import Db
 from server.queries.relationships import BLANK
 
 
+class Slices(Enum):
+    """The parts of the database in which a check runs, one after the other. PostgreSQL cannot remove dead rows while a
+    transaction lasts, and the whole of a large table takes long.
+    """
+
+    NONE = "none"
+    CONVERSATIONS = "conversations"
+    """Conversations by id, for checks that compare the rows of a conversation by an index."""
+    PAGES = "pages"
+    """Pages of the table of messages, for checks of single messages. One that moves meanwhile may be left out."""
+
+
 class Check(NamedTuple):
-    """A check. `FINDS` returns a row per violation."""
+    """A check. `FINDS` returns a row per violation. Its parameters are the bounds of a slice."""
 
     name: str
     FINDS: str
+    by: Slices = Slices.NONE
+
+
+Slice = tuple[object, ...]
+"""The parameters of a check: the bounds of a slice."""
+ROWS_IN_A_SLICE = 500_000
+"""Max messages and participants in a slice of conversations, unless a single conversation has more."""
+PAGES_IN_A_SLICE = 25_000
+ENDS_OF_CONVERSATIONS = """
+SELECT DISTINCT ON (slice) id FROM (
+    SELECT id, sum(1 + message_count + participant_count) OVER (ORDER BY id) / $1::bigint AS slice FROM conversation
+) c ORDER BY slice, id DESC
+"""
+NUMBER_OF_PAGES = "SELECT pg_relation_size('message') / current_setting('block_size')::bigint"
+_OF_SLICE = "conversation_id > $1 AND conversation_id <= $2"
+_ON_PAGES = "m.ctid >= $1 AND m.ctid < $2"
 
 
 CHECKS = (
-    Check("participant counts match the rows", """
+    Check("participant counts match the rows", f"""
         SELECT c.id FROM conversation c LEFT JOIN (
-            SELECT conversation_id, count(*) AS n FROM conversation_participant WHERE status = 'active' GROUP BY 1
+            SELECT conversation_id, count(*) AS n FROM conversation_participant
+            WHERE status = 'active' AND {_OF_SLICE} GROUP BY 1
         ) p ON p.conversation_id = c.id
-        WHERE c.participant_count <> coalesce(p.n, 0)
-    """),
+        WHERE c.participant_count <> coalesce(p.n, 0) AND c.id > $1 AND c.id <= $2
+    """, by=Slices.CONVERSATIONS),  # noqa: S608 - a condition is put in
     Check("message counts match the rows", """
         SELECT c.id FROM conversation c LEFT JOIN (
             SELECT conversation_id, count(*) AS n FROM message WHERE NOT is_deleted GROUP BY 1
@@ -65,27 +97,31 @@ CHECKS = (
         SELECT v.message_id FROM poll_vote v JOIN message m ON m.id = v.message_id
         WHERE v.options <> '{}' AND m.poll_counts IS NULL AND NOT m.is_deleted
     """),
-    Check("versions of conversations match their rows", """
+    Check("versions of conversations match their rows", f"""
         SELECT c.id FROM conversation c
-        LEFT JOIN (SELECT conversation_id, max(version) AS v FROM message GROUP BY 1) m ON m.conversation_id = c.id
-        LEFT JOIN (SELECT conversation_id, max(version) AS v FROM message_reaction GROUP BY 1) r
+        LEFT JOIN (SELECT conversation_id, max(version) AS v FROM message WHERE {_OF_SLICE} GROUP BY 1) m
+            ON m.conversation_id = c.id
+        LEFT JOIN (SELECT conversation_id, max(version) AS v FROM message_reaction WHERE {_OF_SLICE} GROUP BY 1) r
             ON r.conversation_id = c.id
-        LEFT JOIN (SELECT conversation_id, max(version) AS v FROM poll_vote GROUP BY 1) o ON o.conversation_id = c.id
-        LEFT JOIN (SELECT conversation_id, max(version) AS v FROM conversation_participant GROUP BY 1) p
-            ON p.conversation_id = c.id
-        WHERE c.version <> greatest(c.settings_version, m.v, r.v, o.v, p.v) OR c.access_version > c.version
-    """),
-    Check("no version occurs twice", """
+        LEFT JOIN (SELECT conversation_id, max(version) AS v FROM poll_vote WHERE {_OF_SLICE} GROUP BY 1) o
+            ON o.conversation_id = c.id
+        LEFT JOIN (
+            SELECT conversation_id, max(version) AS v FROM conversation_participant WHERE {_OF_SLICE} GROUP BY 1
+        ) p ON p.conversation_id = c.id
+        WHERE (c.version <> greatest(c.settings_version, m.v, r.v, o.v, p.v) OR c.access_version > c.version)
+            AND c.id > $1 AND c.id <= $2
+    """, by=Slices.CONVERSATIONS),  # noqa: S608 - a condition is put in
+    Check("no version occurs twice", f"""
         SELECT taken.conversation_id FROM (
-            SELECT conversation_id, sent_version AS version FROM message
-            UNION ALL SELECT conversation_id, version FROM conversation_participant WHERE version > 0
-            UNION ALL SELECT id, settings_version FROM conversation
+            SELECT conversation_id, sent_version AS version FROM message WHERE {_OF_SLICE}
+            UNION ALL SELECT conversation_id, version FROM conversation_participant WHERE version > 0 AND {_OF_SLICE}
+            UNION ALL SELECT id, settings_version FROM conversation WHERE id > $1 AND id <= $2
         ) taken GROUP BY taken.conversation_id, taken.version HAVING count(*) > 1
-    """),
-    Check("no message changed before it was sent", """
+    """, by=Slices.CONVERSATIONS),  # noqa: S608 - a condition is put in
+    Check("no message changed before it was sent", f"""
         SELECT m.id FROM message m JOIN conversation c ON c.id = m.conversation_id
-        WHERE m.version < m.sent_version OR m.sent_version < 1 OR m.sent_version > c.version
-    """),
+        WHERE (m.version < m.sent_version OR m.sent_version < 1 OR m.sent_version > c.version) AND {_ON_PAGES}
+    """, by=Slices.PAGES),  # noqa: S608 - a condition is put in
     Check("no user version is behind its rows", """
         SELECT u.id FROM "user" u
         LEFT JOIN (SELECT user_id, max(user_version) AS v FROM conversation_participant GROUP BY 1) p
@@ -104,13 +140,14 @@ CHECKS = (
         LEFT JOIN message r ON r.id = p.last_read_message_id
         LEFT JOIN message d ON d.id = p.delivered_message_id
         LEFT JOIN message n ON n.id = p.unread_from_id
-        WHERE r.conversation_id <> p.conversation_id OR r.sent_version > p.last_read_version
+        WHERE p.conversation_id > $1 AND p.conversation_id <= $2 AND (r.conversation_id <> p.conversation_id
+            OR r.sent_version > p.last_read_version
             OR d.conversation_id <> p.conversation_id OR d.sent_version <> p.delivered_version
             OR n.conversation_id <> p.conversation_id OR n.sent_version <> p.unread_from_version
             OR (p.unread_from_id IS NULL) <> (p.unread_from_version IS NULL)
             OR (p.last_read_message_id IS NOT NULL AND r.id IS NULL)
-            OR greatest(p.last_read_version, p.delivered_version) > c.version
-    """),
+            OR greatest(p.last_read_version, p.delivered_version) > c.version)
+    """, by=Slices.CONVERSATIONS),
     Check("all authors of replies have a row in the thread", """
         SELECT r.thread_root_id FROM (
             SELECT DISTINCT thread_root_id, sender_id FROM message WHERE thread_root_id IS NOT NULL
@@ -136,18 +173,20 @@ CHECKS = (
         UNION ALL SELECT r.message_id FROM report r JOIN message m ON m.id = r.message_id
         WHERE r.conversation_id <> m.conversation_id
     """),
-    Check("messages refer to their own conversation", """
+    Check("messages refer to their own conversation", f"""
         SELECT m.id FROM message m JOIN message o ON o.id = m.parent_message_id
-        WHERE o.conversation_id <> m.conversation_id OR m.thread_root_id <> coalesce(o.thread_root_id, o.id)
-            OR m.thread_root_id IS NULL OR o.sent_version >= m.sent_version
+        WHERE (o.conversation_id <> m.conversation_id OR m.thread_root_id <> coalesce(o.thread_root_id, o.id)
+            OR m.thread_root_id IS NULL OR o.sent_version >= m.sent_version) AND {_ON_PAGES}
         UNION ALL SELECT m.id FROM message m JOIN message o ON o.id = m.quoted_message_id
-        WHERE o.conversation_id <> m.conversation_id OR o.sent_version >= m.sent_version
-        UNION ALL SELECT m.id FROM message m WHERE (m.forwarded_from_id IS NULL) <> (m.forwarded_sender_id IS NULL)
-    """),
-    Check("mentioned users exist", """
+        WHERE (o.conversation_id <> m.conversation_id OR o.sent_version >= m.sent_version) AND {_ON_PAGES}
+        UNION ALL SELECT m.id FROM message m
+        WHERE (m.forwarded_from_id IS NULL) <> (m.forwarded_sender_id IS NULL) AND {_ON_PAGES}
+    """, by=Slices.PAGES),  # noqa: S608 - a condition is put in
+    Check("mentioned users exist", f"""
         SELECT m.id FROM message m CROSS JOIN unnest(m.mentions) AS mentioned (id)
-        LEFT JOIN "user" u ON u.id = mentioned.id WHERE m.mentions <> '{}' AND u.id IS NULL
-    """),
+        LEFT JOIN "user" u ON u.id = mentioned.id WHERE m.mentions <> '{{}}' AND u.id IS NULL
+            AND {_ON_PAGES}
+    """, by=Slices.PAGES),  # noqa: S608 - a condition is put in
     Check("invitations to ended conversations are marked to end", """
         SELECT DISTINCT c.id FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id
         WHERE p.status = 'invited' AND (c.is_deleted OR NOT c.is_active) AND NOT c.has_remains
@@ -173,20 +212,24 @@ CHECKS = (
                 AND b.to_user_id = r.to_user_id) OR (b.from_user_id = r.to_user_id AND b.to_user_id = r.from_user_id))
         WHERE r.type = 'friend' AND r.status = 'accepted'
     """),
-    Check("deleted messages are empty", """
-        SELECT m.id FROM message m WHERE m.is_deleted AND (m.content <> '' OR m.formatted_content IS NOT NULL
-            OR m.payload IS NOT NULL OR m.metadata IS NOT NULL OR m.mentions <> '{}' OR m.hashtags <> '{}'
-            OR m.reactions <> '{}' OR m.is_pinned OR m.link_preview IS NOT NULL OR m.deleted_at IS NULL)
-    """),
+    Check("deleted messages are empty", f"""
+        SELECT m.id FROM message m WHERE {_ON_PAGES} AND m.is_deleted AND (
+            m.content <> '' OR m.formatted_content IS NOT NULL OR m.payload IS NOT NULL OR m.metadata IS NOT NULL
+            OR m.mentions <> '{{}}' OR m.hashtags <> '{{}}' OR m.reactions <> '{{}}' OR m.is_pinned
+            OR m.link_preview IS NOT NULL OR m.deleted_at IS NULL)
+    """, by=Slices.PAGES),  # noqa: S608 - a condition is put in
     Check("expired messages are deleted", """
         SELECT m.id FROM message m WHERE m.expires_at < now() - interval '5 minutes'
     """),
-    Check("the search index has exactly the readable messages", """
-        SELECT coalesce(m.id, s.message_id) FROM message m FULL JOIN message_search s ON s.message_id = m.id
-        WHERE (s.message_id IS NOT NULL AND m.id IS NOT NULL) IS DISTINCT FROM
-                coalesce(NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message, true)
+    Check("the search index has exactly the readable messages", f"""
+        SELECT m.id FROM message m LEFT JOIN message_search s ON s.message_id = m.id
+        WHERE {_ON_PAGES} AND (
+            (s.message_id IS NOT NULL) <> (NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message)
                 AND (s.message_id IS NOT NULL OR m.id NOT IN (SELECT unnest(q.message_ids) FROM search_queue q))
-            OR s.conversation_id <> m.conversation_id
+            OR s.conversation_id <> m.conversation_id)
+    """, by=Slices.PAGES),  # noqa: S608 - a condition is put in
+    Check("the search index has no messages that do not exist", """
+        SELECT s.message_id FROM message_search s WHERE NOT EXISTS (SELECT FROM message m WHERE m.id = s.message_id)
     """),
     Check("the search index matches the messages (one in a hundred)", """
         SELECT m.id FROM message m TABLESAMPLE system (1) JOIN message_search s ON s.message_id = m.id
@@ -276,6 +319,8 @@ PREPARE = (
     "SET LOCAL work_mem = '256MB'",
     "SET LOCAL hash_mem_multiplier = 4",
 )
+# A slice of pages looks up other rows one by one. A hash would contain a whole table, for each slice.
+BY_PAGES = ("SET LOCAL enable_hashjoin = off", "SET LOCAL enable_mergejoin = off")
 ERASE_AFTER = "SELECT set_config('openchat.erase_after', $1, true)"
 GRACE = timedelta(days=30)
 FOUND_SHOWN = 3
@@ -289,15 +334,38 @@ class Violations(NamedTuple):
     number: int
     some: list[str]
 
+    def with_more(self, more: "Violations") -> "Violations":
+        """Return these violations and those of a further slice."""
+        return Violations(self.number + more.number, [*self.some, *more.some][:FOUND_SHOWN])
 
-async def run(db: Db, check: Check, *, grace: timedelta = GRACE) -> Violations:
-    """Run a check. `grace` is the period in which users may restore a deleted account."""
+
+async def slices(db: Db, *, rows: int = ROWS_IN_A_SLICE, pages: int = PAGES_IN_A_SLICE) -> dict[Slices, list[Slice]]:
+    """Return the slices of the database. Together they contain everything."""
+    ids = [row[0] for row in await db.fetch(ENDS_OF_CONVERSATIONS, rows)]
+    blocks = [(number, 0) for number in range(0, await db.fetchval(NUMBER_OF_PAGES) + 1, pages)]
+    return {
+        Slices.NONE: [()],
+        Slices.CONVERSATIONS: list(pairwise([UUID(int=0), *ids[:-1], UUID(int=2**128 - 1)])),
+        Slices.PAGES: list(pairwise([*blocks, (2**32 - 1, 0)])),
+    }
+
+
+async def run(db: Db, check: Check, of: Slice, *, grace: timedelta = GRACE) -> Violations:
+    """Run a check of a slice. `grace` is the period in which users may restore a deleted account."""
     async with db.transaction():
-        for STATEMENT in PREPARE:  # noqa: N806 - a constant, as all SQL
+        for STATEMENT in PREPARE + (BY_PAGES if check.by is Slices.PAGES else ()):  # noqa: N806 - as all SQL
             await db.execute(STATEMENT)
         await db.execute(ERASE_AFTER, f"{grace.total_seconds():.0f} seconds")
-        rows = await db.fetch(check.FINDS)
+        rows = await db.fetch(check.FINDS, *of)
     return Violations(len(rows), [str(row[0]) for row in rows[:FOUND_SHOWN]])
+
+
+async def run_all(db: Db, check: Check) -> Violations:
+    """Run a check of all slices."""
+    found = Violations(0, [])
+    for one in (await slices(db))[check.by]:
+        found = found.with_more(await run(db, check, one))
+    return found
 
 
 # A temporary role, which sees by the policies what another client of the database would see.
