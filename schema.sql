@@ -79,8 +79,9 @@ CREATE TABLE "user" (
     face_version bigint NOT NULL DEFAULT 0
 )
 -- Each connection writes presence, and each change advances the version. Free space on the page, and no index on these
--- columns, keep such updates out of all indexes (HOT).
-WITH (fillfactor = 85);
+-- columns, keep such updates out of all indexes (HOT). Many users connect together, so each row has room for a second
+-- version.
+WITH (fillfactor = 50);
 CREATE INDEX user_words_idx ON "user"
     USING gin (to_tsvector('simple', unpunctuated(name || ' ' || coalesce(display_name, ''))));
 CREATE INDEX user_custom_status_until_idx ON "user" (custom_status_until) WHERE custom_status_until IS NOT NULL;
@@ -346,7 +347,9 @@ CREATE TABLE message (
     -- Whether a deleted message still has reactions or votes. No query shows them, and a job deletes them
     -- (server/queries/remains.py).
     has_remains boolean NOT NULL DEFAULT false
-);
+)
+-- Reactions and votes change no index. Free space on the page keeps them out of all indexes (HOT).
+WITH (fillfactor = 95);
 -- Pages of history, by version. Two messages can have the same `created_at`, but not the same version.
 CREATE UNIQUE INDEX message_conversation_created_idx ON message (conversation_id, sent_version);
 CREATE INDEX message_conversation_version_idx ON message (conversation_id, version);

@@ -157,3 +157,37 @@ async def test_presence_update_changes_no_index(world: World) -> None:
         await presence.seen(world.db, dict.fromkeys(ids, Transition(is_online=True)))
         assert tuple(await world.db.fetchrow(UPDATED) or ()) == (22, 20)
         await world.db.execute("DROP INDEX user_last_seen_idx")
+
+
+FILL = """
+WITH them AS (
+    INSERT INTO "user" (name, email, bio) SELECT 'User ' || n, 'u' || n || '@example.org', repeat('b', 40)
+    FROM generate_series(1, 2000) n RETURNING id
+), made AS (
+    INSERT INTO conversation (type, title, created_by) SELECT 'group', 'Group', min(id::text)::uuid FROM them
+    RETURNING id, created_by
+)
+INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
+SELECT id, created_by, repeat('m', 60), n, n FROM made, generate_series(1, 2000) n
+"""
+ALL_CONNECT = 'UPDATE "user" SET is_online = true, last_seen_at = now()'
+SOME_REACT = """UPDATE message SET reactions = '{"x": 1}' WHERE sent_version % 30 = 0"""
+
+
+@pytest.mark.parametrize(("table", "change"), [('"user"', ALL_CONNECT), ("message", SOME_REACT)])
+async def test_pages_have_room_for_bursts_of_updates(db: Connection, table: str, change: str) -> None:
+    """Updates of one transaction cannot reuse the space of earlier versions."""
+
+    async def share_that_changes_no_index() -> float:
+        transaction = db.transaction()
+        await transaction.start()
+        await db.execute(FILL)
+        await db.execute(change)
+        updated, hot = await db.fetchrow(UPDATED.replace('"user"', table)) or (0, 0)
+        await transaction.rollback()
+        return float(hot / updated)
+
+    assert await share_that_changes_no_index() > 0.9
+    await db.execute(f"ALTER TABLE {table} SET (fillfactor = 100)")
+    assert await share_that_changes_no_index() < 0.7, "full pages"
+    await db.execute(f"ALTER TABLE {table} RESET (fillfactor)")
