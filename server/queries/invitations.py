@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 
 from protocol.ids import ConversationId, UserId
+from protocol.server import OutsidersChanged
 from protocol.values import Invitation, Role
 from server.db.database import Db
 from server.db.rows import Reader
-from server.queries.participants import OUTSIDER, ParticipantChange, decoded_change
+from server.queries.participants import OUTSIDER, ParticipantChange, decoded
 
 _invitations_decoder = Reader(Invitation)
 
+# An invited user has left before, if ever, so `invite` knows the event without participant_event().
 INVITE = """
 WITH asked AS (
     SELECT a.user_id, row_number() OVER (ORDER BY a.user_id) AS place
@@ -30,8 +32,7 @@ SELECT $1, a.user_id, $3, 'invited', $4, b.base + a.place FROM asked a, bumped b
 ON CONFLICT (conversation_id, user_id) DO UPDATE SET
     role = excluded.role, status = 'invited', invited_by = excluded.invited_by, version = excluded.version,
     joined_at = now(), left_version = gone_version(p)
-RETURNING participant_json(p), (SELECT participant_count FROM bumped),
-    participant_event(p, (SELECT participant_count FROM bumped))
+RETURNING participant_json(p), (SELECT participant_count FROM bumped)
 """
 
 
@@ -41,8 +42,12 @@ async def invite(
     """Invite users who are not active and have no invitation of a user who may still add users. Return them in the
     order of their versions.
     """
-    rows = await db.fetch(INVITE, conversation_id, list(user_ids), role, invited_by)
-    return sorted((decoded_change(row) for row in rows), key=lambda change: change.participant.version)
+    changes = []
+    for text, count in await db.fetch(INVITE, conversation_id, list(user_ids), role, invited_by):
+        asked = decoded(text)
+        event = OutsidersChanged(conversation_id=conversation_id, version=asked.version)
+        changes.append(ParticipantChange(asked, count, event))
+    return sorted(changes, key=lambda change: change.participant.version)
 
 
 LIST = """
