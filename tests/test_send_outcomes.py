@@ -198,6 +198,7 @@ async def test_batch_stores_the_same_as_single_messages(stage: Stage, seed: int)
 async def test_plain_statement_stores_the_same_as_the_function(stage: Stage, seed: int) -> None:
     dice = random.Random(seed)
     db = stage.world.db
+    await stage.world.indexed()
     makers = [make for _, make in WAYS if sending.is_plain(make(stage))]
     for _ in range(8):
         batch = [make(stage) for make in dice.choices(makers, k=dice.randint(1, 24))]

@@ -63,8 +63,8 @@ FROM (SELECT set_config('synchronous_commit', 'off', true)) is_set
 NEXT = "SELECT m.id FROM message m WHERE m.id > $1 ORDER BY m.id LIMIT $2"
 
 
-# PostgreSQL collects new entries in a pending list. Each search reads the list, and a sender who fills it has to merge
-# it. One worker merges it at a time, because others would only wait for its lock on the index.
+# PostgreSQL collects new entries in a pending list. Each search reads the list, and a statement that fills it has to
+# merge it. One worker merges it at a time, because others would only wait for its lock on the index.
 TIDY = """
 SELECT gin_clean_pending_list('message_search_words_idx')
 FROM (SELECT FROM server_key WHERE name = 'vapid' FOR NO KEY UPDATE SKIP LOCKED) turn
@@ -72,8 +72,8 @@ FROM (SELECT FROM server_key WHERE name = 'vapid' FOR NO KEY UPDATE SKIP LOCKED)
 
 
 async def tidy(db: Db) -> None:
-    """Merge the pending list of the search index, so that no sender has to. Does nothing while another worker
-    does it.
+    """Merge the pending list of the search index, so that no other statement has to. Does nothing while another
+    worker does it.
     """
     await db.execute(TIDY)
 
