@@ -11,11 +11,11 @@ from protocol import client, server
 from protocol.errors import CloseCode, ErrorCode
 from protocol.http import LoggedIn
 from protocol.ids import ConversationId, EditId, uuid7
-from protocol.limits import MAX_EMOJI_OF_USER, MAX_SESSIONS
+from protocol.limits import MAX_EMOJI_OF_USER, MAX_SESSIONS, MAX_SHARED_PARTICIPANTS
 from protocol.server import Error
 from prove.client import Client
 from server.handlers import messages
-from server.queries import bounds, conversations, drafts, participants, sessions, users
+from server.queries import bounds, conversations, drafts, joins, participants, sessions, users
 from tests.test_credentials import administer
 from tests.test_may_send import waiting
 from tests.world import Room, UserSession, World, http_client, refused, sent
@@ -57,6 +57,7 @@ async def test_conversations_created_in_a_day_are_bounded(world: World, monkeypa
 
 async def test_memberships_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "MAX_MEMBERSHIPS", LIMIT)
+    monkeypatch.setattr(joins.FUNCTION, "_limits", (MAX_SHARED_PARTICIPANTS, LIMIT))
     ada, charles, mary = await world.users("Ada", "Charles", "Mary")
     owner = await world.connect(ada)
     await refusals(ada, world, channels())
