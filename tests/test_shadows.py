@@ -182,7 +182,8 @@ async def test_functions_that_run_as_the_owner_have_a_search_path(world: World) 
         "is_entry_shown", "is_action_shown", "is_follow_shown",
     }  # fmt: skip
     for function in functions:
-        name, path = function["proname"], function["proconfig"]
+        name = function["proname"]
+        path = [one for one in function["proconfig"] or [] if one.startswith("search_path=")] or None
         assert path in (None, [f"search_path={PATH}"]), name
         assert path or not function["prosecdef"], name
         assert not (function["is_for_all"] and (function["prosecdef"] or function["is_text"])), name
