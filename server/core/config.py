@@ -76,7 +76,7 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     database_connections: Annotated[
         int,
         Meta(ge=2, le=500),
-        "Max PostgreSQL connections of each worker, besides 5 for messages, reactions, votes and `/readyz`. Set "
+        "Max PostgreSQL connections of each worker, besides 5 for messages, reactions, votes, joins and `/readyz`. Set "
         "`max_connections` of your PostgreSQL to the sum for all workers, one further worker during a reload, and a "
         "few for the command line.",
     ] = 8

@@ -42,7 +42,7 @@ before the commit or not at all, so a cancelled statement stored nothing (docs/d
 """
 SENDING_CONNECTIONS = 4
 """Connections for statements of many users, per worker, in addition to `OPENCHAT_DATABASE_CONNECTIONS`. They store
-short messages, long messages, reactions and votes.
+messages, reactions, votes and joins. Each kind has one statement at a time, and rarely all run together.
 """
 OWN_CONNECTIONS = SENDING_CONNECTIONS + 1
 """Connections per worker in addition to `OPENCHAT_DATABASE_CONNECTIONS`: those for statements of many users, and one
