@@ -1530,9 +1530,10 @@ BEGIN
     -- 1. Locks of the conversations, except of those in which the user does not take part (0065).
     items := ARRAY(SELECT i FROM json_populate_recordset(NULL::reaction_request, input) i);
     asked := ARRAY(
-        SELECT i.conversation_id FROM unnest(items) i
-        JOIN conversation_participant p ON p.conversation_id = i.conversation_id AND p.user_id = i.user_id
-        WHERE p.status = 'active'
+        SELECT i.conversation_id FROM unnest(items) i WHERE EXISTS (
+            SELECT FROM conversation_participant p
+            WHERE p.conversation_id = i.conversation_id AND p.user_id = i.user_id AND p.status = 'active' OFFSET 0
+        )
     );
     locked := lock_conversations(asked, passes_held);
     -- The rows that follow may be locked by transactions that do not hold the conversation (0062).
@@ -1669,9 +1670,10 @@ BEGIN
     -- 1. Locks of the conversations, except of those in which the user does not take part (0065).
     items := ARRAY(SELECT i FROM json_populate_recordset(NULL::vote_request, input) i);
     asked := ARRAY(
-        SELECT i.conversation_id FROM unnest(items) i
-        JOIN conversation_participant p ON p.conversation_id = i.conversation_id AND p.user_id = i.user_id
-        WHERE p.status = 'active'
+        SELECT i.conversation_id FROM unnest(items) i WHERE EXISTS (
+            SELECT FROM conversation_participant p
+            WHERE p.conversation_id = i.conversation_id AND p.user_id = i.user_id AND p.status = 'active' OFFSET 0
+        )
     );
     locked := lock_conversations(asked, passes_held);
     -- The rows that follow may be locked by transactions that do not hold the conversation (0062).

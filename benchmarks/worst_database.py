@@ -10,6 +10,8 @@ from protocol.limits import MAX_PAGE, MAX_PINS, MAX_RESUMED, MAX_SCHEDULED
 
 BUSY = 1_000
 """Number of strangers with as many memberships as the account at its limits."""
+CROWD = 50_000
+"""Number of participants of the large conversation, at any size of the rest."""
 WORDS = "engine loom weave brass steel punch cards gear wheel crank"
 
 
@@ -33,6 +35,10 @@ class Objects(NamedTuple):
     others: list[UserId]
     busy: list[UserId]
     """Strangers with as many memberships as the account at its limits."""
+    members: list[UserId]
+    """Members of the conversation, of whom each frame takes another one."""
+    middle: UserId
+    """A participant in the middle of the list."""
     conversations: list[ConversationId]
 
 
@@ -58,7 +64,8 @@ STATEMENTS = (
     # Mallory's conversations. The first one is the large one.
     """INSERT INTO conversation (id, type, title, created_by, version, participant_count, message_count,
         settings_version, last_activity_at)
-    SELECT pg_temp.id(2, n), 'group', 'Engine ' || n, pg_temp.id(1, 0), 1000000, 2, 100, 1, now() - n * interval '1 s'
+    SELECT pg_temp.id(2, n), 'group', 'Engine ' || n, pg_temp.id(1, 0), 1000000, CASE n WHEN 0 THEN {crowd} ELSE 2 END,
+        100, 1, now() - n * interval '1 s'
     FROM generate_series(0, {conversations} - 1) n""",
     """INSERT INTO conversation (id, type, title, created_by, version, participant_count, is_public)
     SELECT pg_temp.id(7, n), 'channel', 'Engine room ' || n, pg_temp.id(1, 0), 1, n % 1000, true
@@ -91,6 +98,8 @@ STATEMENTS = (
         now() - interval '1 day', CASE WHEN k = 2 THEN '{{"type": "poll", "options": ["a", "b"]}}'::jsonb END,
         CASE WHEN k = 2 THEN 'poll' ELSE 'text' END
     FROM generate_series(0, 19) n, generate_series(1, 10) k""",
+    """INSERT INTO conversation_participant (conversation_id, user_id, role, version)
+    SELECT pg_temp.id(8, 0), pg_temp.id(1, n), 'member', 2 FROM generate_series(10, 29) n""",
     # A hundred unread messages in each other conversation of Mallory.
     """INSERT INTO message (id, conversation_id, sender_id, content, sent_version, version, created_at)
     SELECT pg_temp.id(3, 1000 * n + k), pg_temp.id(2, n), pg_temp.id(1, 2 + n % 1000), '{words} ' || k, 2 + k, 2 + k,
@@ -155,12 +164,12 @@ STATEMENTS = (
 async def fill(db: "asyncpg.Connection[asyncpg.Record]", size: float) -> Ids:
     """Fill a new database. `size` is the share of the limits that the account reaches."""
     conversations = int(MAX_RESUMED * size)
-    people = max(20_000, int(100_000 * size))
+    people = max(CROWD + 10_000, int(100_000 * size))
     figures: dict[str, object] = {
         "people": people,
         "conversations": conversations,
         "busy": BUSY,
-        "crowd": max(3_000, int(10_000 * size)),
+        "crowd": CROWD,
         "messages": int(100_000 * size),
         "muted": int(5_000 * size),
         "stars": int(10_000 * size),
@@ -178,10 +187,12 @@ async def fill(db: "asyncpg.Connection[asyncpg.Record]", size: float) -> Ids:
     return Ids(
         of_mallory=Objects(
             MALLORY, ConversationId(_id(2, 0)), MessageId(_id(5, 1)), MessageId(_id(5, 2)), strangers, busy,
+            [UserId(_id(1, CROWD - n)) for n in range(100)], UserId(_id(1, CROWD // 2)),
             [ConversationId(_id(2, n)) for n in range(conversations)],
         ),
         of_bob=Objects(
             BOB, ConversationId(_id(8, 0)), MessageId(_id(8, 1)), MessageId(_id(8, 2)), [UserId(_id(1, 2))], busy,
+            [UserId(_id(1, 10 + n)) for n in range(20)], UserId(_id(1, 5)),
             [ConversationId(_id(8, n)) for n in range(20)],
         ),
     )  # fmt: skip

@@ -29,8 +29,16 @@ WORST = (
           lambda ids: client.GetConversation(conversation_id=ids.conversation)),
     Worst("find_conversations", "50,000 match", lambda _: client.FindConversations(text="eng roo", limit=MAX_PAGE)),
     Worst("list_invitations", "5,000", lambda _: client.ListInvitations()),
-    Worst("list_participants", "10,000",
-          lambda ids: client.ListParticipants(conversation_id=ids.conversation, limit=MAX_PAGE)),
+    Worst("list_participants", "50,000, from the middle", lambda ids: client.ListParticipants(
+        conversation_id=ids.conversation, limit=MAX_PAGE, after=ids.middle)),
+    Worst("list_participants, banned", "none of 50,000", lambda ids: client.ListParticipants(
+        conversation_id=ids.conversation, limit=MAX_PAGE, status="banned")),
+    Worst("set_role", "one of 50,000", lambda ids: client.SetRole(
+        conversation_id=ids.conversation, user_id=ids.members.pop(), role="moderator")),
+    Worst("remove_participant", "one of 50,000", lambda ids: client.RemoveParticipant(
+        conversation_id=ids.conversation, user_id=ids.members.pop())),
+    Worst("remove_participant, banned", "one of 50,000", lambda ids: client.RemoveParticipant(
+        conversation_id=ids.conversation, user_id=ids.members.pop(), ban=True)),
     Worst("history", "messages of 10,000 characters",
           lambda ids: client.History(conversation_id=ids.conversation, limit=MAX_PAGE, with_replies=True)),
     Worst("history, around", "the middle of 100,000",
@@ -41,11 +49,11 @@ WORST = (
           lambda ids: client.ListEdits(conversation_id=ids.conversation, message_id=ids.root)),
     Worst("list_pins", "100 of 10,000 characters", lambda ids: client.ListPins(conversation_id=ids.conversation)),
     Worst("list_stars", "10,000", lambda _: client.ListStars(limit=MAX_PAGE)),
-    Worst("list_votes", "10,000", lambda ids: client.ListVotes(
+    Worst("list_votes", "50,000", lambda ids: client.ListVotes(
         conversation_id=ids.conversation, message_id=ids.poll, limit=MAX_PAGE)),
-    Worst("list_readers", "of 10,000",
+    Worst("list_readers", "of 50,000",
           lambda ids: client.ListReaders(conversation_id=ids.conversation, message_id=ids.root)),
-    Worst("why", "of 10,000", lambda ids: client.Why(conversation_id=ids.conversation, message_id=ids.root)),
+    Worst("why", "of 50,000", lambda ids: client.Why(conversation_id=ids.conversation, message_id=ids.root)),
     Worst("get_thread", "120 replies, 5,000 people muted",
           lambda ids: client.GetThread(conversation_id=ids.conversation, message_id=ids.root)),
     Worst("list_replies", "120", lambda ids: client.ListReplies(
@@ -60,7 +68,7 @@ WORST = (
     Worst("list_feed, reactions", "100,000", lambda _: client.ListFeed(limit=MAX_PAGE, kinds=["reaction"])),
     Worst("list_feed, requests", "50,000", lambda _: client.ListFeed(limit=MAX_PAGE, kinds=["friend_request"])),
     Worst("get_badge", "all of this unread", lambda _: client.GetBadge()),
-    Worst("list_reports", "10,000", lambda ids: client.ListReports(
+    Worst("list_reports", "50,000", lambda ids: client.ListReports(
         conversation_id=ids.conversation, limit=MAX_PAGE)),
     Worst("get_users", "100 private strangers", lambda ids: client.GetUsers(user_ids=ids.others[:100])),
     Worst("get_users, busy", "100 private strangers in 5,000 other conversations each",
@@ -82,7 +90,7 @@ WORST = (
     Worst("search, filtered", "nothing has a file", lambda _: client.Search(text="eng", has_file=True)),
     Worst("search, mentions", "100,000", lambda _: client.Search(mentions_me=True, limit=MAX_PAGE)),
     Worst("read", "counts 100", lambda ids: client.Read(conversation_id=ids.conversation, message_id=ids.root)),
-    Worst("send", "to 10,000", lambda ids: client.Send(
+    Worst("send", "to 50,000", lambda ids: client.Send(
         conversation_id=ids.conversation, message_id=MessageId(uuid7()), content="Hello @everyone")),
     Worst("typing", "", lambda ids: client.Typing(conversation_id=ids.conversation)),
 )  # fmt: skip

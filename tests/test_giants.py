@@ -41,6 +41,16 @@ FROM generate_series(1, {SMALL}) n, generate_series(1, 5) k UNION ALL
 SELECT lpad({SMALL + 1}::text, 32, '0')::uuid, lpad(n::text, 32, '0')::uuid, 'Words', 50000 + n, 50000 + n
 FROM generate_series(1, {GIANT}) n
 """
+FEW_ROWS = """
+INSERT INTO "user" (name, email) SELECT 'Early ' || n, 'early' || n || '@example.org' FROM generate_series(1, 8) n;
+INSERT INTO session (user_id, token, expires_at) SELECT id, 'early' || name, now() + interval '1 day' FROM "user";
+INSERT INTO conversation (type, title, created_by, participant_count) SELECT 'group', 'Early', id, 8 FROM "user";
+INSERT INTO conversation_participant (conversation_id, user_id, version) SELECT c.id, u.id, 1
+FROM conversation c, "user" u;
+INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
+SELECT c.id, c.created_by, 'Words', k, k FROM conversation c, generate_series(2, 6) k;
+VACUUM ANALYZE
+"""
 MIDDLE = "SELECT id FROM message WHERE conversation_id = $1 ORDER BY sent_version OFFSET $2 LIMIT 1"
 JOIN_ALL = """
 INSERT INTO conversation_participant (conversation_id, user_id, version, joined_version)
@@ -54,6 +64,8 @@ ORDER BY c.relname
 """
 FEW = 300
 """Rows of a page, of its messages and of counts of unread messages, which the small conversation does not have."""
+MOST = 1_000
+"""Max rows that a statement reads in a small conversation."""
 COUNTS = {
     "resume, all missed": 5_000,
     "get": 5 * MAX_COUNTED_PARTICIPANTS + FEW,
@@ -130,14 +142,17 @@ def excess(small: dict[str, Plan], giant: dict[str, Plan]) -> dict[str, Any]:
 
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("is_restored", [pytest.param(False, marks=pytest.mark.more), True])
-@pytest.mark.parametrize("state", ["new", pytest.param("filled", marks=pytest.mark.more), "analyzed"])
+@pytest.mark.parametrize("state", ["new", "small", pytest.param("filled", marks=pytest.mark.more), "analyzed"])
 async def test_statements_read_few_rows_of_a_giant_conversation(
     database_url: str, filler: Connection, state: str, *, is_restored: bool
 ) -> None:
-    """Statements are planned with empty tables, with full ones that were never analyzed, or with analyzed ones."""
+    """Statements are planned with empty tables, with small analyzed ones, or with full ones, analyzed or never."""
     if is_restored:
         await restore_indexes(filler)
-    if state == "new":
+    if state == "small":
+        for statement in FEW_ROWS.split(";"):
+            await filler.execute(statement)
+    if state in {"new", "small"}:
         nowhere = Place(ConversationId(uuid4()), UserId(uuid4()), SMALL)
         db = await planning(database_url, Spot(nowhere, MessageId(uuid4())))
         small, giant = await fill(filler)
@@ -147,6 +162,7 @@ async def test_statements_read_few_rows_of_a_giant_conversation(
             await filler.execute("VACUUM ANALYZE")
         db = await planning(database_url, small)
     of_small, of_giant = await measured(db, small), await measured(db, giant)
+    assert {name: plan.rows for name, plan in of_small.items() if plan.rows > MOST} == {}
     assert excess(of_small, of_giant) == {}
     await filler.execute(JOIN_ALL, giant.place.user_id)
     of_busy = await measured(db, giant)

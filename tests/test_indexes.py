@@ -70,7 +70,7 @@ NEEDED_BY = {
     "thread_follow_version_idx": "bounds.THREADS",
     "user_custom_status_until_idx": "presence.EXPIRE",
     "user_relationship_from_version_idx": "own_news.READ",
-    "user_relationship_hiding_idx": "mentions.RESOLVE",
+    "user_relationship_hiding_idx": "receipts.READERS",
     "user_relationship_over_idx": "relationships.FORGET",
     "user_relationship_pending_idx": "bounds.REQUESTS",
     "user_relationship_to_idx": "conversation_views.PAGE",

@@ -41,12 +41,11 @@ SELECT c.type <> 'direct' AND can(me.role, 'moderator', false), ARRAY(
                 AND spelled.name = ANY (wanted.names)
         ) named GROUP BY named.name HAVING count(*) = 1
     ) found
-    JOIN "user" u ON u.id = found.id AND u.is_active AND NOT u.is_deleted
-    WHERE NOT EXISTS (
-        SELECT FROM user_relationship r
-        WHERE r.type = 'block' AND r.status = 'active'
-            AND r.from_user_id = $2 AND r.to_user_id = u.id
-    )
+    WHERE EXISTS (SELECT FROM "user" u WHERE u.id = found.id AND u.is_active AND NOT u.is_deleted OFFSET 0)
+        AND NOT EXISTS (
+            SELECT FROM user_relationship r
+            WHERE r.type = 'block' AND r.status = 'active' AND r.from_user_id = $2 AND r.to_user_id = found.id OFFSET 0
+        )
     ORDER BY found.id LIMIT {MAX_MENTIONS}
 )
 FROM conversation_participant me JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted

@@ -155,13 +155,17 @@ WITH noted AS (
             ELSE greatest(u.last_seen_at, s.at) END
     FROM (
         SELECT s.id, s.is_online, s.last_close, least(to_timestamp(s.left_at), now()) AS at
-        FROM unnest($1::uuid[], $2::boolean[], $3::integer[], $4::float8[]) AS s (id, is_online, last_close, left_at)
-        JOIN "user" o ON o.id = s.id AND o.erased_at IS NULL ORDER BY o.id FOR NO KEY UPDATE OF o SKIP LOCKED
+        FROM (
+            SELECT * FROM unnest($1::uuid[], $2::boolean[], $3::integer[], $4::float8[])
+                AS s (id, is_online, last_close, left_at) ORDER BY s.id
+        ) s CROSS JOIN LATERAL (
+            SELECT FROM "user" o WHERE o.id = s.id AND o.erased_at IS NULL FOR NO KEY UPDATE SKIP LOCKED
+        ) free
     ) s
     WHERE u.id = s.id RETURNING u.id
 )
 SELECT id FROM noted UNION ALL SELECT s.id FROM unnest($1) AS s (id)
-WHERE NOT EXISTS (SELECT FROM "user" o WHERE o.id = s.id AND o.erased_at IS NULL)
+WHERE NOT EXISTS (SELECT FROM "user" o WHERE o.id = s.id AND o.erased_at IS NULL OFFSET 0)
 """
 
 
