@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
+from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 from websockets.typing import Subprotocol
 
 from protocol import SUBPROTOCOL
@@ -26,13 +27,18 @@ from tests.world import Room, UserSession, World, http_client, sent
 TEXT = "A sentence with an id of this conversation, and another one. "
 
 
-async def opened(world: World, who: UserSession | None, *, compression: str | None = "deflate") -> ClientConnection:
+async def opened(
+    world: World, who: UserSession | None, *, compression: str | None = "deflate", server_max_window_bits: int = 0
+) -> ClientConnection:
     return await connect(
         world.url.replace("http", "ws", 1) + "/v1/ws",
         additional_headers={} if who is None else {"Authorization": f"Bearer {who.token}"},
         subprotocols=[Subprotocol(SUBPROTOCOL)],
         max_size=None,
         compression=compression,
+        extensions=[ClientPerMessageDeflateFactory(server_max_window_bits=server_max_window_bits)]
+        if server_max_window_bits
+        else None,
     )
 
 
@@ -86,6 +92,20 @@ async def test_large_frames_are_compressed_if_the_client_accepts_it(
     size = len(encode(reply))
     assert len(reply["result"]["messages"]) == 20
     assert wire.count < size / 5 if is_accepted else wire.count > 0.9 * size
+    await socket.close()
+
+
+@pytest.mark.parametrize("bits", [8, 9, 12])
+async def test_clients_with_a_small_window_can_decompress_large_frames(room: Room, world: World, bits: int) -> None:
+    """zlib cannot compress with 8 bits, so the server does not accept that offer."""
+    text = random.Random(bits).randbytes(1_900).hex()
+    for _ in range(20):
+        await sent(room.ada, room.group, text)
+    socket = await opened(world, room.users[0], compression=None, server_max_window_bits=bits)
+    answer = socket.response.headers.get("Sec-WebSocket-Extensions", "") if socket.response else ""
+    assert (f"server_max_window_bits={bits}" in answer) is (bits > 8)
+    await socket.send(f'{{"type": "history", "id": 1, "conversation_id": "{room.group}"}}')
+    assert [one["content"] for one in (await until_type(socket, "reply"))["result"]["messages"]] == [text] * 20
     await socket.close()
 
 
@@ -171,9 +191,9 @@ async def test_nothing_is_compressed_if_the_operator_turns_it_off(settings: Sett
 
 def test_frames_of_any_content_come_back_and_have_a_random_length() -> None:
     rng = random.Random(1)
-    for size in (0, MIN_BYTES - 1, MIN_BYTES, 70_000):
+    for size, window_bits in ((0, 15), (MIN_BYTES - 1, 15), (MIN_BYTES, 9), (70_000, 15)):
         payload = rng.randbytes(size)
-        frame = compressed_frame(payload)
+        frame = compressed_frame(payload, window_bits)
         if size < MIN_BYTES:
             assert frame == text_frame(payload)
         else:
@@ -181,4 +201,4 @@ def test_frames_of_any_content_come_back_and_have_a_random_length() -> None:
             assert inflated(frame[header:], size) == payload
             assert inflated(frame[header:], size - 1) is None
     text = str([uuid4() for _ in range(100)]).encode()
-    assert len({len(compressed_frame(text)) for _ in range(500)}) == compression.MAX_PADDING + 1
+    assert len({len(compressed_frame(text, zlib.MAX_WBITS)) for _ in range(500)}) == compression.MAX_PADDING + 1

@@ -34,11 +34,13 @@ EXTENSION = ServerPerMessageDeflateFactory(
 """The extension that the server accepts. Neither side refers to earlier messages."""
 
 
-def compressed_frame(payload: bytes) -> bytes:
-    """Return `payload` as a WebSocket text frame, compressed if it is large."""
+def compressed_frame(payload: bytes, window_bits: int) -> bytes:
+    """Return `payload` as a WebSocket text frame, compressed if it is large. No repetition is farther from the original
+    than 2 to the power of `window_bits` bytes, because the client may keep only these.
+    """
     if len(payload) < MIN_BYTES:
         return text_frame(payload)
-    deflate = zlib.compressobj(LEVEL, zlib.DEFLATED, RAW)
+    deflate = zlib.compressobj(LEVEL, zlib.DEFLATED, -window_bits)
     return text_frame(_padded(deflate, payload)[:-LAST_BYTES], is_compressed=True)
 
 

@@ -16,6 +16,7 @@ from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
+from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.speedups import apply_mask
 
 from protocol.codec import text_frame
@@ -92,8 +93,8 @@ class WebSocket(WebSocketsSansIOProtocol):
     _fragments = 0
     # Limits control frames and fragments. The receiver limits whole messages.
     _bucket: TokenBucket | None = None
-    # Whether the client accepts compressed frames.
-    compresses = False
+    # Max window of compressed frames to the client, in bits (RFC 7692, section 7.1.2.1). 0 if it accepts none.
+    _window_bits = 0
     # The newest unanswered ping.
     _ping: bytes | None = None
     _deadline: asyncio.TimerHandle | None = None
@@ -266,7 +267,7 @@ class WebSocket(WebSocketsSansIOProtocol):
             return False
         text: bytes | None = apply_mask(masked, mask)
         if text is not None and head == _COMPRESSED_TEXT:
-            text = compression.inflated(text, self._most_bytes) if self.compresses else None
+            text = compression.inflated(text, self._most_bytes) if self._window_bits else None
         if text is None:
             return False
         self.receiver.received(text, is_text=True)
@@ -274,7 +275,7 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def frame(self, payload: bytes) -> bytes:
         """Return a payload as a frame for this client, compressed if it is large and the client accepts that."""
-        return compression.compressed_frame(payload) if self.compresses else text_frame(payload)
+        return compression.compressed_frame(payload, self._window_bits) if self._window_bits else text_frame(payload)
 
     def _is_allowed(self, head: int) -> bool:
         """Count a frame other than a whole text message, or a frame after the close frame. Close if there are too many.
@@ -366,7 +367,9 @@ class WebSocket(WebSocketsSansIOProtocol):
             if event["type"] == "websocket.receive":
                 receiver.received(event.get("bytes") or b"", is_text=self.is_first_text)
         self._most_bytes = self.conn.max_message_size = self.config.ws_max_size
-        self.compresses = bool(self.conn.extensions)
+        for extension in self.conn.extensions:
+            assert isinstance(extension, PerMessageDeflate)  # noqa: S101 - no other one is available
+            self._window_bits = extension.local_max_window_bits
         self._forget_handshake()
         self._release()
         self._client = receiver.user_id
