@@ -5,13 +5,15 @@ from collections.abc import Sequence
 
 import pytest
 
+from protocol import client, server
 from protocol.codec import encode, text_frame
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId
 from protocol.server import Error
+from server.hub import topics
 from server.hub.entries import NOBODY
 from server.hub.topics import Fetched, Topics
-from tests.world import World, until
+from tests.world import World, events_of, new_messages, received_message, sent, until
 
 EVENT = text_frame(encode(Error(code=ErrorCode.INTERNAL, message="This stands for an event.")))
 BUMP = "UPDATE conversation SET version = version + 1, settings_version = version + 1 WHERE id = $1 RETURNING version"
@@ -80,3 +82,25 @@ async def test_cancelled_caller_does_not_cancel_the_opening_of_others(
     await others[0]
     topic = topics._topics[about]  # noqa: SLF001
     assert (first.cancelled(), topic.opening, topic.delivered > 0) == (True, None, True)
+
+
+@pytest.mark.parametrize("is_crowd", [False, True])
+async def test_removed_participant_receives_nothing_later_when_the_removal_was_lost(
+    world: World, monkeypatch: pytest.MonkeyPatch, *, is_crowd: bool
+) -> None:
+    """A worker ends after it has committed a removal. A later message makes the other one read both."""
+    monkeypatch.setattr(topics, "MAX_SHARED_PARTICIPANTS", 1 if is_crowd else 100)
+    ada, bob, mary = await world.users("Ada", "Bob", "Mary")
+    here = await world.connect(ada)
+    about = await world.channel(here, is_public=True)
+    removed, other = await world.connect(bob, 1), await world.connect(mary, 1)
+    for one in (removed, other):
+        await one.call(client.Join(conversation_id=about))
+    with monkeypatch.context() as lost:
+        lost.setattr(world.workers[0].app.hub.bus, "publish", lambda *_: None)
+        await here.call(client.RemoveParticipant(conversation_id=about, user_id=bob.id))
+    later = await sent(here, about)
+    await received_message(other, later)
+    await until(lambda: bool(events_of(removed, server.ConversationLeft)))
+    assert later not in {message.id for message in new_messages(removed)}
+    assert events_of(other, server.ParticipantLeft)

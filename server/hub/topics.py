@@ -391,10 +391,10 @@ class Topics:
             if fetched is None or fetched.version <= since:
                 return False
             self.fetched += 1
+            for user_id in fetched.gone:
+                self._drop(topic, user_id)  # before the changes, some of which were made after the user left
             frame = text_frame(encode(fetched.changes))
             self._advance(topic, fetched.version, frame, map(encode, fetched.changes.events))
-            for user_id in fetched.gone:
-                self._drop(topic, user_id)
             self._drain(topic)
         return True
 
