@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from server.processes.embedded.folder import DataFolder
 from server.processes.embedded.logfile import LogFile
 from server.processes.embedded.postgres import Postgres
 from server.processes.supervisor import Supervisor, Worker
+from server.processes.wake_up import WakeUp
 from tests.trees import parsed
 
 EMBEDDED = Path(__file__).parent.parent / "server" / "embedded"
@@ -348,3 +350,18 @@ def test_only_folder_and_logfile_use_paths_in_the_data_folder() -> None:
         if isinstance(node, ast.Attribute) and node.attr in changing
     }
     assert found <= allowed
+
+
+def test_wait_ends_when_a_process_ends_or_a_signal_arrives() -> None:
+    with WakeUp.by_signals() as wake_up:
+        for end in (
+            lambda: subprocess.run([sys.executable, "-c", ""], check=True),
+            lambda: os.kill(os.getpid(), signal.SIGCHLD),
+        ):
+            end()
+            began = time.monotonic()
+            wake_up.wait(60)
+            assert time.monotonic() - began < 30
+        began = time.monotonic()
+        wake_up.wait(0.05)
+        assert time.monotonic() - began >= 0.05, "nothing is left of earlier signals"

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -33,10 +32,11 @@ from server.processes.embedded.folder import DataFolder, installed
 from server.processes.embedded.postgres import Postgres
 from server.processes.embedded.reach import named
 from server.processes.embedded.valkey import Valkey
+from server.processes.wake_up import WakeUp
 from server.processes.worker_spec import DRAIN_SECONDS, READY, WorkerSpec
 
-WATCH_SECONDS = 0.2
-"""Interval at which processes are checked, in seconds."""
+WATCH_SECONDS = 1.0
+"""Max interval at which processes are checked, in seconds. One that ends is attended immediately."""
 READY_SECONDS = 30.0
 """Max time until a worker accepts connections, in seconds."""
 STOP_SECONDS = DRAIN_SECONDS + 15.0
@@ -137,7 +137,7 @@ class Supervisor:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._stopping = threading.Event()
+        self._is_stopping = False
         self._is_forced = False
         self._is_rolling = False
         self._folder: DataFolder | None = None
@@ -155,15 +155,22 @@ class Supervisor:
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGHUP, self._on_hangup)
-        try:
-            self._start()
-            while not self._stopping.wait(WATCH_SECONDS):
-                self._watch()
-                if self._is_rolling:
-                    self._is_rolling = False
-                    self._roll()
-        finally:
-            self._stop()
+        with WakeUp.by_signals() as self._wake_up:
+            try:
+                self._start()
+                while not self._pause():
+                    self._watch()
+                    if self._is_rolling:
+                        self._is_rolling = False
+                        self._roll()
+            finally:
+                self._stop()
+
+    def _pause(self) -> bool:
+        """Wait for a signal, such as that of a process that has ended. Return whether to stop."""
+        if not self._is_stopping:
+            self._wake_up.wait(WATCH_SECONDS)
+        return self._is_stopping
 
     def _start(self) -> None:
         listeners = listen(self._settings.host, self._settings.port, self._settings.worker_count)
@@ -231,14 +238,14 @@ class Supervisor:
             log.error("%s: %s; retrying", what, error, exc_info=error if is_new_defect else None)  # noqa: TRY400
 
     def _see_to_server(self, server: Postgres | Valkey) -> None:
-        if not server.is_running() and not self._stopping.is_set():
+        if not server.is_running() and not self._is_stopping:
             log.error("%s ended; restarting it", type(server).__name__)
             server.start()
         server.log.rotate()
 
     def _see_to_worker(self, worker: Worker) -> None:
         has_waited = time.monotonic() - worker.started_at > CRASHED_SOON_SECONDS
-        if not worker.is_running() and has_waited and not self._stopping.is_set():
+        if not worker.is_running() and has_waited and not self._is_stopping:
             log.error("worker %d ended: %s; starting another", worker.number, worker.last_words())
             worker.start()
 
@@ -253,7 +260,7 @@ class Supervisor:
                 return
             if old is not None:
                 self._see_off(old)
-            if self._stopping.is_set():
+            if self._is_stopping:
                 return
         log.info("all workers are replaced")
 
@@ -261,7 +268,7 @@ class Supervisor:
         """Drain and end a process, and attend all others meanwhile."""
         old.terminate()
         deadline = time.monotonic() + STOP_SECONDS
-        while old.poll() is None and time.monotonic() < deadline and not self._stopping.wait(WATCH_SECONDS):
+        while old.poll() is None and time.monotonic() < deadline and not self._pause():
             self._watch()
         old.kill()
         old.wait()
@@ -278,7 +285,7 @@ class Supervisor:
         deadline = time.monotonic() + STOP_SECONDS
         for worker in self._workers:
             while worker.is_running() and not self._is_forced and time.monotonic() < deadline:
-                time.sleep(WATCH_SECONDS / 10)
+                self._wake_up.wait(WATCH_SECONDS)
             worker.kill()
         for server in (self._valkey, self._postgres):
             if server is not None:
@@ -291,8 +298,8 @@ class Supervisor:
         self._is_rolling = True
 
     def _on_signal(self, *_: object) -> None:
-        self._is_forced = self._stopping.is_set()
-        self._stopping.set()
+        self._is_forced = self._is_stopping
+        self._is_stopping = True
 
     def _greet(self, listener: socket.socket) -> None:
         host, port = listener.getsockname()[:2]
