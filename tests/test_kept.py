@@ -273,6 +273,7 @@ async def test_no_copy_of_the_content_of_an_expired_message_remains(room: Room, 
     deleted = await sent(room.ada, room.group, "Secret, deleted")
     await room.ada.call(client.Edit(**room.at(deleted), content="Secret, edited", edit_id=EditId(uuid7())))
     gone = await room.ada.call(client.Delete(**room.at(deleted)), server.Changed)
+    await world.indexed()
     traces = "SELECT coalesce(array_agg(place ORDER BY place), '{}') FROM traces(ARRAY['%secret%'])"
     assert await world.db.fetchval(traces) == ["message.content", "message_edit.content", "scheduled_message.words"]
     await world.db.execute("UPDATE message SET expires_at = now() WHERE expires_at IS NOT NULL")

@@ -520,6 +520,7 @@ async def test_page_has_a_maximum_size_in_bytes(world: World) -> None:
     root = await sent(charles, about, "Root")
     ids = [await sent(ada, about, f"engine <@{people[1].id}> " + "😀" * 9_900, parent_message_id=root,
                       also_in_conversation=True) for _ in range(40)]  # fmt: skip
+    await world.indexed()
     for message_id in ids:
         await charles.call(client.Star(conversation_id=about, message_id=message_id))
 

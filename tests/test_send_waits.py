@@ -163,6 +163,7 @@ async def test_messages_do_not_wait_for_reindex(settings: Settings) -> None:
         held, root, edited, last = [
             await sent(stage.author, stage.group, content) for content in ("Held", "Root", "Slow", "Last")
         ]
+        await world.indexed()
         await world.db.execute(SLOW)
         await world.db.execute("UPDATE message_search SET words = ''")
         db = await asyncpg.connect(settings.database_url, server_settings={"application_name": "reindex"})

@@ -52,6 +52,7 @@ async def test_unreadable_message_is_shown_as_far_as_possible(
     reply = {"parent_message_id": root, "also_in_conversation": True}
     broken = {what: await sent(room.ada, room.group, f"{what} for @charles", **reply) for what in BROKEN}
     last = await sent(room.ada, room.group, "The last for @charles", **reply)
+    await world.indexed()
     for one in broken.values():
         await room.charles.call(client.Star(**room.at(one)))
         await room.charles.call(client.React(**room.at(one), emoji="👍"))

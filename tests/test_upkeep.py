@@ -71,6 +71,7 @@ async def busy(room: Room, world: World) -> MessageId:
     await room.ada.call(client.AnswerFriend(user_id=mary.id, accept=True))
     await room.ada.call(client.Pin(**room.at(root)))
     await room.ada.call(client.CreateDirect(user_id=mary.id))
+    await world.indexed()
     return root
 
 
