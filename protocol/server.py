@@ -593,7 +593,8 @@ class VotePage(_Tagged, tag="vote_page", frozen=True, kw_only=True):
 
 
 class SearchPage(_Tagged, tag="search_page", frozen=True, kw_only=True):
-    """A page of search results. `after` requests the next page, if there is one.
+    """A page of search results. `after` requests the next page, if there is one. A page before the last one may have
+    fewer than `limit` hits, or none, because messages were deleted while the search ran.
 
     `is_partial` is true on all pages if the caller takes part in more than 200 conversations and gave no
     `conversation_id`. Then only the 200 that were most recently active at the first page were searched. Give a

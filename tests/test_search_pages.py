@@ -146,6 +146,28 @@ async def test_pages_by_relevance_rank_the_same_messages(room: Room, world: Worl
     assert {part.searched_to for part in parts} == {parts[0].searched_to}
 
 
+@pytest.mark.parametrize("order", ["newest", "relevance"])
+@pytest.mark.parametrize("count", [1, 3])
+async def test_page_whose_matches_were_deleted_meanwhile_is_not_the_last(
+    room: Room, world: World, order: Any, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search finds the messages by one statement, and reads them by a later one."""
+    said = [await sent(room.charles, room.group, f"common {n}") for n in range(5)]
+    await world.indexed()
+    newest, gone = search_matches.newest, said[-count:]
+
+    async def deleted_after(*asked: Any) -> search_matches.Matches:
+        found = await newest(*asked)
+        while gone:
+            await room.charles.call(client.Delete(**room.at(gone.pop())))
+        return found
+
+    monkeypatch.setattr(search_matches, "newest", deleted_after)
+    found, parts = await pages(room, text="common", order=order, limit=2)
+    assert sorted(found, reverse=True) == found == [f"common {n}" for n in reversed(range(5 - count))]
+    assert not any(part.is_partial for part in parts)
+
+
 async def test_index_that_takes_too_long_is_given_up(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await fill(world, room, room.group, [("rare", 0.0), *((f"common {n}", 60.0 * n) for n in range(1, 3_000))])
     slow = search_matches.INDEXED_IN_FEW.replace("WHERE s.words", "WHERE pg_sleep(9) IS NOT NULL AND s.words", 1)

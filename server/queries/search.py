@@ -39,28 +39,31 @@ ELSE replace(ts_headline(
     E'StartSel=\\x02, StopSel=\\x03, MaxFragments=2, MaxWords=30, MinWords=10, FragmentDelimiter=" … "'
 ), E'\\x01', '') END"""
 # $1 is the user, $2 the words as a tsquery, and $3 to $5 are the matches. Each is read by its key, which LATERAL and
-# OFFSET 0 enforce. It is checked again, because the rights of the user may have changed since it was found.
+# OFFSET 0 enforce. It is checked again, because it may be gone since it was found, or the user may not see it any more.
+# Then its row has no message. It still counts, because otherwise a shorter page would look like the last one.
 READ = f"""
-SELECT message_json(found.m), found.rank, {MOMENT.format(at="found.created_at")}, (found.m).id, {_SNIPPET}
+SELECT CASE WHEN (found.m).id IS NOT NULL THEN message_json(found.m) END, found.rank,
+    {MOMENT.format(at="found.created_at")}, found.id, {_SNIPPET}
 FROM (
-    SELECT i.rank, i.created_at, i.place, seen.m
+    SELECT i.id, i.rank, i.created_at, i.place, seen.m
     FROM unnest($3::uuid[], $4::text[]::timestamptz[], $5::float8[]) WITH ORDINALITY i (id, created_at, rank, place)
-    CROSS JOIN LATERAL (
+    LEFT JOIN LATERAL (
         SELECT m FROM message m
         JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
         JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.user_id = $1
             AND p.status = 'active'
         WHERE m.id = i.id AND NOT m.is_deleted AND NOT m.is_moderated AND m.sent_version > visible_after(c, p)
         OFFSET 0
-    ) seen
+    ) seen ON true
 ) found
 ORDER BY found.place
 """  # noqa: S608 - constants are put in
+# A match that is gone since it was found has no words, and is last.
 RANK = """
 SELECT ranked.id, ranked.created_at::text, ranked.rank FROM (
-    SELECT i.id, i.created_at, (
+    SELECT i.id, i.created_at, coalesce((
         SELECT ts_rank_cd(w.words, to_tsquery($1))::float8 FROM message_search w WHERE w.message_id = i.id
-    ) AS rank
+    ), 0) AS rank
     FROM unnest($2::uuid[], $3::text[]::timestamptz[]) i (id, created_at)
 ) ranked
 WHERE $4::float8 IS NULL OR (ranked.rank, ranked.created_at, ranked.id) < ($4, $5::timestamptz, $6::uuid)
