@@ -21,6 +21,7 @@ from server.queries import approaches, audit, relationships, remains, scheduled,
 DUE_SECONDS = 1.0
 """Interval of jobs that users wait for, in seconds: sending, pushing and expiring messages."""
 TIDY_SECONDS = 5.0
+"""Interval of jobs that nobody waits for, in seconds: the search index, and what is left of deleted rows."""
 EPOCH_SECONDS = 5.0
 """Interval between two checks of the database's epoch, in seconds. New connections are checked, too."""
 EXPIRE_SECONDS = 15.0
@@ -68,7 +69,7 @@ class Background:
             Job(DUE_SECONDS, scheduler.send_due),
             Job(DUE_SECONDS, web_push.push_due),
             Job(DUE_SECONDS, self.expire_due),
-            Job(DUE_SECONDS, self.clear_remains),
+            Job(TIDY_SECONDS, self.clear_remains),
             Job(TIDY_SECONDS, self.tidy),
             Job(EPOCH_SECONDS, database.check_epoch),
             Job(WRITE_SECONDS, database.check_storage),
