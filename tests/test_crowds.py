@@ -348,9 +348,11 @@ def test_the_latest_change_of_each_object_is_kept() -> None:
     changes = [Change.of(event) for event in events]
     crowd = Crowd(changes)
     assert crowd.delivered() == ([1, 2, 3, 4, 5], False)
-    first = changes[0].user_id
+    first, second = changes[0].user_id, changes[1].user_id
     assert first is not None
+    assert second is not None
     assert crowd.has_own(first)
+    assert not crowd.has_own(second), "what everyone receives includes all changes of this user"
     assert crowd.delivered(first).places == [0, 1, 2, 3, 4, 5]
 
 

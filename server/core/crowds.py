@@ -82,21 +82,24 @@ class Crowd:
     def __init__(self, changes: Sequence[Change]) -> None:
         latest: dict[Subject, int] = {}
         every: list[int] = []
-        self._own: dict[UserId, list[int]] = {}
+        own: dict[UserId, list[int]] = {}
         for place, change in enumerate(changes):
             if change.subject is None:
                 every.append(place)
             else:
                 latest[change.subject] = place
                 if change.user_id is not None:
-                    self._own.setdefault(change.user_id, []).append(place)
+                    own.setdefault(change.user_id, []).append(place)
         participants = sorted(place for subject, place in latest.items() if subject[0] == _PARTICIPANT)
         left_out = set(participants[:-SAMPLED_PARTICIPANTS])
         self._is_partial = bool(left_out)
-        self._of_everyone = sorted((*every, *(place for place in latest.values() if place not in left_out)))
+        of_everyone = {*every, *(place for place in latest.values() if place not in left_out)}
+        self._of_everyone = sorted(of_everyone)
+        # Thousands of users may react to different messages. Each of their changes reaches everyone.
+        self._own = {user_id: places for user_id, places in own.items() if not of_everyone.issuperset(places)}
 
     def has_own(self, user_id: UserId) -> bool:
-        """Whether a user made some of the changes, or changed as a participant."""
+        """Whether a user receives changes that others do not: own ones that were replaced or left out."""
         return user_id in self._own
 
     def delivered(self, user_id: UserId | None = None) -> Delivered:
