@@ -179,6 +179,14 @@ async def test_answers_are_compressed_if_the_client_accepts_it_and_they_have_no_
         assert "content-encoding" not in sessions.headers, "answers about credentials are not compressed"
 
 
+async def test_documents_are_compressed_once(world: World) -> None:
+    """Otherwise each request of a stranger would cost a millisecond. Their length is not secret."""
+    async with http_client(world.url) as http:
+        for path in ("/v1/openapi.json", "/v1/asyncapi.json"):
+            lengths = {(await http.get(path)).headers["content-length"] for _ in range(10)}
+            assert len(lengths) == 1
+
+
 async def test_nothing_is_compressed_if_the_operator_turns_it_off(settings: Settings) -> None:
     async with World(msgspec.structs.replace(settings, compression=False), workers=1) as world:
         socket = await opened(world, await world.user("Ada"))

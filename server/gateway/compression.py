@@ -54,19 +54,25 @@ def inflated(data: bytes, most: int) -> bytes | None:
     return message if len(message) <= most else None
 
 
-def gzipped(response: Response, request: Request) -> Response:
-    """Compress a large response, if the client accepts that. Return the response.
+def gzipped(response: Response, request: Request, compressed: bytes | None = None) -> Response:
+    """Compress a large response, if the client accepts that. Return the response. `compressed` is its body compressed,
+    if that is known.
 
     It must not depend on a cookie that a page of another site could make a browser send.
     """
     body = bytes(response.body)
     response.headers["vary"] = "accept-encoding"
     if len(body) >= MIN_BYTES and _accepts_gzip(request):
-        deflate = zlib.compressobj(LEVEL, zlib.DEFLATED, GZIP)
-        response.body = _padded(deflate, body) + deflate.flush()
+        response.body = compressed or gzip(body)
         response.headers["content-encoding"] = "gzip"
         response.headers["content-length"] = str(len(response.body))
     return response
+
+
+def gzip(body: bytes) -> bytes:
+    """Return `body` compressed, with a random length."""
+    deflate = zlib.compressobj(LEVEL, zlib.DEFLATED, GZIP)
+    return _padded(deflate, body) + deflate.flush()
 
 
 def _padded(deflate: "zlib._Compress", text: bytes) -> bytes:

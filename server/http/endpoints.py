@@ -28,7 +28,7 @@ from server.core.metrics import Metrics
 from server.core.proxies import Network, is_within
 from server.db.readiness import Readiness
 from server.fairness.turns import Turns
-from server.gateway.compression import gzipped
+from server.gateway.compression import gzip, gzipped
 from server.gateway.connection import NOT_TEXT, Connection, ConnectionDeps
 from server.gateway.dispatch import error_frame
 from server.gateway.responses import JSON, error_response, json_response, refusal_response
@@ -70,6 +70,12 @@ costs as much as ten small frames, and more with each conversation.
 def _encoded(document: Callable[[], object]) -> bytes:
     """Return a document, encoded once, because generating it takes fifty milliseconds."""
     return encode(document())
+
+
+@cache
+def _compressed(document: Callable[[], object]) -> bytes:
+    """Return a document compressed, also once, because strangers may request it as often as they like."""
+    return gzip(_encoded(document))
 
 
 class TooLate(Refused):
@@ -214,7 +220,7 @@ class Endpoints:
         response = error_response(answer) if isinstance(answer, Error) else json_response(answer)
         dispatch.answered(context.user_id, data, len(response.body))
         # Pages of other sites cannot send a session with this method, so they cannot observe compressed sizes.
-        return self._gzipped(response, request)
+        return gzipped(response, request) if self._deps.compresses else response
 
     async def alive(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's shape
         """Respond that the process is alive."""
@@ -243,14 +249,15 @@ class Endpoints:
 
     async def asyncapi(self, request: Request) -> Response:
         """Return the AsyncAPI document."""
-        return self._gzipped(Response(_encoded(asyncapi.document), media_type=JSON), request)
+        return self._document(asyncapi.document, request)
 
     async def openapi(self, request: Request) -> Response:
         """Return the OpenAPI document."""
-        return self._gzipped(Response(_encoded(openapi.document), media_type=JSON), request)
+        return self._document(openapi.document, request)
 
-    def _gzipped(self, response: Response, request: Request) -> Response:
-        return gzipped(response, request) if self._deps.compresses else response
+    def _document(self, document: Callable[[], object], request: Request) -> Response:
+        response = Response(_encoded(document), media_type=JSON)
+        return gzipped(response, request, _compressed(document)) if self._deps.compresses else response
 
     async def _has_database(self) -> bool:
         try:
