@@ -1790,8 +1790,10 @@ CREATE FUNCTION entrance(conversation uuid, member uuid, code text) RETURNS TABL
         LEFT JOIN conversation_participant p ON p.conversation_id = c.id AND p.user_id = member
         WHERE c.id = conversation AND c.type IN ('group', 'channel') AND c.is_active AND NOT c.is_deleted
             AND CASE WHEN code IS NULL THEN c.is_public OR p.status IN ('active', 'invited')
-                ELSE c.invite_code = code AND (c.invite_expires_at > now() OR c.invite_expires_at IS NULL)
-                    AND (c.invite_uses_left > 0 OR c.invite_uses_left IS NULL) END
+                -- A join that is repeated after the last use has the result of the first one.
+                ELSE c.invite_code = code AND (p.status = 'active' OR (
+                    (c.invite_expires_at > now() OR c.invite_expires_at IS NULL)
+                    AND (c.invite_uses_left > 0 OR c.invite_uses_left IS NULL))) END
         OFFSET 0;
     END;
 

@@ -226,7 +226,10 @@ async def test_invite_code_expires_and_has_a_maximum_number_of_uses(world: World
     first = await world.connect(one)
     await first.call(client.Join(invite_code=code))
     await first.call(client.Join(invite_code=code))  # a join by a participant is not counted
-    await (await world.connect(two)).call(client.Join(invite_code=code))
+    second = await world.connect(two, 1)
+    joined = await second.call(client.Join(invite_code=code), server.OneConversation)
+    repeated = await second.call(client.Join(invite_code=code), server.OneConversation)  # the reply may have been lost
+    assert repeated.view.conversation == joined.view.conversation
     third = await world.connect(three)
     with refused(ErrorCode.NOT_FOUND, "invite_code"):
         await third.call(client.Join(invite_code=code))
@@ -234,8 +237,12 @@ async def test_invite_code_expires_and_has_a_maximum_number_of_uses(world: World
     assert timed.view.invite is not None
     assert timed.view.invite.expires_at is not None
     await world.db.execute("UPDATE conversation SET invite_expires_at = now() - interval '1 second'")
+    await first.call(client.Join(invite_code=timed.view.invite.code))
     with refused(ErrorCode.NOT_FOUND, "invite_code"):
         await third.call(client.Join(invite_code=timed.view.invite.code))
+    await second.call(client.Leave(conversation_id=about))
+    with refused(ErrorCode.NOT_FOUND, "invite_code"):
+        await second.call(client.Join(invite_code=timed.view.invite.code))
 
 
 async def test_a_hundred_concurrent_joins_do_not_exceed_the_maximum(world: World) -> None:
