@@ -335,6 +335,28 @@ async def test_presence_of_a_user_with_many_watchers_is_delivered_at_intervals(
     assert len(events_of(fans[3], server.UserUpdated)) == 20
 
 
+async def test_presence_that_waits_is_not_overtaken_when_watchers_leave(
+    world: World, small: pytest.MonkeyPatch
+) -> None:
+    small.setattr(paced, "CROWD_SECONDS", 0.2)
+    small.setattr(watchers, "MAX_SHARED_PARTICIPANTS", 2)
+    celebrity, *people = await world.users("Ada", "Bob", "Charles", "Mary")
+    ada = await world.connect(celebrity)
+    fans = [await world.connect(who) for who in people]
+    for one in fans:
+        await one.call(client.Watch(user_ids=[celebrity.id]))
+    for status in ("First", "Second"):
+        await ada.call(client.SetPresence(status="online", custom_status=status))
+    await fans[2].call(client.Unwatch(user_ids=[celebrity.id]))
+    await ada.call(client.SetPresence(status="online", custom_status="Third"))
+    await until(lambda: events_of(fans[0], server.PresenceChanged)[-1].presence.custom_status == "Third")
+    hub = world.workers[0].app.hub
+    await until(lambda: not hub.watchers._paced.is_waiting(celebrity.id))  # noqa: SLF001
+    await fans[0].call(client.Ping())
+    revisions = [event.presence.revision for event in events_of(fans[0], server.PresenceChanged)]
+    assert revisions == sorted(revisions)
+
+
 def test_the_latest_change_of_each_object_is_kept() -> None:
     """Unknown events and messages are all kept."""
     events = [

@@ -20,6 +20,10 @@ class PacedFrames:
         self._timers: dict[UserId, asyncio.TimerHandle] = {}
         self._loop = asyncio.get_running_loop()
 
+    def is_waiting(self, user_id: UserId) -> bool:
+        """Whether the interval after a delivery about a user has not passed, so that an earlier frame may wait."""
+        return user_id in self._waiting
+
     def has_passed(self, user_id: UserId, frame: HeldFrame, *, is_face: bool) -> bool:
         """Return whether a frame about a user is delivered now. If not, it waits, unless a newer one does."""
         waiting = self._waiting.get(user_id)

@@ -166,7 +166,9 @@ class Watchers:
         """
         held = HeldFrame(revision, frame)
         is_crowd = len(self._watchers.get(user_id, ())) > MAX_SHARED_PARTICIPANTS
-        if not is_crowd or self._paced.has_passed(user_id, held, is_face=is_face):
+        # When watchers have left, a frame must not overtake an earlier one that waits.
+        is_paced = is_crowd or self._paced.is_waiting(user_id)
+        if not is_paced or self._paced.has_passed(user_id, held, is_face=is_face):
             self._write(user_id, held, is_face)
 
     def _write(self, user_id: UserId, held: HeldFrame, is_face: bool) -> None:  # noqa: FBT001 - a callback
