@@ -22,7 +22,7 @@ from server.queries.batched_changes import AGAIN, USER_HELD, NotChanged
 from server.queries.joins import FUNCTION, Joined, JoinRequest, Reason
 from tests.test_batches import counted
 from tests.test_send_waits import LOCKED
-from tests.world import World, refused, until
+from tests.world import World, events_of, refused, until
 
 MOST_MEMBERSHIPS = 10
 """Max conversations of a user in these tests."""
@@ -250,6 +250,32 @@ async def test_concurrent_joins_share_statements(world: World) -> None:
     assert {reason(one) for one in outcomes} == {"stored"}
     assert runs == [1, len(people) - 1]
     assert await recount(world.db) == []
+
+
+@pytest.mark.parametrize("by_code", [False, True])
+async def test_others_learn_of_a_join_with_an_unknown_outcome(
+    world: World, monkeypatch: pytest.MonkeyPatch, *, by_code: bool
+) -> None:
+    """PostgreSQL may commit a join although its worker lost the connection."""
+    ada, charles = await world.users("Ada", "Charles")
+    owner, joining = await world.connect(ada), await world.connect(charles, 1)
+    about = await world.channel(owner, is_public=True)
+    made = await owner.call(client.SetInviteCode(conversation_id=about), server.OneConversation)
+    assert made.view.invite is not None
+    lanes = world.workers[1].app._services.joins  # noqa: SLF001
+    submit = lanes.submit
+
+    async def lost(item: JoinRequest) -> None:
+        await submit(item)
+        raise ConnectionError
+
+    monkeypatch.setattr(lanes, "submit", lost)
+    frame = client.Join(invite_code=made.view.invite.code) if by_code else client.Join(conversation_id=about)
+    with refused(ErrorCode.UNAVAILABLE, None):
+        await joining.call(frame)
+    await until(lambda: charles.id in {
+        one.participant.user_id for one in events_of(owner, server.ParticipantChanged)
+    })  # fmt: skip
 
 
 HELD_ROWS = {

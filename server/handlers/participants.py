@@ -8,6 +8,7 @@ from protocol.server import Added, Done, OneConversation, ParticipantPage
 from protocol.values import Participant, ParticipantStatus
 from server.context import Context
 from server.core.errors import NotActive, NotFound
+from server.core.faults import may_have_committed
 from server.db.database import Db
 from server.domain import batched_changes, sync
 from server.domain.membership import (
@@ -37,7 +38,12 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
     if about is None:
         raise NotFound(path)
     request = JoinRequest(about, context.user_id, frame.invite_code)
-    joined = await batched_changes.change(context.services.joins, request, REFUSALS[path])
+    try:
+        joined = await batched_changes.change(context.services.joins, request, REFUSALS[path])
+    except BaseException as error:
+        if may_have_committed(error):  # dispatch does the same, but does not know the conversation of a code
+            context.events.recheck(context.user_id, about)
+        raise
     if joined.change is not None:
         messages = [] if joined.message is None else [joined.message]
         publish_changes(context.events, [joined.change], messages, {context.user_id})
