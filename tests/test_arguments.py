@@ -296,6 +296,7 @@ def bash(tmp_path: Path) -> Callable[..., list[str]]:
     return completions
 
 
+@pytest.mark.long
 def test_bash_completes_commands_and_options(bash: Callable[..., list[str]]) -> None:
     assert bash("openchat", "") == list(main.COMMANDS)
     assert bash("openchat", "--data-dir", "folder", "ch") == ["check"]

@@ -142,7 +142,15 @@ def excess(small: dict[str, Plan], giant: dict[str, Plan]) -> dict[str, Any]:
 
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("is_restored", [pytest.param(False, marks=pytest.mark.more), True])
-@pytest.mark.parametrize("state", ["new", "small", pytest.param("filled", marks=pytest.mark.more), "analyzed"])
+@pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param("new", marks=pytest.mark.long),
+        pytest.param("small", marks=pytest.mark.long),
+        pytest.param("filled", marks=pytest.mark.more),
+        "analyzed",
+    ],
+)
 async def test_statements_read_few_rows_of_a_giant_conversation(
     database_url: str, filler: Connection, state: str, *, is_restored: bool
 ) -> None:

@@ -347,6 +347,7 @@ async def lone(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
         yield world
 
 
+@pytest.mark.long
 async def test_frames_of_all_kinds_do_not_grow_containers(lone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     app = lone.workers[0].app
 

@@ -63,6 +63,7 @@ async def _least(found: "PreparedStatement[Record]", text: str, *, enough: float
 _MARKED = search._SNIPPET.replace("(found.m).content", "$1::text").replace("$2", "$2::text")  # noqa: SLF001 - a part
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("sql", "most"),
     [

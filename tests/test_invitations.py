@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
+
 from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, UserId
@@ -61,6 +63,7 @@ async def test_invitation_reaches_every_device_and_can_be_accepted_or_declined(w
     assert await recount(world.db) == []
 
 
+@pytest.mark.long
 async def test_invitation_events_add_up_to_the_list_of_invitations(world: World) -> None:
     """An invitation may end on another device or while the client is away."""
     ada, charles = await world.users("Ada", "Charles")

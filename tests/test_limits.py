@@ -380,6 +380,7 @@ async def test_user_who_reconnects_too_often_is_refused_with_a_delay(settings: S
         await (await world.connect(ada)).call(client.Ping())
 
 
+@pytest.mark.long
 async def test_answer_may_be_larger_than_the_outbox(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, outbox_bytes=32 * 1024, heartbeat_seconds=1.2)
     async with World(settings, workers=1) as world:

@@ -405,6 +405,7 @@ async def world(settings: Settings) -> AsyncIterator[World]:
         yield world
 
 
+@pytest.mark.long
 @given(st.lists(STEP, min_size=150, max_size=200))
 @trying(
     max_examples=12,

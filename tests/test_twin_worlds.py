@@ -149,7 +149,7 @@ CASES: dict[str, tuple[tuple[bool, bool], list[Fact], bool]] = {
     "a stranger blocks": (STRANGERS, [is_private_to_strangers, blocks, deactivates], True),
 }
 """For each case: the relationship of the two, the facts that must look alike, and whether writes are compared, too."""
-SLOW = {"invisible stranger", "blocks"}
+SLOW = {"invisible stranger", "blocks", "blocks, seen", "a stranger blocks", "mutes"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(one, marks=pytest.mark.long if one in SLOW else ()) for one in CASES])

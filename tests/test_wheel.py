@@ -126,6 +126,7 @@ def hook() -> ModuleType:
     return module
 
 
+@pytest.mark.long
 def test_hook_renames_every_import_of_the_tree(hook: ModuleType, tmp_path: Path) -> None:
     hook.write(ROOT, tmp_path)
     files = list(tmp_path.rglob("*.py"))
