@@ -2,7 +2,7 @@
 
 from protocol.ids import ConversationId
 from server.db.database import Database
-from server.fairness.lanes import HEAVY_SHARE, Held, Lanes
+from server.fairness.lanes import Held, Lanes
 from server.fairness.lock_queue import Places
 from server.fairness.shortcut import Shortcut
 from server.queries import sending
@@ -43,17 +43,4 @@ def sends_of(database: Database, places: Places) -> Shortcut[ConversationId, Out
         weigh=sending.weight,
         most_weight=MAX_BATCH_CHARACTERS,
     )
-    return Shortcut(
-        lanes,
-        takes=_is_common,
-        run=send_plain,
-        owner=lambda out: out.sender_id,
-        most=MAX_BATCH_MESSAGES,
-        weigh=sending.weight,
-        most_weight=MAX_BATCH_CHARACTERS,
-    )
-
-
-def _is_common(out: Outgoing) -> bool:
-    """Whether a message is plain, and not heavy in `Lanes` either."""
-    return sending.is_plain(out) and sending.weight(out) * HEAVY_SHARE <= MAX_BATCH_CHARACTERS
+    return Shortcut(lanes, takes=sending.is_plain, run=send_plain)

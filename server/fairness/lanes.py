@@ -27,6 +27,7 @@ HELD: Final = Held()
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
+Result = TypeVar("Result")
 
 
 class _Waiting(NamedTuple, Generic[Item]):
@@ -64,16 +65,21 @@ class Lanes(Generic[Key, Item, Outcome]):
         """
         self._key = key
         self._owner = owner
-        self._light, self._heavy = (
-            Batcher[Item, Outcome | Held](run, most=most, owner=owner, weigh=weigh, most_weight=most_weight)
-            for _ in range(2)
-        )
         self._wait = wait
         self._most = most
         self._weigh = weigh
         self._most_weight = most_weight
+        self._light, self._heavy = (self.batcher(run) for _ in range(2))
         self._places = places
         self._lanes: dict[Key, Batcher[_Waiting[Item], Outcome]] = {}
+
+    def batcher(self, run: Callable[[list[Item]], Awaitable[list[Result]]]) -> Batcher[Item, Result]:
+        """Return a `Batcher` with the bounds and owners of these lanes."""
+        return Batcher(run, most=self._most, owner=self._owner, weigh=self._weigh, most_weight=self._most_weight)
+
+    def is_heavy(self, item: Item) -> bool:
+        """Whether light items do not wait for this one."""
+        return self._weigh(item) * HEAVY_SHARE > self._most_weight
 
     def is_held(self, item: Item) -> bool:
         """Whether earlier items of the same key wait for their row."""
@@ -83,9 +89,8 @@ class Lanes(Generic[Key, Item, Outcome]):
         """Return the outcome of `item`. Raises what `run` or `wait` raised for it."""
         key = self._key(item)
         if key not in self._lanes:
-            is_heavy = self._weigh(item) * HEAVY_SHARE > self._most_weight
             with suppress(Slow):
-                outcome = await (self._heavy if is_heavy else self._light).submit(item)
+                outcome = await (self._heavy if self.is_heavy(item) else self._light).submit(item)
                 if not isinstance(outcome, Held):
                     return outcome
         if key not in self._lanes:

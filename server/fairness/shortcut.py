@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
-from server.fairness.batcher import Batcher, Slow
+from server.fairness.batcher import Slow
 from server.fairness.lanes import Lanes
 
 Key = TypeVar("Key", bound=Hashable)
@@ -24,21 +24,17 @@ class Shortcut(Generic[Key, Item, Outcome]):
         *,
         takes: Callable[[Item], bool],
         run: Callable[[list[Item]], Awaitable[list[Outcome | None]]],
-        owner: Callable[[Item], Hashable],
-        most: int,
-        weigh: Callable[[Item], int],
-        most_weight: int,
     ) -> None:
-        """`takes` tells whether an item is common. `run` waits for no row, and has no effect on items without an
-        outcome. `Batcher` has the other parameters.
+        """`takes` tells whether an item is common, unless it is heavy in the lanes. `run` waits for no row, and has no
+        effect on items without an outcome.
         """
         self.lanes = lanes
         self._takes = takes
-        self._common = Batcher[Item, Outcome | None](run, most=most, owner=owner, weigh=weigh, most_weight=most_weight)
+        self._common = lanes.batcher(run)
 
     async def submit(self, item: Item) -> Outcome:
         """Return the outcome of `item`. Raises what `run` or the lanes raised for it, except Slow."""
-        if self._takes(item) and not self.lanes.is_held(item):
+        if self._takes(item) and not (self.lanes.is_heavy(item) or self.lanes.is_held(item)):
             try:
                 outcome = await self._common.submit(item)
             except Slow:
